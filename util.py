@@ -1,0 +1,112 @@
+"""Metrics from one confusion matrix, the seed of a run, and errors a user can mend.
+
+Every figure that is reported comes from one int64 confusion matrix per split. Matrices of batches, of images or of
+processes add up, so the figures do not depend on how a split was cut into pieces.
+"""
+
+import random
+import sys
+
+import numpy as np
+import torch
+
+VOID = 255
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text is one line: which file or flag, what is wrong, what to do."""
+
+
+def run(main):
+    """Call ``main()`` as a command: a UserError ends it with one line and exit code 2, Ctrl-C with 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+
+
+def seed_everything(seed):
+    """Seed Python, NumPy and PyTorch, and let cuDNN choose only deterministic kernels.
+
+    On a CPU, the same seed and the same number of threads then give the same bytes in every figure.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic = True
+
+
+def confusion_matrix(truth, prediction, num_classes):
+    """Count pixels by true and by predicted class, leaving out the pixels whose truth is void.
+
+    Args:
+        truth: integer tensor of any shape, each value a class (0 .. num_classes - 1) or VOID (255).
+        prediction: integer tensor of the same shape and device, each value a class.
+        num_classes: C.
+
+    Returns:
+        int64 tensor [C, C] on the same device: rows truth, columns prediction. Add matrices to merge them.
+
+    Raises:
+        ValueError: the shapes differ, or a value is no class.
+    """
+    if truth.shape != prediction.shape:
+        raise ValueError(f"truth has shape {tuple(truth.shape)}, prediction {tuple(prediction.shape)}")
+    labelled = truth != VOID
+    truth, prediction = truth[labelled].long(), prediction[labelled].long()
+    for name, labels in (("truth", truth), ("prediction", prediction)):
+        if labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
+            raise ValueError(f"{name} holds values outside 0 .. {num_classes - 1}")
+    return torch.bincount(truth * num_classes + prediction, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def pixel_accuracy(matrix):
+    """Share of the labelled pixels that are right, ``trace / sum``: a float in [0, 1], NaN for an empty matrix."""
+    return (matrix.diagonal().sum().double() / matrix.sum()).item()
+
+
+def iou(matrix):
+    """Intersection over union of each class, as PASCAL VOC defines it over a whole split (Everingham et al., 2010).
+
+    ``iou[c] = C[c, c] / (row c + column c - C[c, c])`` for a confusion matrix C [C, C].
+
+    Returns:
+        float64 tensor [C] in [0, 1]; NaN for a class that is in neither truth nor prediction.
+    """
+    hits = matrix.diagonal().double()
+    return hits / (matrix.sum(0) + matrix.sum(1) - hits)
+
+
+def mean_iou(matrix):
+    """Mean of ``iou(matrix)`` over the classes that have one: a float in [0, 1], NaN for an empty matrix."""
+    return iou(matrix).nanmean().item()
+
+
+def constant_matrix(matrix, label):
+    """The confusion matrix of predicting class ``label`` everywhere, given any prediction's matrix [C, C]."""
+    constant = torch.zeros_like(matrix)
+    constant[:, label] = matrix.sum(1)
+    return constant
+
+
+def assignment_iou(truth, prediction, num_classes):
+    """IoU as the assignment's own code computes it, only to be set beside its published figures.
+
+    It departs from the official metric in three ways: void counts as background (class 0), each image is scored on its
+    own, and a class that an image lacks in truth and prediction counts 0 in the mean over all classes. A perfect
+    prediction of an image with two of 21 classes so scores 2/21.
+
+    Args:
+        truth: integer tensor [B, H, W], each value a class or VOID (255).
+        prediction: integer tensor [B, H, W], each value a class.
+
+    Returns:
+        float64 tensor [B], one score in [0, 1] an image; the score of a split is the mean over its images.
+    """
+    truth = truth.masked_fill(truth == VOID, 0)
+    scores = [iou(confusion_matrix(t, p, num_classes)).nan_to_num(0.0).mean() for t, p in zip(truth, prediction)]
+    return torch.stack(scores)
