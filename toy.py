@@ -1,0 +1,287 @@
+"""Render the toy set: VOC's layout, classes, split sizes and imbalance, drawn from a seed, for machines without VOC.
+
+Each class has a silhouette and a texture of its own; place, scale, rotation, aspect, colours, light and clutter are
+random, so a class has to be learned from form and surface. The masks are the same pixel for pixel on every machine:
+geometry uses nothing but ``random.random()``, whose sequence Python guarantees, and the operations that IEEE 754
+rounds alike everywhere (+, -, *, /, comparison). Photos go through JPEG and may differ in the last bits.
+"""
+
+import os
+import random
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from voc import CLASSES, PALETTE, VOID
+
+SPLITS = {"train": 209, "val": 213, "test": 210}
+SIZES = (
+    ((500, 375),) * 6 + ((375, 500),) * 3 + ((500, 333),) * 4 + ((333, 500),) * 2 + ((480, 360), (500, 400), (500, 281))
+)
+BORDER = 2  # pixels of void on either side of an object's outline
+
+# How often a class is drawn and its size beside others, set after the real VOC2007 masks: person in four images of ten,
+# large vehicles and animals large, bottles and potted plants small.
+FREQUENCY_AND_SIZE = {
+    "aeroplane": (12, 1.0), "bicycle": (11, 1.0), "bird": (13, 0.9), "boat": (11, 0.9), "bottle": (17, 0.8),
+    "bus": (14, 1.3), "car": (15, 0.9), "cat": (15, 1.2), "chair": (26, 0.9), "cow": (11, 1.0),
+    "diningtable": (14, 1.2), "dog": (17, 1.1), "horse": (15, 1.0), "motorbike": (12, 1.0), "person": (110, 1.1),
+    "pottedplant": (17, 0.8), "sheep": (10, 0.9), "sofa": (17, 1.1), "train": (10, 1.3), "tvmonitor": (20, 0.9),
+}  # fmt: skip
+
+# Silhouettes in a square from -1 to 1, x to the right, y down: four numbers are an ellipse (centre x, y, radii), more
+# are the corners of a polygon. Parts are united; those after "cut" are taken away.
+SILHOUETTES = {
+    "aeroplane": [(0, 0, 1, 0.17), (-0.25, -0.9, 0, -0.9, 0.35, 0, 0, 0.9, -0.25, 0.9, 0, 0), (-1, -0.5, -0.8, -0.5, -0.6, 0, -0.8, 0.5, -1, 0.5, -0.85, 0)],
+    "bicycle": [(-0.55, 0.25, 0.45, 0.45), (0.55, 0.25, 0.45, 0.45), "cut", (-0.55, 0.25, 0.25, 0.25), (0.55, 0.25, 0.25, 0.25), "add", (-0.6, 0.2, -0.3, -0.5, 0.4, -0.5, 0.65, 0.2, 0.5, 0.3, 0.25, -0.3, 0.05, 0.35, -0.5, 0.35), (-0.5, -0.65, -0.1, -0.65, -0.1, -0.5, -0.5, -0.5), (0.25, -0.75, 0.6, -0.75, 0.6, -0.6, 0.25, -0.5)],
+    "bird": [(0, 0.1, 0.6, 0.35), (0.6, -0.25, 0.24, 0.24), (0.8, -0.35, 1, -0.2, 0.8, -0.12), (-0.45, 0, -1, -0.15, -0.95, 0.35), (-0.35, 0.05, 0.15, -0.95, 0.35, 0)],
+    "boat": [(-1, 0.3, 1, 0.3, 0.65, 0.85, -0.65, 0.85), (-0.06, -0.95, -0.06, 0.2, -0.75, 0.2), (0.06, -0.75, 0.06, 0.2, 0.65, 0.2), (-0.06, -0.95, 0.06, -0.95, 0.06, 0.35, -0.06, 0.35)],
+    "bottle": [(-0.34, -0.1, 0.34, -0.1, 0.34, 1, -0.34, 1), (0, -0.1, 0.34, 0.3), (-0.14, -1, 0.14, -1, 0.14, -0.2, -0.14, -0.2)],
+    "bus": [(-1, -0.55, 1, -0.55, 1, 0.5, -1, 0.5), (-0.6, 0.5, 0.2, 0.2), (0.6, 0.5, 0.2, 0.2)],
+    "car": [(-1, -0.05, 1, -0.05, 1, 0.35, -1, 0.35), (-0.65, 0, -0.35, -0.5, 0.3, -0.5, 0.65, 0), (-0.58, 0.35, 0.22, 0.22), (0.58, 0.35, 0.22, 0.22)],
+    "cat": [(0, 0.4, 0.5, 0.6), (0, -0.4, 0.42, 0.36), (-0.42, -0.35, -0.4, -1, -0.05, -0.65), (0.42, -0.35, 0.4, -1, 0.05, -0.65), (0.3, 0.9, 0.8, 0.3, 1, 0.35, 0.6, 1)],
+    "chair": [(-0.55, -1, -0.3, -1, -0.3, 0.2, -0.55, 0.2), (-0.55, -0.05, 0.55, -0.05, 0.55, 0.25, -0.55, 0.25), (-0.55, 0.2, -0.35, 0.2, -0.35, 1, -0.55, 1), (0.35, 0.2, 0.55, 0.2, 0.55, 1, 0.35, 1)],
+    "cow": [(-0.05, -0.05, 0.75, 0.42), (-0.65, 0.1, -0.4, 0.1, -0.4, 0.8, -0.65, 0.8), (0.3, 0.1, 0.55, 0.1, 0.55, 0.8, 0.3, 0.8), (0.78, -0.25, 0.24, 0.3), (0.55, -0.75, 0.72, -0.4, 0.6, -0.35), (1, -0.75, 0.95, -0.35, 0.83, -0.4)],
+    "diningtable": [(0, -0.3, 1, 0.33), (-0.14, -0.2, 0.14, -0.2, 0.14, 0.75, -0.14, 0.75), (0, 0.75, 0.45, 0.14)],
+    "dog": [(-0.1, 0.1, 0.62, 0.3), (0.55, -0.3, 0.3, 0.28), (0.65, -0.35, 1, -0.25, 1, -0.05, 0.65, -0.05), (-0.6, 0.1, -0.4, 0.1, -0.4, 0.9, -0.6, 0.9), (0.2, 0.1, 0.42, 0.1, 0.42, 0.9, 0.2, 0.9), (-0.7, 0.05, -0.98, -0.6, -0.8, -0.65, -0.5, -0.1)],
+    "horse": [(-0.1, 0, 0.6, 0.3), (0.2, 0.1, 0.6, -0.85, 0.85, -0.85, 0.5, 0.15), (0.55, -0.95, 0.75, -1, 1, -0.55, 0.85, -0.45), (-0.65, 0, -0.48, 0, -0.48, 1, -0.65, 1), (0.25, 0, 0.42, 0, 0.42, 1, 0.25, 1), (-0.6, -0.15, -0.95, 0.5, -0.8, 0.5)],
+    "motorbike": [(-0.6, 0.35, 0.4, 0.4), (0.6, 0.35, 0.4, 0.4), (-0.8, -0.2, 0.1, -0.1, 0.35, -0.4, 0.55, 0.1, 0.3, 0.55, -0.4, 0.5), (0.15, -0.7, 0.55, -0.6, 0.5, -0.3, 0.3, -0.3)],
+    "person": [(0, -0.77, 0.2, 0.23), (-0.34, -0.52, 0.34, -0.52, 0.3, 0.2, -0.3, 0.2), (-0.3, 0.15, -0.03, 0.15, -0.08, 1, -0.3, 1), (0.03, 0.15, 0.3, 0.15, 0.3, 1, 0.08, 1), (-0.34, -0.52, -0.62, 0.1, -0.48, 0.16, -0.2, -0.3), (0.34, -0.52, 0.62, 0.1, 0.48, 0.16, 0.2, -0.3)],
+    "pottedplant": [(-0.42, 0.3, 0.42, 0.3, 0.28, 1, -0.28, 1), (-0.35, -0.3, 0.32, 0.45), (0.35, -0.3, 0.32, 0.45), (0, -0.5, 0.34, 0.5), (0, 0.1, 0.4, 0.3)],
+    "sheep": [(-0.45, -0.1, 0.4, 0.38), (0, -0.25, 0.42, 0.38), (0.4, -0.1, 0.36, 0.36), (0, 0.15, 0.6, 0.3), (0.8, -0.15, 0.2, 0.24), (-0.45, 0.2, -0.25, 0.2, -0.25, 0.75, -0.45, 0.75), (0.2, 0.2, 0.4, 0.2, 0.4, 0.75, 0.2, 0.75)],
+    "sofa": [(-0.8, -0.5, 0.8, -0.5, 0.8, 0.3, -0.8, 0.3), (-1, -0.15, -0.7, -0.15, -0.7, 0.55, -1, 0.55), (0.7, -0.15, 1, -0.15, 1, 0.55, 0.7, 0.55), (-0.8, 0.1, 0.8, 0.1, 0.8, 0.5, -0.8, 0.5)],
+    "train": [(-1, -0.4, 0.55, -0.4, 1, 0.1, 1, 0.4, -1, 0.4), (-0.7, 0.4, 0.14, 0.14), (-0.3, 0.4, 0.14, 0.14), (0.3, 0.4, 0.14, 0.14), (0.7, 0.4, 0.14, 0.14)],
+    "tvmonitor": [(-0.95, -0.75, 0.95, -0.75, 0.95, 0.45, -0.95, 0.45), (-0.12, 0.4, 0.12, 0.4, 0.12, 0.7, -0.12, 0.7), (-0.45, 0.65, 0.45, 0.65, 0.45, 0.8, -0.45, 0.8)],
+}  # fmt: skip
+
+
+def _wave(phase):
+    """A smooth stripe, 0 .. 1, of period 1."""
+    return 0.5 + 0.5 * np.sin(2 * np.pi * phase)
+
+
+def _cell(x, y):
+    """Distance from the middle of the unit square that a point lies in, 0 .. 0.71."""
+    return np.hypot(x % 1 - 0.5, y % 1 - 0.5)
+
+
+# A texture is a function of x, y in texture periods and of smooth noise n in 0..1; it mixes two colours, 0 .. 1.
+TEXTURES = {
+    "aeroplane": lambda x, y, n: _wave(y) > 0.3,
+    "bicycle": lambda x, y, n: _wave(2.5 * x) > 0.5,
+    "bird": lambda x, y, n: _cell(x, y + 0.5 * np.floor(x % 2)) * 1.4,
+    "boat": lambda x, y, n: y / 1.5 % 1,
+    "bottle": lambda x, y, n: _wave(x / 3) ** 2,
+    "bus": lambda x, y, n: (x / 2 % 1 > 0.25) & (y / 2 % 1 > 0.45),
+    "car": lambda x, y, n: 0.25 + 0.5 * _wave((x + y) / 6),
+    "cat": lambda x, y, n: _wave(x + 0.4 * np.sin(3 * y)),
+    "chair": lambda x, y, n: np.maximum(_wave(1.5 * (x + y)), _wave(1.5 * (x - y))) > 0.8,
+    "cow": lambda x, y, n: n > 0.5,
+    "diningtable": lambda x, y, n: _wave(1.5 * y + 4 * n),
+    "dog": lambda x, y, n: _cell(1.5 * x, 1.5 * y) < 0.28,
+    "horse": lambda x, y, n: 0.5 + 0.5 * np.sin(9 * x + 9 * n) * np.sin(2 * y),
+    "motorbike": lambda x, y, n: (np.floor(1.5 * x) + np.floor(1.5 * y)) % 2,
+    "person": lambda x, y, n: np.where(y % 4 < 2, _wave(1.2 * y) > 0.5, _wave(1.2 * x) > 0.5),
+    "pottedplant": lambda x, y, n: _wave(1.5 * y + np.abs(2 * x % 2 - 1)) > 0.5,
+    "sheep": lambda x, y, n: _wave(3 * _cell(0.7 * x, 0.7 * y)),
+    "sofa": lambda x, y, n: _cell(x / 2, y / 2) < 0.3,
+    "train": lambda x, y, n: (_wave(x / 2) > 0.4) * (0.5 + 0.5 * (_wave(2 * y) > 0.5)),
+    "tvmonitor": lambda x, y, n: _wave(3 * y) * _wave(x / 4 + y / 4),
+}
+
+
+def _inside(parts, x, y):
+    """Which of the points lie in a silhouette: bool array of the shape of ``x`` and ``y``."""
+    inside, adding = np.zeros(x.shape, bool), True
+    for part in parts:
+        if isinstance(part, str):
+            adding = part == "add"
+            continue
+        if len(part) == 4:
+            u, v = (x - part[0]) / part[2], (y - part[1]) / part[3]
+            hit = u * u + v * v < 1
+        else:
+            hit = np.zeros(x.shape, bool)
+            corners = list(zip(part[::2], part[1::2]))
+            for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
+                if ay != by:  # a point is inside when a ray to its left crosses the outline an odd number of times
+                    hit ^= ((ay > y) != (by > y)) & (x < (y - ay) * (bx - ax) / (by - ay) + ax)
+        inside = inside | hit if adding else inside & ~hit
+    return inside
+
+
+def _smooth(noise, height, width, cells, channels):
+    """Smooth noise in 0 .. 1 of about ``cells`` bumps along the longer side: float32 [height, width, channels]."""
+    small = noise.random(
+        (*(max(2, cells * side // max(height, width)) for side in (height, width)), channels), np.float32
+    )
+    layers = [Image.fromarray(small[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(channels)]
+    return np.stack([np.asarray(layer) for layer in layers], -1)
+
+
+def _colour(noise):
+    """A random colour, drawn halfway to grey as most things are: float32 array [3] in 0 .. 1."""
+    colour = noise.random(3, np.float32)
+    return 0.5 * (colour + colour.mean())
+
+
+def _two_colours(noise):
+    """Two random colours that differ visibly in brightness: float32 arrays [3] in 0 .. 1."""
+    while True:
+        first, second = _colour(noise), _colour(noise)
+        if abs(first.mean() - second.mean()) > 0.25:
+            return first, second
+
+
+def _place(rng, width, height, label, number):
+    """Draw an object's place and size; the result maps pixels into the square of its silhouette.
+
+    Returns:
+        a dict of label (class index), centre x, y in pixels, half extents along its own axes in pixels, cosine and sine
+        of its rotation (at most 33 degrees) and whether it is mirrored.
+    """
+    # Many objects share an image, so each is smaller then; the spread of sizes is wide, as in VOC.
+    size = FREQUENCY_AND_SIZE[CLASSES[label]][1] * (0.26 + 0.46 * rng.random()) / (1 + 0.18 * (number - 1))
+    extent = size * min(width, height)
+    aspect = 0.85 + 0.3 * rng.random()
+    turn = 0.6 * rng.random() - 0.3  # half the tangent: keeps cosine and sine free of library functions
+    return {
+        "label": label,
+        "x": width * (0.15 + 0.7 * rng.random()),
+        "y": height * (0.2 + 0.6 * rng.random()),
+        "half": (extent * aspect, extent / aspect),
+        "cos": (1 - turn * turn) / (1 + turn * turn),
+        "sin": 2 * turn / (1 + turn * turn),
+        "flip": -1.0 if rng.random() < 0.5 else 1.0,
+    }
+
+
+def _choose(rng, weights):
+    """Draw a key of ``weights`` in proportion to its value."""
+    point = rng.random() * sum(weights.values())
+    for key, weight in weights.items():
+        point -= weight
+        if point < 0:
+            return key
+    return key
+
+
+def _scene(rng):
+    """Draw an image's size and its objects, the farthest first: ((width, height), list of dicts of ``_place``)."""
+    width, height = SIZES[int(rng.random() * len(SIZES))]
+    number = 1 + _choose(rng, {0: 40, 1: 28, 2: 18, 3: 9, 4: 5})
+    frequency = {name: pair[0] for name, pair in FREQUENCY_AND_SIZE.items()}
+    labels = [CLASSES.index(_choose(rng, frequency)) for _ in range(number)]
+    return (width, height), [_place(rng, width, height, label, number) for label in labels]
+
+
+def _own_axes(item, width, height):
+    """The window of an image that can hold an object, and its pixels' offsets along the object's own axes.
+
+    Returns:
+        (rows, columns): slices into the image; x, y: float64 arrays of that window, in pixels from the object's centre.
+    """
+    reach = int(1.5 * max(item["half"])) + 2
+    rows = slice(max(0, int(item["y"]) - reach), min(height, int(item["y"]) + reach))
+    columns = slice(max(0, int(item["x"]) - reach), min(width, int(item["x"]) + reach))
+    y = (np.arange(rows.start, rows.stop) + 0.5 - item["y"])[:, None]
+    x = (np.arange(columns.start, columns.stop) + 0.5 - item["x"])[None, :]
+    return (rows, columns), (x * item["cos"] + y * item["sin"]) * item["flip"], y * item["cos"] - x * item["sin"]
+
+
+def _border(instances):
+    """The pixels within BORDER of an outline: where a window's largest and smallest instance number differ."""
+    padded = np.pad(instances, BORDER, mode="edge")
+    high, low = padded, padded
+    for axis in (0, 1):
+        number = high.shape[axis] - 2 * BORDER
+        shifts = [range(start, start + number) for start in range(2 * BORDER + 1)]
+        high = np.maximum.reduce([high.take(shift, axis) for shift in shifts])
+        low = np.minimum.reduce([low.take(shift, axis) for shift in shifts])
+    return high != low
+
+
+def _backdrop(noise, width, height):
+    """A cluttered background without any class in it: float32 array [height, width, 3] in 0 .. 1."""
+    first, second = _colour(noise), _colour(noise)
+    photo = first + (second - first) * _smooth(noise, height, width, 3, 1)
+    photo += 0.25 * (_smooth(noise, height, width, 14, 3) - 0.5)
+    for _ in range(noise.integers(4, 12)):
+        turn = np.pi * noise.random()
+        clutter = {
+            "x": width * noise.random(),
+            "y": height * noise.random(),
+            "half": 10 + 0.15 * width * noise.random(2),
+            "cos": np.cos(turn),
+            "sin": np.sin(turn),
+            "flip": 1,
+        }
+        window, x, y = _own_axes(clutter, width, height)
+        outline = (0, 0, 1, 1) if noise.random() < 0.5 else (-1, -1, 1, -1, 1, 1, -1, 1)
+        inside = _inside([outline], x / clutter["half"][0], y / clutter["half"][1])
+        photo[window][inside] += 0.7 * (_colour(noise) - photo[window][inside])
+    return photo
+
+
+def render_image(seed, name):
+    """Draw one image of the toy set.
+
+    Args:
+        seed: any integer. name: the image's id; it is drawn from these two alone.
+
+    Returns:
+        photo: uint8 [H, W, 3] in RGB. mask: uint8 [H, W], class indices and VOID.
+    """
+    (width, height), items = _scene(random.Random(f"{seed}/{name}"))
+    noise = np.random.default_rng([seed, *name.encode()])
+    photo = _backdrop(noise, width, height)
+    mask = np.zeros((height, width), np.uint8)
+    instances = np.zeros((height, width), np.uint8)
+    for number, item in enumerate(items, start=1):
+        window, x, y = _own_axes(item, width, height)
+        inside = _inside(SILHOUETTES[CLASSES[item["label"]]], x / item["half"][0], y / item["half"][1])
+        mask[window][inside], instances[window][inside] = item["label"], number
+
+        x, y = x[inside], y[inside]
+        period = 14 + 8 * noise.random()
+        bumps = _smooth(noise, height, width, 20, 1)[window][inside][:, 0]
+        blend = TEXTURES[CLASSES[item["label"]]](x / period, y / period, bumps)
+        first, second = _two_colours(noise)
+        light = 1 - 0.25 * y / item["half"][1]
+        photo[window][inside] = (first + (second - first) * blend[:, None]) * light[:, None]
+    mask[_border(instances)] = VOID
+    photo += 0.03 * noise.standard_normal((height, width, 1), np.float32)
+    return (np.clip(photo, 0, 1) * 255).astype(np.uint8), mask
+
+
+def render(root, seed=2007):
+    """Render the toy set into the folder ``root``, in VOC layout.
+
+    All is drawn into a folder beside it that takes the name ``root`` at the end, so that a rendering which was stopped
+    never looks like a finished one.
+    """
+    root = Path(root)
+    unfinished = root.with_name(root.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (unfinished / folder).mkdir(parents=True)
+
+    def draw(name):
+        photo, mask = render_image(seed, name)
+        Image.fromarray(photo).save(unfinished / "JPEGImages" / f"{name}.jpg", quality=90)
+        picture = Image.fromarray(mask)
+        picture.putpalette(PALETTE.tobytes())
+        picture.save(unfinished / "SegmentationClass" / f"{name}.png")
+
+    names = [f"{index:06d}" for index in range(1, sum(SPLITS.values()) + 1)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in tqdm(pool.map(draw, names), "rendering", len(names), unit=" images", disable=None):
+            pass
+    for split, number in SPLITS.items():
+        chosen, names = names[:number], names[number:]
+        (unfinished / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(chosen) + "\n")
+    unfinished.rename(root)
