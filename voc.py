@@ -27,7 +27,7 @@ CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
-# Mean and standard deviation of ImageNet's photos in 0..1, red, green, blue: what torchvision's weights were trained on.
+# Mean and standard deviation of ImageNet's photos in 0..1, as red, green, blue: torchvision's weights expect them.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -35,7 +35,7 @@ PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def _palette():
-    """VOC's colour map: the bits of the index, taken three at a time, fill red, green and blue from the top bit down."""
+    """VOC's colour map: the bits of an index, three at a time, fill red, green and blue from the top bit down."""
     palette = np.zeros((256, 3), np.uint8)
     index = np.arange(256)
     for bit in range(8):
@@ -201,7 +201,8 @@ class Loader:
         size: side of the square in pixels.
         batch_size: the largest batch. The split is cut into batches as even as possible, so that no epoch ends on a
             batch of one, which batch norm would learn noise from.
-        shuffle: draw a new order each epoch.
+        training: draw a new order each epoch, and leave out a batch that is void all over, since a mean over no pixel
+            is NaN. Otherwise every image comes, in the order of the split.
         augment: None, or a callable ``augment(images, masks, generator)`` that takes and gives back uint8 tensors
             [B, 3, S, S] and [B, S, S], and draws from the torch.Generator.
         seed: order and augmentation are drawn from ``seed`` and the number of the epoch alone, so that any epoch can be
@@ -210,14 +211,18 @@ class Loader:
 
     Attributes:
         split, size, classes: as given, and the split's class names.
+        images, masks: the whole split, uint8 [N, 3, S, S] and [N, S, S] on the CPU.
+        mean, std: what ``normalise`` uses, a tuple of three floats each.
 
     Raises:
         UserError: a photo or a mask is at fault (see ``Split``), or no pixel of the split is labelled.
     """
 
-    def __init__(self, split, size, batch_size, shuffle=False, augment=None, seed=0, device="cpu"):
+    mean, std = MEAN, STD
+
+    def __init__(self, split, size, batch_size, training=False, augment=None, seed=0, device="cpu"):
         self.split, self.size, self.classes = split, size, split.classes
-        self.batch_size, self.shuffle, self.augment = batch_size, shuffle, augment
+        self.batch_size, self.training, self.augment = batch_size, training, augment
         self.seed, self.device = seed, torch.device(device)
         self.images = torch.empty(len(split), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)
         self.masks = torch.empty(len(split), size, size, dtype=torch.uint8)
@@ -227,29 +232,34 @@ class Loader:
                 self.masks[index] = torch.tensor(mask)
         if (self.masks == VOID).all():
             raise UserError(f"{split.root}: no mask of the split {split.name} labels any pixel: all of it is void")
-        self.mean = torch.tensor(MEAN, device=self.device).view(3, 1, 1)
-        self.std = torch.tensor(STD, device=self.device).view(3, 1, 1)
 
     def __len__(self):
         """The number of batches."""
         return -(-len(self.split) // self.batch_size)
 
+    def normalise(self, images):
+        """Move uint8 images [B, 3, S, S] to the device as float32, channels last: 0..1, less ``mean``, over ``std``."""
+        images = images.to(self.device, memory_format=torch.channels_last).float() / 255
+        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
+
     def batches(self, epoch=0):
-        """Yield the batches of an epoch.
+        """Yield the batches of an epoch on the device.
 
         Yields:
-            images: float32 [B, 3, S, S], channels last, each channel less MEAN and divided by STD.
+            images: float32 [B, 3, S, S], normalised, channels last.
             masks: int64 [B, S, S], class indices and VOID.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         number = len(self.split)
-        order = torch.randperm(number, generator=generator) if self.shuffle else torch.arange(number)
+        order = torch.randperm(number, generator=generator) if self.training else torch.arange(number)
         for chosen in order.tensor_split(len(self)):
             images, masks = self.images[chosen], self.masks[chosen]
             if self.augment is not None:
                 images, masks = self.augment(images, masks, generator)
-            images = (images.to(self.device).float() / 255 - self.mean) / self.std
-            yield images.contiguous(memory_format=torch.channels_last), masks.to(self.device).long()
+            if self.training and (masks == VOID).all():
+                continue
+            yield self.normalise(images), masks.to(self.device).long()
 
 
 def loaders(root, size, batch_size, augment=None, limit=None, seed=0, device="cpu"):
@@ -263,7 +273,7 @@ def loaders(root, size, batch_size, augment=None, limit=None, seed=0, device="cp
     train, val, test = [Split(root, name, limit) for name in splits] + [None] * (3 - len(splits))
     shared = {"size": size, "batch_size": batch_size, "seed": seed, "device": device}
     return (
-        Loader(train, shuffle=True, augment=augment, **shared),
+        Loader(train, training=True, augment=augment, **shared),
         Loader(val, **shared),
         None if test is None else Loader(test, **shared),
     )

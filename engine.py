@@ -1,0 +1,585 @@
+"""What all experiments share: their flags, the training loop, evaluation and checkpoints."""
+
+import argparse
+import contextlib
+import csv
+import importlib
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+from tqdm import tqdm, trange
+
+import plotting
+import util
+from util import VOID, UserError
+
+ROOT = Path(__file__).resolve().parent
+PACKAGES = ("torch", "torchvision", "numpy", "pillow")
+
+
+def arguments(doc, epochs, batch_size=16):
+    """Parse the flags that all experiments share.
+
+    Args:
+        doc: the script's docstring, shown by ``--help``.
+        epochs, batch_size: the experiment's own defaults.
+
+    Returns:
+        argparse.Namespace with data (str), epochs, batch_size, seed (int), device (torch.device), out (Path),
+        resume (bool) and limit (int or None). A flag that is out of range ends the program with exit code 2.
+    """
+
+    def whole(smallest):
+        def parse(text):
+            if not text.lstrip("+-").isdecimal() or int(text) < smallest:
+                raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} on")
+            return int(text)
+
+        return parse
+
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data",
+        default="data/VOCdevkit/VOC2007",
+        metavar="DIR",
+        help="folder in VOC layout (default: %(default)s)",
+    )
+    parser.add_argument("--epochs", type=whole(1), default=epochs, metavar="N", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=whole(1), default=batch_size, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--out", type=Path, default=".", metavar="DIR", help="where files go (default: this folder)")
+    parser.add_argument("--resume", action="store_true", help="continue from last_*.pt; start where there is none")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N images of each split")
+    return parser.parse_args()
+
+
+def _device(text):
+    """The torch.device of a ``--device`` flag."""
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = text.partition(":")
+    usable = {
+        "cpu": not index,
+        "cuda": torch.cuda.is_available()
+        and (not index or index.isdecimal() and int(index) < torch.cuda.device_count()),
+        "mps": torch.backends.mps.is_available() and not index,
+    }
+    if kind not in usable:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N, mps")
+    if not usable[kind]:
+        raise argparse.ArgumentTypeError(f"this machine's PyTorch has no {text}: use --device cpu")
+    return torch.device(text)
+
+
+@dataclass
+class Scores:
+    """The figures of a model on one split.
+
+    Attributes:
+        loss: mean of the criterion over the labelled pixels, at the network's input size.
+        matrix: int64 [C, C] on the CPU, see ``util.confusion_matrix``.
+        classes: the C class names.
+        assignment_iou: see ``util.assignment_iou``; mean over the images, at the network's input size. None where it
+            was not asked for.
+    """
+
+    loss: float
+    matrix: torch.Tensor
+    classes: tuple
+    assignment_iou: float | None = None
+
+    @property
+    def pixel_accuracy(self):
+        return util.pixel_accuracy(self.matrix)
+
+    @property
+    def miou(self):
+        return util.mean_iou(self.matrix)
+
+    @property
+    def background(self):
+        """Name and Scores of predicting one class everywhere: background, or without such a class the commonest."""
+        label = self.classes.index("background") if "background" in self.classes else self.matrix.sum(1).argmax().item()
+        return self.classes[label], Scores(math.nan, util.constant_matrix(self.matrix, label), self.classes)
+
+    def as_dict(self):
+        """The figures as plain types for JSON, with None for NaN."""
+        constant = self.background[1]
+        iou = util.iou(self.matrix).tolist()
+        return {
+            "loss": _plain(self.loss),
+            "pixel_accuracy": _plain(self.pixel_accuracy),
+            "miou": _plain(self.miou),
+            "iou": {name: _plain(value) for name, value in zip(self.classes, iou)},
+            "background": {"pixel_accuracy": _plain(constant.pixel_accuracy), "miou": _plain(constant.miou)},
+            "assignment_iou": self.assignment_iou,
+        }
+
+
+def _plain(number):
+    return number if math.isfinite(number) else None
+
+
+def _bar(iterable, total, name):
+    """A progress bar on stderr that vanishes at its end and is silent where stderr is no terminal."""
+    return tqdm(iterable, name, total, leave=False, disable=None, unit="batch")
+
+
+def _loss(criterion, logits, masks):
+    """The criterion's mean over a batch in float32, and what the mean was divided by (labelled pixels or their weight).
+
+    Weighted by the second, the means of batches add up to the mean over a split, whatever the size of the batches.
+    """
+    labelled = masks != VOID
+    weight = getattr(criterion, "weight", None)
+    total = labelled.sum() if weight is None else weight[masks[labelled]].sum()
+    return criterion(logits.float(), masks), total
+
+
+def _mean(losses):
+    """The mean of a list of pairs from ``_loss``; NaN for an empty list."""
+    losses = [(loss.item(), total.item()) for loss, total in losses]
+    weight = sum(total for _, total in losses)
+    return sum(loss * total for loss, total in losses if total) / weight if weight else math.nan
+
+
+@torch.inference_mode()
+def evaluate(model, loader, criterion, native=True):
+    """Score a model on all images of a loader.
+
+    Args:
+        model: maps images [B, 3, S, S] to logits [B, C, S, S]; left in eval mode.
+        loader: a voc.Loader on the model's device.
+        criterion: the loss to report.
+        native: score at each mask's own resolution, logits upsampled bilinearly to it, and add the assignment's IoU:
+            the figures to report. Otherwise score at the loader's size, which is faster: for validation in training.
+
+    Returns:
+        Scores.
+    """
+    model.eval()
+    number = len(loader.classes)
+    matrix = torch.zeros(number, number, dtype=torch.int64)
+    losses, assignment, index = [], [], 0
+    for images, masks in _bar(loader.batches(), len(loader), f"scoring {loader.split.name}"):
+        logits = model(images)
+        losses.append(_loss(criterion, logits, masks))
+        if not native:
+            matrix += util.confusion_matrix(masks, logits.argmax(1), number).cpu()
+            continue
+        assignment.append(util.assignment_iou(masks, logits.argmax(1), number).cpu())
+        for image_logits in logits.contiguous():  # upsampling one image out of a channels_last batch is far slower
+            truth = torch.tensor(loader.split.mask(index), device=logits.device)
+            matrix += util.confusion_matrix(truth, predict(image_logits, truth.shape), number).cpu()
+            index += 1
+    return Scores(_mean(losses), matrix, loader.classes, torch.cat(assignment).mean().item() if native else None)
+
+
+def predict(logits, shape):
+    """The classes at another resolution: logits [C, S, S], upsampled bilinearly to ``shape``, then argmax.
+
+    Returns:
+        int64 tensor of the given shape [H, W].
+    """
+    return functional.interpolate(logits[None], shape, mode="bilinear", align_corners=False).argmax(1)[0]
+
+
+def fit(*, script, args, model, train, val, test, criterion, optimizer, scheduler, patience):
+    """Train a model, keep its best and last state, then score the best on val and test, plot, and print a summary.
+
+    Writes under ``args.out``, named after the script: ``best_*.pt`` (the best by mean IoU on val, scored at the
+    loader's size), ``last_*.pt``, ``plots/*_*.png`` and ``results/*_seed*.csv`` and ``.json``.
+
+    Args:
+        script: the experiment's ``__file__``.
+        args: from ``arguments``.
+        model: on ``args.device``; ``model.arguments`` holds the keyword arguments that it was made with.
+        train, val, test: voc.Loaders; test may be None.
+        criterion: maps logits [B, C, S, S] and masks [B, S, S] to a mean over the pixels that are not void.
+        optimizer: over the model's parameters.
+        scheduler: stepped once an epoch, or None.
+        patience: stop after so many epochs without a better mean IoU.
+
+    Raises:
+        UserError: a file cannot be written, ``--resume`` finds another run's files, or the loss is not finite. The
+            plots and checkpoints of the epochs before are kept, as they are on Ctrl-C.
+    """
+    files = _Files(args.out, Path(script).stem, args.seed)
+    model.to(memory_format=torch.channels_last)
+    about = _about(script, args, model, train)
+    history, seconds = [], 0.0
+    if args.resume and files.last.exists():
+        history, seconds = _restore(files, about, model, optimizer, scheduler)
+    _describe(files, args, model, train, val, test, len(history))
+
+    try:
+        with files.open_rows(history) as write_row:
+            for epoch in trange(len(history) + 1, args.epochs + 1, desc=files.stem, leave=False, disable=None):
+                if history and len(history) - _best(history)["epoch"] >= patience:
+                    _say(f"no better mean IoU for {patience} epochs: stopping early")
+                    break
+                began = time.perf_counter()
+                rate = optimizer.param_groups[0]["lr"]
+                train_loss = _train(model, train, epoch, criterion, optimizer)
+                if not math.isfinite(train_loss):
+                    raise UserError(f"the loss is {train_loss} in epoch {epoch}: lower the learning rate in {script}")
+                scores = evaluate(model, val, criterion, native=False)
+                if scheduler is not None:
+                    scheduler.step()
+                history.append(
+                    {
+                        "epoch": epoch,
+                        "learning_rate": rate,
+                        "train_loss": train_loss,
+                        "val_loss": scores.loss,
+                        "val_pixel_accuracy": scores.pixel_accuracy,
+                        "val_miou": scores.miou,
+                    }
+                )
+                took = time.perf_counter() - began
+                seconds += took
+                # The best is written before the last: a kill between the two repeats the epoch and finds the same best.
+                if _best(history)["epoch"] == epoch:
+                    found = {"epoch": epoch, "val_miou": scores.miou, "val_matrix": scores.matrix}
+                    _save(about | found | {"model": model.state_dict()}, files.best)
+                _save(about | _progress(history, seconds, model, optimizer, scheduler), files.last)
+                write_row(history[-1])
+                _say(_line(history, args.epochs, took, scores))
+    except BaseException:
+        _keep(files, history, val)
+        raise
+    _finish(files, args, history, seconds, val, test, criterion)
+
+
+def _train(model, loader, epoch, criterion, optimizer):
+    """Take one step a batch; return the mean loss over the epoch's labelled pixels."""
+    model.train()
+    losses = []
+    for images, masks in _bar(loader.batches(epoch), len(loader), f"epoch {epoch}"):
+        loss, total = _loss(criterion, model(images), masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append((loss.detach(), total))
+    return _mean(losses)
+
+
+def _best(history):
+    """The row of the epoch with the highest mean IoU on val, the first of equals."""
+    return max(history, key=lambda row: row["val_miou"])
+
+
+class _Files:
+    """The paths of a run's files, in folders that exist."""
+
+    def __init__(self, out, stem, seed):
+        self.stem, self.plots = stem, out / "plots"
+        self.best, self.last = out / f"best_{stem}.pt", out / f"last_{stem}.pt"
+        self.rows, self.figures = (out / "results" / f"{stem}_seed{seed}.{kind}" for kind in ("csv", "json"))
+        for folder in (self.plots, self.figures.parent):
+            with _writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+
+    def plot(self, name):
+        return self.plots / f"{self.stem}_{name}.png"
+
+    @contextlib.contextmanager
+    def open_rows(self, history):
+        """Write the CSV of the epochs so far; give a function that adds a row and flushes it."""
+        names = ["epoch", "learning_rate", "train_loss", "val_loss", "val_pixel_accuracy", "val_miou"]
+        with _writing(self.rows), open(self.rows, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(history)
+            file.flush()
+
+            def write_row(row):
+                writer.writerow(row)
+                file.flush()
+
+            yield write_row
+
+
+@contextlib.contextmanager
+def _writing(path):
+    """Turn a failure to write ``path`` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}): free some space or choose another --out"
+        ) from None
+
+
+def _save(state, path):
+    """Write a checkpoint so that ``path`` always holds a whole one: to a file beside it, synced, then renamed."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    with _writing(path):
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
+
+def _about(script, args, model, loader):
+    """What a checkpoint tells a stranger about where it comes from, and ``load`` about how to rebuild the model."""
+    module = type(model).__module__
+    return {
+        "experiment": Path(script).stem,
+        "script": Path(script).read_text(encoding="utf-8"),
+        "flags": {
+            name: value if isinstance(value, (int, type(None))) else str(value) for name, value in vars(args).items()
+        },
+        "seed": args.seed,
+        "dataset": _dataset(loader),
+        "classes": list(loader.classes),
+        "size": loader.size,
+        "mean": list(loader.mean),
+        "std": list(loader.std),
+        "module": Path(script).stem if module == "__main__" else module,
+        "class": type(model).__name__,
+        "arguments": model.arguments,
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _dataset(loader):
+    return loader.split.root.resolve().name
+
+
+def _progress(history, seconds, model, optimizer, scheduler):
+    """All that an exact continuation needs, in types that ``weights_only`` loads."""
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    return {
+        "epoch": len(history),
+        "history": history,
+        "seconds": seconds,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "random": {
+            "python": random.getstate(),
+            "numpy": numpy_state,
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        },
+    }
+
+
+def _restore(files, about, model, optimizer, scheduler):
+    """Put the state of ``last_*.pt`` back; return its history and seconds. UserError where it is from another run."""
+    state = _read(files.last, "history")
+    same = ["seed", "batch_size", "limit"] + ["epochs"] * (scheduler is not None)
+    before = {name: state["flags"][name] for name in same} | {
+        name: state[name] for name in ("dataset", "classes", "size")
+    }
+    now = {name: about["flags"][name] for name in same} | {name: about[name] for name in ("dataset", "classes", "size")}
+    for name, value in before.items():
+        if value != now[name]:
+            raise UserError(
+                f"{files.last}: its run had {name} {value}, this one {now[name]}: resume with the same, or start anew"
+            )
+    if not files.best.exists():
+        raise UserError(f"{files.best}: is gone, so {files.last} cannot be continued: start anew without --resume")
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{files.last}: does not fit this script's model and optimizer ({reason}): start anew"
+        ) from None
+    if scheduler is not None:
+        scheduler.load_state_dict(state["scheduler"])
+    streams = state["random"]
+    random.setstate(streams["python"])
+    np.random.set_state(streams["numpy"])
+    torch.set_rng_state(streams["torch"])
+    if torch.cuda.is_available() and len(streams["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(streams["cuda"])
+    return state["history"], state["seconds"]
+
+
+def _read(path, key):
+    """The content of a checkpoint, which must hold ``key``; UserError for a file that is none of ours."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: train a model first, or correct the path") from None
+    except Exception as error:  # a broken archive surfaces as one of many types
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path}: is no readable checkpoint ({reason}): give a best_*.pt or last_*.pt of this project"
+        ) from None
+    if not isinstance(state, dict) or not {"module", "class", "arguments", "model", "classes", key} <= state.keys():
+        raise UserError(f"{path}: was not written by this project: give a best_*.pt of this project")
+    return state
+
+
+def load(path, device="cpu"):
+    """Load the model of a checkpoint, ready to predict.
+
+    The model's class is looked up by the names in the checkpoint among the project's own top-level files only, and the
+    file is read with ``weights_only``: a checkpoint from a stranger can run no code of its own.
+
+    Returns:
+        the model in eval mode on ``device``, in channels_last, with the attributes ``classes`` (tuple of names),
+        ``size`` (side in pixels of the square that photos are squeezed to), ``mean`` and ``std`` (its normalisation).
+
+    Raises:
+        UserError: the file is missing, unreadable or not ours, or its model is not in this project.
+    """
+    state = _read(path, "size")
+    name, kind = state["module"], state["class"]
+    missing = UserError(f"{path}: holds a model {kind} of {name}.py, which is not in {ROOT}: put that file there")
+    if not str(name).isidentifier() or not (ROOT / f"{name}.py").is_file():
+        raise missing
+    model_class = getattr(importlib.import_module(name), kind, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, torch.nn.Module)):
+        raise missing
+    try:
+        with torch.device("meta"):  # the weights come from the file: nothing to draw or to allocate
+            model = model_class(**state["arguments"])
+        model.load_state_dict(state["model"], assign=True)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: does not fit {kind} in {name}.py ({reason}): was that file changed since?") from None
+    model.classes, model.size = tuple(state["classes"]), state["size"]
+    model.mean, model.std = tuple(state["mean"]), tuple(state["std"])
+    return model.eval().to(device, memory_format=torch.channels_last)
+
+
+def _say(text):
+    """Print a line without tearing the progress bars, at once also into a file or a pipe."""
+    tqdm.write(text)
+    sys.stdout.flush()
+
+
+def _describe(files, args, model, train, val, test, epochs_done):
+    """Print what is about to run."""
+    images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    _say(
+        f"{files.stem}: {_dataset(train)} ({images} images, {len(train.classes)} classes) at {train.size}x{train.size}"
+    )
+    _say(f"{type(model).__name__}: {parameters:,} parameters, batch {args.batch_size}, seed {args.seed}, {args.device}")
+    counts = torch.bincount(val.masks.flatten(), minlength=256)[: len(val.classes)]
+    name, constant = Scores(math.nan, torch.diag(counts), val.classes).background
+    _say(
+        f"the score to beat, {name} everywhere: pixel accuracy {constant.pixel_accuracy:.4f}, mean IoU {constant.miou:.4f}"
+    )
+    _say(f"scores of each epoch: val at {val.size}x{val.size}; in the end: the best epoch at the masks' own sizes")
+    if test is None:
+        _say(f"{train.split.root} has no test.txt: the final scores are on val, which also chose the best epoch")
+    if epochs_done:
+        _say(f"continuing {files.last} after epoch {epochs_done}")
+    elif args.resume:
+        _say(f"no {files.last} yet: starting")
+
+
+def _line(history, epochs, took, scores):
+    """One line on the epoch that just ended."""
+    row, best = history[-1], _best(history)
+    beaten = scores.miou > scores.background[1].miou
+    return (
+        f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  train loss {row['train_loss']:.4f}  "
+        f"val loss {row['val_loss']:.4f}  pixel accuracy {row['val_pixel_accuracy']:.4f}  "
+        f"mean IoU {row['val_miou']:.4f}  {took:.1f} s  best {best['val_miou']:.4f} (epoch {best['epoch']})"
+        + ("" if beaten else f"  no better than all {scores.background[0]}")
+    )
+
+
+def _plot(files, history, val, scores):
+    """Draw the four pictures of a run: scores maps a split's name to Scores of the best checkpoint."""
+    model = load(files.best, val.device)
+    best = _best(history)["epoch"]
+    title = f"{files.stem} on {_dataset(val)}"
+    with _writing(files.plots):
+        plotting.curves(files.plot("curves"), title, history, best, next(iter(scores.values())).background)
+        plotting.class_iou(files.plot("iou"), f"{title}, epoch {best}", val.classes, scores)
+        name, first = next(iter(scores.items()))
+        plotting.confusion(files.plot("confusion"), f"{title}, {name}, epoch {best}", val.classes, first.matrix)
+        chosen = torch.linspace(0, len(val.split) - 1, min(5, len(val.split))).round().long()
+        with torch.inference_mode():
+            logits = model(val.normalise(val.images[chosen])).float().contiguous()
+        rows = []
+        for index, image_logits in zip(chosen.tolist(), logits):
+            truth = val.split.mask(index)
+            prediction = predict(image_logits, truth.shape).cpu().numpy()
+            rows.append((val.split.ids[index], np.asarray(val.split.photo(index)), truth, prediction))
+        plotting.predictions(files.plot("predictions"), f"{title}, val, epoch {best}", val.classes, rows)
+
+
+def _keep(files, history, val):
+    """After a stop in training: draw what there is, and say what is kept."""
+    if not history:
+        _say(f"{files.stem}: stopped before its first epoch ended, so there is nothing to keep")
+        return
+    matrix = _read(files.best, "val_matrix")["val_matrix"]
+    _plot(files, history, val, {f"val at {val.size}x{val.size}": Scores(math.nan, matrix, val.classes)})
+    _say(
+        f"{files.stem}: stopped in epoch {len(history) + 1}; kept {files.best} (epoch {_best(history)['epoch']}), "
+        f"{files.last} and {files.plot('*')}: the same command with --resume continues"
+    )
+
+
+def _finish(files, args, history, seconds, val, test, criterion):
+    """Score the best checkpoint at the masks' own sizes; write the figures and plots, print tables and paths."""
+    model = load(files.best, args.device)
+    scores = {loader.split.name: evaluate(model, loader, criterion) for loader in (val, test) if loader is not None}
+    figures = {
+        "experiment": files.stem,
+        "dataset": _dataset(val),
+        "seed": args.seed,
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
+        "epochs": len(history),
+        "best_epoch": _best(history)["epoch"],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": round(seconds, 3),
+        "val": scores["val"].as_dict(),
+        "test": scores["test"].as_dict() if test is not None else None,
+    }
+    with _writing(files.figures):
+        files.figures.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    _plot(files, history, val, scores)
+    _say(_table(scores, val.classes))
+    for name, result in scores.items():
+        constant_name, constant = result.background
+        if not result.miou > constant.miou:
+            _say(f"warning: on {name} this is no better than predicting {constant_name} everywhere")
+    _say(f"\nplots       {files.plot('*')}\ncheckpoint  {files.best}\nfigures     {files.figures}, {files.rows}")
+    summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
+    _say(f"{files.stem} seed {args.seed}: {summary} (best of {len(history)} epochs: {_best(history)['epoch']})")
+
+
+def _table(scores, classes):
+    """The final figures as text: IoU of each class, then the totals beside those of a constant prediction."""
+    columns = [result.as_dict() for result in scores.values()]
+    constant = next(iter(scores.values())).background[0]
+
+    def row(name, values):
+        cells = ("-" if value is None else f"{value:.4f}" for value in values)
+        return f"{name:34}" + "".join(f"{cell:>9}" for cell in cells)
+
+    lines = ["", f"{'IoU of class':34}" + "".join(f"{name:>9}" for name in scores)]
+    lines += [row(f"  {name}", [column["iou"][name] for column in columns]) for name in classes]
+    for name, key in (("mean IoU", "miou"), ("pixel accuracy", "pixel_accuracy")):
+        lines.append(row(name, [column[key] for column in columns]))
+        lines.append(row(f"  of {constant} everywhere", [column["background"][key] for column in columns]))
+    lines.append(row("loss", [column["loss"] for column in columns]))
+    lines.append(row("the assignment's own IoU", [column["assignment_iou"] for column in columns]))
+    return "\n".join(lines)

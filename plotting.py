@@ -1,0 +1,134 @@
+"""The figures of a run, drawn to given paths without a display."""
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+import util
+from voc import PALETTE, VOID
+
+# Okabe and Ito's colours, told apart by the colour-blind; each comes with its own line style or hatch for print.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+
+
+def _figure(width, height):
+    """A figure that belongs to the Agg canvas, whatever backend the user has chosen."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _finish(figure, path):
+    figure.savefig(path, dpi=130)
+
+
+def curves(path, title, history, best_epoch, background):
+    """Draw loss, pixel accuracy, mean IoU and learning rate over the epochs, the best epoch marked.
+
+    Args:
+        history: list of dicts with epoch, learning_rate, train_loss, val_loss, val_pixel_accuracy and val_miou.
+        background: name and engine.Scores of a constant prediction on val, drawn as the line to beat.
+    """
+    figure = _figure(10, 7)
+    figure.suptitle(title)
+    axes = figure.subplots(2, 2).flat
+    epochs = [row["epoch"] for row in history]
+    constant, floor = background
+    panels = (
+        ("loss", (("train_loss", "train", ORANGE, "--"), ("val_loss", "val", BLUE, "-")), None),
+        ("pixel accuracy", (("val_pixel_accuracy", "val", BLUE, "-"),), floor.pixel_accuracy),
+        ("mean IoU", (("val_miou", "val", BLUE, "-"),), floor.miou),
+        ("learning rate", (("learning_rate", "", GREEN, "-"),), None),
+    )
+    for axis, (name, lines, level) in zip(axes, panels):
+        for key, label, colour, style in lines:
+            axis.plot(epochs, [row[key] for row in history], style, color=colour, label=label, marker="o", markersize=3)
+        if level is not None:
+            axis.axhline(level, color=GREY, linestyle=":", label=f"{constant} everywhere")
+        if name != "learning rate":
+            axis.axvline(best_epoch, color=GREY, linewidth=0.8, label=f"best epoch: {best_epoch}")
+            axis.legend()
+        axis.set(title=name, xlabel="epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    _finish(figure, path)
+
+
+def class_iou(path, title, classes, scores):
+    """Draw the IoU of each class as bars, one colour a split.
+
+    Args:
+        classes: the class names.
+        scores: dict from a split's name to its engine.Scores.
+    """
+    figure = _figure(max(6, 0.5 * len(classes)), 4.5)
+    axis = figure.subplots()
+    width = 0.8 / len(scores)
+    for number, ((name, result), colour, hatch) in enumerate(zip(scores.items(), (BLUE, ORANGE), ("", "//"))):
+        values = util.iou(result.matrix).numpy()
+        places = np.arange(len(classes)) + (number - (len(scores) - 1) / 2) * width
+        axis.bar(places, np.nan_to_num(values), width, color=colour, hatch=hatch, edgecolor="white", label=name)
+        for place in places[np.isnan(values)]:
+            axis.text(place, 0.01, "none", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
+        style = ":" if number else "--"
+        axis.axhline(result.miou, color=colour, linestyle=style, label=f"{name}: mean IoU {result.miou:.4f}")
+    axis.set(title=title, ylabel="IoU", ylim=(0, 1))
+    axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend()
+    _finish(figure, path)
+
+
+def confusion(path, title, classes, matrix):
+    """Draw a confusion matrix, int64 [C, C] with rows truth, each row as shares of the true class's pixels."""
+    side = max(5, 0.42 * len(classes) + 2)
+    figure = _figure(side + 0.8, side)
+    axis = figure.subplots()
+    counts = matrix.double()
+    shares = (counts / counts.sum(1, keepdim=True)).numpy()
+    image = axis.imshow(np.ma.masked_invalid(shares), cmap="cividis", vmin=0, vmax=1)
+    for row, column in zip(*np.nonzero(np.nan_to_num(shares) >= 0.005)):
+        share = shares[row, column]
+        axis.text(
+            column,
+            row,
+            f"{100 * share:.0f}",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="black" if share > 0.5 else "white",
+        )
+    axis.set(title=title, xlabel="prediction", ylabel="truth")
+    axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+    axis.set_yticks(range(len(classes)), classes)
+    figure.colorbar(image, label="share of the true class's pixels (figures: percent)", shrink=0.8)
+    _finish(figure, path)
+
+
+def predictions(path, title, classes, rows):
+    """Draw photo, truth and prediction side by side, with a legend of the classes in them.
+
+    Args:
+        classes: the class names.
+        rows: list of (name, photo uint8 [H, W, 3], truth [H, W], prediction [H, W]), labels being classes or VOID.
+    """
+    figure = _figure(11, 2.6 * len(rows) + 0.6)
+    figure.suptitle(title)
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    shown = set()
+    for line, (name, photo, truth, prediction) in zip(axes, rows):
+        for axis, picture in zip(line, (photo, PALETTE[truth], PALETTE[prediction])):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name)
+        shown |= set(np.unique(truth)) | set(np.unique(prediction))
+    for axis, name in zip(axes[0], ("photo", "truth", "prediction")):
+        axis.set_title(name)
+    patches = [
+        Patch(facecolor=PALETTE[label] / 255, edgecolor="black", label="void" if label == VOID else classes[label])
+        for label in sorted(shown)
+    ]
+    figure.legend(handles=patches, loc="outside right upper")
+    _finish(figure, path)

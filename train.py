@@ -1,0 +1,54 @@
+"""The baseline: a small fully convolutional network, trained from scratch with a constant learning rate.
+
+    python train.py
+
+Writes best_train.pt, last_train.pt, plots/train_*.png and results/train_seed*.csv and .json.
+"""
+
+import torch
+
+import engine
+import util
+import voc
+from basic_fcn import FCN
+
+
+def main():
+    args = engine.arguments(__doc__, epochs=30)
+    util.seed_everything(args.seed)
+
+    augment = None
+    train, val, test = voc.loaders(
+        args.data,
+        size=224,
+        batch_size=args.batch_size,
+        augment=augment,
+        limit=args.limit,
+        seed=args.seed,
+        device=args.device,
+    )
+
+    model = FCN(len(train.classes)).to(args.device)
+
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    scheduler = None
+
+    engine.fit(
+        script=__file__,
+        args=args,
+        model=model,
+        train=train,
+        val=val,
+        test=test,
+        criterion=criterion,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        patience=10,
+    )
+
+
+if __name__ == "__main__":
+    util.run(main)
