@@ -179,7 +179,7 @@ def evaluate(model, loader, criterion, native=True):
         if not native:
             matrix += util.confusion_matrix(masks, logits.argmax(1), number).cpu()
             continue
-        assignment.append(util.assignment_iou(masks, logits.argmax(1), number).cpu())
+        assignment.append(util.assignment_iou(masks.cpu(), logits.argmax(1).cpu(), number))
         for image_logits in logits.contiguous():  # upsampling one image out of a channels_last batch is far slower
             truth = torch.tensor(loader.split.mask(index), device=logits.device)
             matrix += util.confusion_matrix(truth, predict(image_logits, truth.shape), number).cpu()
@@ -400,9 +400,7 @@ def _restore(files, about, model, optimizer, scheduler):
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{files.last}: does not fit this script's model and optimizer ({reason}): start anew"
-        ) from None
+        raise UserError(f"{files.last}: is of another model or optimizer ({reason}): start anew") from None
     if scheduler is not None:
         scheduler.load_state_dict(state["scheduler"])
     streams = state["random"]
@@ -422,9 +420,7 @@ def _read(path, key):
         raise UserError(f"{path}: no such file: train a model first, or correct the path") from None
     except Exception as error:  # a broken archive surfaces as one of many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path}: is no readable checkpoint ({reason}): give a best_*.pt or last_*.pt of this project"
-        ) from None
+        raise UserError(f"{path}: is no readable checkpoint ({reason}): give a best_*.pt of this project") from None
     if not isinstance(state, dict) or not {"module", "class", "arguments", "model", "classes", key} <= state.keys():
         raise UserError(f"{path}: was not written by this project: give a best_*.pt of this project")
     return state
@@ -472,16 +468,14 @@ def _say(text):
 def _describe(files, args, model, train, val, test, epochs_done):
     """Print what is about to run."""
     images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    _say(f"{files.stem}: {_dataset(train)}, {images} images, {len(train.classes)} classes, {train.size}x{train.size}")
     _say(
-        f"{files.stem}: {_dataset(train)} ({images} images, {len(train.classes)} classes) at {train.size}x{train.size}"
+        f"{type(model).__name__}: {_parameters(model):,} parameters, batch {args.batch_size}, seed {args.seed}, {args.device}"
     )
-    _say(f"{type(model).__name__}: {parameters:,} parameters, batch {args.batch_size}, seed {args.seed}, {args.device}")
     counts = torch.bincount(val.masks.flatten(), minlength=256)[: len(val.classes)]
     name, constant = Scores(math.nan, torch.diag(counts), val.classes).background
-    _say(
-        f"the score to beat, {name} everywhere: pixel accuracy {constant.pixel_accuracy:.4f}, mean IoU {constant.miou:.4f}"
-    )
+    floor = f"pixel accuracy {constant.pixel_accuracy:.4f}, mean IoU {constant.miou:.4f}"
+    _say(f"the score to beat, {name} everywhere: {floor}")
     _say(f"scores of each epoch: val at {val.size}x{val.size}; in the end: the best epoch at the masks' own sizes")
     if test is None:
         _say(f"{train.split.root} has no test.txt: the final scores are on val, which also chose the best epoch")
@@ -489,6 +483,10 @@ def _describe(files, args, model, train, val, test, epochs_done):
         _say(f"continuing {files.last} after epoch {epochs_done}")
     elif args.resume:
         _say(f"no {files.last} yet: starting")
+
+
+def _parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _line(history, epochs, took, scores):
@@ -504,23 +502,27 @@ def _line(history, epochs, took, scores):
 
 
 def _plot(files, history, val, scores):
-    """Draw the four pictures of a run: scores maps a split's name to Scores of the best checkpoint."""
+    """Draw the four pictures of a run from its history and the best checkpoint.
+
+    Args:
+        scores: dict from a name, such as "val" or "test", to the Scores of the best checkpoint, that of val first.
+    """
     model = load(files.best, val.device)
+    name, val_scores = next(iter(scores.items()))
     best = _best(history)["epoch"]
     title = f"{files.stem} on {_dataset(val)}"
+    chosen = torch.linspace(0, len(val.split) - 1, min(5, len(val.split))).round().long()
+    with torch.inference_mode():
+        logits = model(val.normalise(val.images[chosen])).contiguous()
+    rows = []
+    for index, image_logits in zip(chosen.tolist(), logits):
+        truth = val.split.mask(index)
+        prediction = predict(image_logits, truth.shape).cpu().numpy()
+        rows.append((val.split.ids[index], np.asarray(val.split.photo(index)), truth, prediction))
     with _writing(files.plots):
-        plotting.curves(files.plot("curves"), title, history, best, next(iter(scores.values())).background)
+        plotting.curves(files.plot("curves"), title, history, best, val_scores.background)
         plotting.class_iou(files.plot("iou"), f"{title}, epoch {best}", val.classes, scores)
-        name, first = next(iter(scores.items()))
-        plotting.confusion(files.plot("confusion"), f"{title}, {name}, epoch {best}", val.classes, first.matrix)
-        chosen = torch.linspace(0, len(val.split) - 1, min(5, len(val.split))).round().long()
-        with torch.inference_mode():
-            logits = model(val.normalise(val.images[chosen])).float().contiguous()
-        rows = []
-        for index, image_logits in zip(chosen.tolist(), logits):
-            truth = val.split.mask(index)
-            prediction = predict(image_logits, truth.shape).cpu().numpy()
-            rows.append((val.split.ids[index], np.asarray(val.split.photo(index)), truth, prediction))
+        plotting.confusion(files.plot("confusion"), f"{title}, {name}, epoch {best}", val.classes, val_scores.matrix)
         plotting.predictions(files.plot("predictions"), f"{title}, val, epoch {best}", val.classes, rows)
 
 
@@ -530,7 +532,10 @@ def _keep(files, history, val):
         _say(f"{files.stem}: stopped before its first epoch ended, so there is nothing to keep")
         return
     matrix = _read(files.best, "val_matrix")["val_matrix"]
-    _plot(files, history, val, {f"val at {val.size}x{val.size}": Scores(math.nan, matrix, val.classes)})
+    try:
+        _plot(files, history, val, {f"val at {val.size}x{val.size}": Scores(math.nan, matrix, val.classes)})
+    except UserError as error:  # the reason for the stop, such as a full disk, matters more
+        _say(str(error))
     _say(
         f"{files.stem}: stopped in epoch {len(history) + 1}; kept {files.best} (epoch {_best(history)['epoch']}), "
         f"{files.last} and {files.plot('*')}: the same command with --resume continues"
@@ -548,7 +553,7 @@ def _finish(files, args, history, seconds, val, test, criterion):
         "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
         "epochs": len(history),
         "best_epoch": _best(history)["epoch"],
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": _parameters(model),
         "seconds": round(seconds, 3),
         "val": scores["val"].as_dict(),
         "test": scores["test"].as_dict() if test is not None else None,

@@ -52,6 +52,7 @@ def curves(path, title, history, best_epoch, background):
             axis.legend()
         axis.set(title=name, xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     _finish(figure, path)
 
@@ -66,18 +67,19 @@ def class_iou(path, title, classes, scores):
     figure = _figure(max(6, 0.5 * len(classes)), 4.5)
     axis = figure.subplots()
     width = 0.8 / len(scores)
-    for number, ((name, result), colour, hatch) in enumerate(zip(scores.items(), (BLUE, ORANGE), ("", "//"))):
+    looks = ((BLUE, "", "--"), (ORANGE, "//", ":"))
+    for number, ((name, result), (colour, hatch, style)) in enumerate(zip(scores.items(), looks)):
         values = util.iou(result.matrix).numpy()
         places = np.arange(len(classes)) + (number - (len(scores) - 1) / 2) * width
-        axis.bar(places, np.nan_to_num(values), width, color=colour, hatch=hatch, edgecolor="white", label=name)
+        axis.bar(places, values, width, color=colour, hatch=hatch, edgecolor="white", label=name)
         for place in places[np.isnan(values)]:
-            axis.text(place, 0.01, "none", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
-        style = ":" if number else "--"
+            axis.text(place, 0, " absent", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
         axis.axhline(result.miou, color=colour, linestyle=style, label=f"{name}: mean IoU {result.miou:.4f}")
-    axis.set(title=title, ylabel="IoU", ylim=(0, 1))
+    axis.set(title=title, ylabel="IoU")
+    axis.set_ylim(0, min(1, axis.get_ylim()[1]))
     axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
     axis.grid(axis="y", alpha=0.3)
-    axis.legend()
+    axis.legend(loc="upper right")
     _finish(figure, path)
 
 

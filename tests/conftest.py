@@ -1,0 +1,69 @@
+"""Small data sets in VOC layout, and the real files where they lie beside the project."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import voc
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """The real VOC2007 masks with some of their photos."""
+    folder = SHARED / "data" / "VOCdevkit" / "VOC2007-sample"
+    if not folder.is_dir():
+        pytest.skip(f"needs the real VOC2007 masks in {folder}")
+    return folder
+
+
+def write_split(root, split, ids):
+    path = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name}\n" for name in ids))
+
+
+def write_pair(root, name, photo, mask):
+    """Write a photo, uint8 [H, W, 3], and its mask, uint8 [H, W], as a palette PNG."""
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(photo).save(root / "JPEGImages" / f"{name}.jpg", quality=95)
+    image = Image.fromarray(mask)
+    image.putpalette(voc.PALETTE.tobytes())
+    image.save(root / "SegmentationClass" / f"{name}.png")
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A folder in VOC layout: 5 train, 4 val and 3 test images of 40 to 60 pixels, coloured by class, with void."""
+    return make_tiny(tmp_path / "Tiny")
+
+
+def make_tiny(root, splits=(("train", 5), ("val", 4), ("test", 3))):
+    rng = np.random.default_rng(0)
+    number = 0
+    for split, images in splits:
+        ids = []
+        for _ in range(images):
+            height, width = rng.integers(40, 61, 2)
+            mask = np.zeros((height, width), np.uint8)
+            mask[5:25, 8:30] = 1 + number % 3
+            mask[22:35, 20:38] = 15
+            mask[20:22] = voc.VOID
+            photo = np.clip(voc.PALETTE[mask] + rng.integers(0, 40, (height, width, 3)), 0, 255).astype(np.uint8)
+            ids.append(f"{number:06d}")
+            write_pair(root, ids[-1], photo, mask)
+            number += 1
+        write_split(root, split, ids)
+    return root
+
+
+@pytest.fixture(scope="session")
+def environment():
+    """The environment of a script run by a test: as a user's, without a display, and with one thread to be frugal."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"} | {"DISPLAY": ""}

@@ -1,0 +1,255 @@
+"""Reading folders in VOC layout: what comes out of a good one, and what is said about a bad one."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_tiny, write_pair, write_split
+from PIL import Image
+
+import util
+import voc
+from util import UserError
+
+
+def test_palette_is_that_of_the_published_masks(sample):
+    with Image.open(next((sample / "SegmentationClass").glob("*.png"))) as image:
+        published = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
+    assert np.array_equal(voc.PALETTE, published)
+
+
+def test_class_colours_of_voc():
+    colours = dict(zip(voc.CLASSES, voc.PALETTE[:21].tolist()))
+    assert colours["background"] == [0, 0, 0] and colours["aeroplane"] == [128, 0, 0]
+    assert colours["person"] == [192, 128, 128] and colours["tvmonitor"] == [0, 64, 128]
+    assert voc.PALETTE[voc.VOID].tolist() == [224, 224, 192]
+
+
+def test_class_counts_agree_with_numpy_on_the_real_masks(sample):
+    split = voc.Split(sample, "train_masks")
+    pixels, images = voc.class_counts(split)
+    masks = [np.array(Image.open(sample / "SegmentationClass" / f"{name}.png")) for name in split.ids]
+    assert len(masks) == 209
+    assert pixels.tolist() == [sum(int((mask == c).sum()) for mask in masks) for c in range(21)]
+    assert images.tolist() == [sum(bool((mask == c).any()) for mask in masks) for c in range(21)]
+
+
+def test_class_counts_leave_void_out(tiny):
+    split = voc.Split(tiny, "val")
+    pixels, _ = voc.class_counts(split)
+    masks = [np.array(Image.open(tiny / "SegmentationClass" / f"{name}.png")) for name in split.ids]
+    assert pixels.sum() == sum((mask != 255).sum() for mask in masks) < sum(mask.size for mask in masks)
+
+
+# Counted on the real masks, outside this project: predicting background everywhere, at the masks' own sizes and, in
+# the assignment's way, at 224x224 with void as background.
+@pytest.mark.parametrize(
+    ("split", "official", "assignment"),
+    [("train_masks", (0.7230, 0.0344), (0.7357, 0.0350)), ("val_masks", (0.7376, 0.0351), (0.7507, 0.0357))],
+)
+def test_all_background_scores_of_voc2007(sample, split, official, assignment):
+    split = voc.Split(sample, split)
+    matrix, accuracies, ious = 0, [], []
+    for index in range(len(split)):
+        truth = split.mask(index)
+        matrix += util.confusion_matrix(torch.tensor(truth), torch.zeros(truth.shape), 21)
+        small = np.array(Image.fromarray(truth).resize((224, 224), Image.Resampling.NEAREST))
+        accuracies.append(np.isin(small, (0, 255)).mean())
+        ious.append(util.assignment_iou(torch.tensor(small)[None], torch.zeros(1, 224, 224), 21).item())
+    # The figures are given with four digits; half a unit of the last is what rounding may hide.
+    assert (util.pixel_accuracy(matrix), util.mean_iou(matrix)) == pytest.approx(official, abs=5e-5)
+    assert (np.mean(accuracies), np.mean(ious)) == pytest.approx(assignment, abs=5e-5)
+
+
+def test_loaders_give_every_image_once_normalised_with_void_kept(tiny):
+    train, val, test = voc.loaders(tiny, size=32, batch_size=2)
+    assert (len(train.split), len(val.split), len(test.split)) == (5, 4, 3)
+    for loader in (train, val, test):
+        images, masks = (torch.cat(parts) for parts in zip(*loader.batches()))
+        assert images.shape == (len(loader.split), 3, 32, 32) and images.dtype == torch.float32
+        assert masks.shape == (len(loader.split), 32, 32) and masks.dtype == torch.int64
+        assert set(masks.unique().tolist()) <= {0, 1, 2, 3, 15, 255} and (masks == 255).any()
+    # val comes in the order of its list: compare with torchvision-free arithmetic on the same files
+    for index, (image, mask) in enumerate(zip(images, masks)):
+        photo = Image.open(tiny / "JPEGImages" / f"{test.split.ids[index]}.jpg").resize(
+            (32, 32), Image.Resampling.BILINEAR
+        )
+        expected = (np.asarray(photo) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+        np.testing.assert_allclose(image.permute(1, 2, 0), expected, atol=1e-5)  # float32 against float64
+        truth = Image.open(tiny / "SegmentationClass" / f"{test.split.ids[index]}.png").resize(
+            (32, 32), Image.Resampling.NEAREST
+        )
+        assert np.array_equal(mask, np.asarray(truth))
+
+
+def test_train_is_shuffled_anew_each_epoch_and_the_same_for_one_seed(tmp_path):
+    root = make_tiny(tmp_path / "Tiny", (("train", 12), ("val", 2)))
+
+    def epoch(seed, number):
+        train, _, _ = voc.loaders(root, size=8, batch_size=5, seed=seed)
+        return torch.cat([images for images, _ in train.batches(number)])
+
+    first = epoch(0, 1)
+    assert torch.equal(first, epoch(0, 1))
+    for other in (epoch(0, 2), epoch(1, 1)):
+        assert not torch.equal(first, other)
+        # the same images in another order
+        assert torch.equal(first.flatten(1).sum(1).sort().values, other.flatten(1).sum(1).sort().values)
+
+
+def test_batches_are_even(tmp_path):
+    root = make_tiny(tmp_path / "Tiny", (("train", 9), ("val", 2)))
+    train, _, _ = voc.loaders(root, size=8, batch_size=4)
+    assert [len(masks) for _, masks in train.batches()] == [3, 3, 3] and len(train) == 3
+
+
+def test_only_train_is_augmented_images_and_masks_together_and_anew_each_epoch(tiny):
+    calls = []
+
+    def augment(images, masks, generator):
+        calls.append(torch.rand((), generator=generator).item())
+        assert images.dtype == masks.dtype == torch.uint8
+        return images.flip(-1), masks.flip(-1)
+
+    plain = voc.loaders(tiny, size=16, batch_size=8)
+    flipped = voc.loaders(tiny, size=16, batch_size=8, augment=augment)
+    for loader, other, changed in zip(plain, flipped, (True, False, False)):
+        (images, masks), (other_images, other_masks) = next(loader.batches(3)), next(other.batches(3))
+        assert torch.equal(images.flip(-1) if changed else images, other_images)
+        assert torch.equal(masks.flip(-1) if changed else masks, other_masks)
+    assert len(calls) == 1
+    next(flipped[0].batches(4))
+    assert calls[0] != calls[1]
+
+
+def test_a_batch_without_any_label_is_left_out_of_training_alone(tiny):
+    split = voc.Split(tiny, "train")
+    with Image.open(tiny / "SegmentationClass" / f"{split.ids[0]}.png") as image:
+        mask = np.full((image.height, image.width), 255, np.uint8)
+    Image.fromarray(mask).save(tiny / "SegmentationClass" / f"{split.ids[0]}.png")
+    assert len(list(voc.Loader(split, 8, 1, training=True).batches())) == 4
+    assert len(list(voc.Loader(split, 8, 1).batches())) == 5
+
+
+def test_limit_and_missing_test(tiny):
+    (tiny / "ImageSets" / "Segmentation" / "test.txt").unlink()
+    train, val, test = voc.loaders(tiny, size=8, batch_size=2, limit=2)
+    assert (train.split.ids, val.split.ids, test) == (["000000", "000001"], ["000005", "000006"], None)
+
+
+def test_own_classes_greyscale_masks_and_png_photos(tiny):
+    (tiny / "classes.txt").write_text("sky\nroad\n\ntree\ncar\n")
+    rng = np.random.default_rng(1)
+    mask = rng.integers(0, 4, (20, 30)).astype(np.uint8)
+    Image.fromarray(mask).save(tiny / "SegmentationClass" / "grey.png")
+    Image.fromarray(rng.integers(0, 255, (20, 30, 3)).astype(np.uint8)).save(tiny / "JPEGImages" / "grey.png")
+    write_split(tiny, "own", ["grey"])
+    split = voc.Split(tiny, "own")
+    assert split.classes == ("sky", "road", "tree", "car")
+    assert np.array_equal(split.mask(0), mask) and split.photo(0).size == (30, 20)
+
+
+def no_photo(root):
+    (root / "JPEGImages" / "000006.jpg").unlink()
+
+
+def no_mask(root):
+    (root / "SegmentationClass" / "000006.png").unlink()
+
+
+def truncated_photo(root):
+    path = root / "JPEGImages" / "000006.jpg"
+    path.write_bytes(path.read_bytes()[:400])
+
+
+def text_for_a_mask(root):
+    (root / "SegmentationClass" / "000006.png").write_text("not a picture")
+
+
+def other_size(root):
+    Image.new("L", (7, 9)).save(root / "SegmentationClass" / "000006.png")
+
+
+def rgb_mask(root):
+    path = root / "SegmentationClass" / "000006.png"
+    Image.open(path).convert("RGB").save(path)
+
+
+def label_out_of_range(root):
+    path = root / "SegmentationClass" / "000006.png"
+    mask = np.array(Image.open(path))
+    mask[3, 4] = 21
+    Image.fromarray(mask).save(path)
+
+
+def all_void(root):
+    for path in (root / "SegmentationClass").glob("*.png"):
+        Image.fromarray(np.full(np.array(Image.open(path)).shape, 255, np.uint8)).save(path)
+
+
+def no_split(root):
+    (root / "ImageSets" / "Segmentation" / "val.txt").unlink()
+
+
+def empty_split(root):
+    write_split(root, "val", [])
+
+
+def repeated_id(root):
+    write_split(root, "val", ["000005", "000006", "000005"])
+
+
+def one_class(root):
+    (root / "classes.txt").write_text("background\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "culprit", "word"),
+    [
+        (no_photo, "000006.jpg", "no such file"),
+        (no_mask, "000006.png", "no such file"),
+        (truncated_photo, "000006.jpg", "cannot be read as a picture"),
+        (text_for_a_mask, "000006.png", "cannot be read as a picture"),
+        (other_size, "000006.png", "is 7x9, but its photo is"),
+        (rgb_mask, "000006.png", "mode RGB"),
+        (label_out_of_range, "000006.png", "holds the value 21"),
+        (all_void, "Tiny", "labels any pixel"),
+        (no_split, "val.txt", "no such split"),
+        (empty_split, "val.txt", "empty"),
+        (repeated_id, "val.txt", "000005 2 times"),
+        (one_class, "classes.txt", "it has 1"),
+    ],
+)
+def test_a_fault_in_the_data_is_named_in_one_line(tiny, damage, culprit, word):
+    damage(tiny)
+    with pytest.raises(UserError) as error:
+        voc.loaders(tiny, size=8, batch_size=2)
+    assert culprit in str(error.value) and word in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_one_level_off_is_told_the_right_one(tiny):
+    for wrong in (tiny.parent, tiny / "JPEGImages"):
+        with pytest.raises(UserError, match=f"use --data {tiny}$"):
+            voc.loaders(wrong, size=8, batch_size=2)
+
+
+def test_the_frequencies_of_a_split_are_printed_by_one_command(tiny):
+    shutil.rmtree(tiny / "JPEGImages")  # masks are enough
+    command = [sys.executable, ROOT / "voc.py", "--data", tiny, "--split", "train"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    pixels, images = voc.class_counts(voc.Split(tiny, "train"))
+    rows = {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    assert list(rows) == list(voc.CLASSES)
+    assert rows["person"] == [f"{pixels[15] / pixels.sum():.4f}", str(pixels[15]), str(images[15])]
+
+
+def test_voc2012_is_read_alike(tmp_path):
+    root = make_tiny(tmp_path / "VOC2012", (("train", 2), ("val", 1), ("trainval", 1)))
+    mask = np.full((10, 12), 20, np.uint8)
+    write_pair(root, "2007_000033", np.zeros((10, 12, 3), np.uint8), mask)
+    write_split(root, "val", ["2007_000033"])
+    _, val, test = voc.loaders(root, size=8, batch_size=2)
+    assert test is None and next(val.batches())[1].unique().tolist() == [20]
