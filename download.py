@@ -85,7 +85,7 @@ def _fetch(url, partial):
         total = start + int(length) if length else None
         bar = tqdm(total=total, initial=start, desc=partial.stem, unit="B", unit_scale=True, disable=None)
         with _open_to_write(partial, "ab" if continued else "wb") as file, bar:
-            while block := response.read(1 << 16):
+            while block := response.read1(1 << 16):  # read would lose what came before a stall
                 try:
                     file.write(block)
                 except OSError as error:

@@ -222,45 +222,44 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
     history, seconds = [], 0.0
     if args.resume and files.last.exists():
         history, seconds = _restore(files, about, model, optimizer, scheduler)
+        files.write_rows(history)
     _describe(files, args, model, train, val, test, len(history))
 
     try:
-        with files.open_rows(history) as write_row:
-            for epoch in trange(len(history) + 1, args.epochs + 1, desc=files.stem, leave=False, disable=None):
-                if history and len(history) - _best(history)["epoch"] >= patience:
-                    _say(f"no better mean IoU for {patience} epochs: stopping early")
-                    break
-                began = time.perf_counter()
-                rate = optimizer.param_groups[0]["lr"]
-                train_loss = _train(model, train, epoch, criterion, optimizer)
-                if not math.isfinite(train_loss):
-                    raise UserError(f"the loss is {train_loss} in epoch {epoch}: lower the learning rate in {script}")
-                scores = evaluate(model, val, criterion, native=False)
-                if scheduler is not None:
-                    scheduler.step()
-                history.append(
-                    {
-                        "epoch": epoch,
-                        "learning_rate": rate,
-                        "train_loss": train_loss,
-                        "val_loss": scores.loss,
-                        "val_pixel_accuracy": scores.pixel_accuracy,
-                        "val_miou": scores.miou,
-                    }
-                )
-                took = time.perf_counter() - began
-                seconds += took
-                # The best is written before the last: a kill between the two repeats the epoch and finds the same best.
-                if _best(history)["epoch"] == epoch:
-                    found = {"epoch": epoch, "val_miou": scores.miou, "val_matrix": scores.matrix}
-                    _save(about | found | {"model": model.state_dict()}, files.best)
-                _save(about | _progress(history, seconds, model, optimizer, scheduler), files.last)
-                write_row(history[-1])
-                _say(_line(history, args.epochs, took, scores))
+        for epoch in trange(len(history) + 1, args.epochs + 1, desc=files.stem, leave=False, disable=None):
+            if history and len(history) - _best(history)["epoch"] >= patience:
+                _say(f"no better mean IoU for {patience} epochs: stopping early")
+                break
+            began = time.perf_counter()
+            rate = optimizer.param_groups[0]["lr"]
+            train_loss = _train(model, train, epoch, criterion, optimizer)
+            if not math.isfinite(train_loss):
+                raise UserError(f"the loss is {train_loss} in epoch {epoch}: lower the learning rate in {script}")
+            scores = evaluate(model, val, criterion, native=False)
+            row = {
+                "epoch": epoch,
+                "learning_rate": rate,
+                "train_loss": train_loss,
+                "val_loss": scores.loss,
+                "val_pixel_accuracy": scores.pixel_accuracy,
+                "val_miou": scores.miou,
+            }
+            # The best is written before the last: a kill between the two repeats the epoch and finds the same best.
+            if _best([*history, row]) is row:
+                found = {"epoch": epoch, "val_miou": scores.miou, "val_matrix": scores.matrix}
+                _save(about | found | {"model": model.state_dict()}, files.best)
+            if scheduler is not None:
+                scheduler.step()
+            took = time.perf_counter() - began
+            seconds += took
+            _save(about | _progress([*history, row], seconds, model, optimizer, scheduler), files.last)
+            history.append(row)
+            files.write_rows(history)
+            _say(_line(history, args.epochs, took, scores))
+        _finish(files, args, history, seconds, val, test, criterion)
     except BaseException:
         _keep(files, history, val)
         raise
-    _finish(files, args, history, seconds, val, test, criterion)
 
 
 def _train(model, loader, epoch, criterion, optimizer):
@@ -295,21 +294,11 @@ class _Files:
     def plot(self, name):
         return self.plots / f"{self.stem}_{name}.png"
 
-    @contextlib.contextmanager
-    def open_rows(self, history):
-        """Write the CSV of the epochs so far; give a function that adds a row and flushes it."""
-        names = ["epoch", "learning_rate", "train_loss", "val_loss", "val_pixel_accuracy", "val_miou"]
+    def write_rows(self, history):
         with _writing(self.rows), open(self.rows, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer = csv.DictWriter(file, history[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(history)
-            file.flush()
-
-            def write_row(row):
-                writer.writerow(row)
-                file.flush()
-
-            yield write_row
 
 
 @contextlib.contextmanager
@@ -383,16 +372,11 @@ def _progress(history, seconds, model, optimizer, scheduler):
 def _restore(files, about, model, optimizer, scheduler):
     """Put the state of ``last_*.pt`` back; return its history and seconds. UserError where it is from another run."""
     state = _read(files.last, "history")
-    same = ["seed", "batch_size", "limit"] + ["epochs"] * (scheduler is not None)
-    before = {name: state["flags"][name] for name in same} | {
-        name: state[name] for name in ("dataset", "classes", "size")
-    }
-    now = {name: about["flags"][name] for name in same} | {name: about[name] for name in ("dataset", "classes", "size")}
-    for name, value in before.items():
-        if value != now[name]:
-            raise UserError(
-                f"{files.last}: its run had {name} {value}, this one {now[name]}: resume with the same, or start anew"
-            )
+    flags = ["seed", "batch_size", "limit"] + ["epochs"] * (scheduler is not None)
+    for name in [*flags, "dataset", "classes", "size"]:
+        before, now = (source["flags"][name] if name in flags else source[name] for source in (state, about))
+        if before != now:
+            raise UserError(f"{files.last}: its run had {name} {before}, not {now}: resume with the same or start anew")
     if not files.best.exists():
         raise UserError(f"{files.best}: is gone, so {files.last} cannot be continued: start anew without --resume")
     try:
@@ -469,9 +453,8 @@ def _describe(files, args, model, train, val, test, epochs_done):
     """Print what is about to run."""
     images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
     _say(f"{files.stem}: {_dataset(train)}, {images} images, {len(train.classes)} classes, {train.size}x{train.size}")
-    _say(
-        f"{type(model).__name__}: {_parameters(model):,} parameters, batch {args.batch_size}, seed {args.seed}, {args.device}"
-    )
+    network = f"{type(model).__name__}, {_parameters(model):,} parameters"
+    _say(f"{network}, batch {args.batch_size}, seed {args.seed}, device {args.device}")
     counts = torch.bincount(val.masks.flatten(), minlength=256)[: len(val.classes)]
     name, constant = Scores(math.nan, torch.diag(counts), val.classes).background
     floor = f"pixel accuracy {constant.pixel_accuracy:.4f}, mean IoU {constant.miou:.4f}"
@@ -509,7 +492,7 @@ def _plot(files, history, val, scores):
     """
     model = load(files.best, val.device)
     name, val_scores = next(iter(scores.items()))
-    best = _best(history)["epoch"]
+    best = _read(files.best, "epoch")["epoch"]
     title = f"{files.stem} on {_dataset(val)}"
     chosen = torch.linspace(0, len(val.split) - 1, min(5, len(val.split))).round().long()
     with torch.inference_mode():
@@ -527,18 +510,18 @@ def _plot(files, history, val, scores):
 
 
 def _keep(files, history, val):
-    """After a stop in training: draw what there is, and say what is kept."""
+    """After a stop by Ctrl-C or an error: draw what there is, and say what is kept."""
     if not history:
         _say(f"{files.stem}: stopped before its first epoch ended, so there is nothing to keep")
         return
-    matrix = _read(files.best, "val_matrix")["val_matrix"]
+    best = _read(files.best, "val_matrix")
     try:
-        _plot(files, history, val, {f"val at {val.size}x{val.size}": Scores(math.nan, matrix, val.classes)})
+        _plot(files, history, val, {f"val at {val.size}x{val.size}": Scores(math.nan, best["val_matrix"], val.classes)})
     except UserError as error:  # the reason for the stop, such as a full disk, matters more
         _say(str(error))
     _say(
-        f"{files.stem}: stopped in epoch {len(history) + 1}; kept {files.best} (epoch {_best(history)['epoch']}), "
-        f"{files.last} and {files.plot('*')}: the same command with --resume continues"
+        f"{files.stem}: stopped after epoch {len(history)}; kept {files.best} (epoch {best['epoch']}), {files.last} "
+        f"and {files.plot('*')}: the same command with --resume continues"
     )
 
 
@@ -578,9 +561,9 @@ def _table(scores, classes):
 
     def row(name, values):
         cells = ("-" if value is None else f"{value:.4f}" for value in values)
-        return f"{name:34}" + "".join(f"{cell:>9}" for cell in cells)
+        return f"{name:34}" + "".join(f" {cell:>9}" for cell in cells)
 
-    lines = ["", f"{'IoU of class':34}" + "".join(f"{name:>9}" for name in scores)]
+    lines = ["", f"{'IoU of class':34}" + "".join(f" {name:>9}" for name in scores)]
     lines += [row(f"  {name}", [column["iou"][name] for column in columns]) for name in classes]
     for name, key in (("mean IoU", "miou"), ("pixel accuracy", "pixel_accuracy")):
         lines.append(row(name, [column[key] for column in columns]))

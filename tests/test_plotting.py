@@ -1,0 +1,80 @@
+"""The pictures hold what they claim to show: read back pixel by pixel, or by asking the drawing itself."""
+
+import math
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import plotting
+import voc
+from engine import Scores
+
+HISTORY = [
+    {
+        "epoch": k,
+        "learning_rate": 0.1 / k,
+        "train_loss": 3 / k,
+        "val_loss": 2 / k,
+        "val_pixel_accuracy": 0.7,
+        "val_miou": iou,
+    }
+    for k, iou in enumerate((0.1, 0.3, 0.2), start=1)
+]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, kept for questions."""
+    figures = []
+    finish = plotting._finish
+    monkeypatch.setattr(plotting, "_finish", lambda figure, path: (figures.append(figure), finish(figure, path)))
+    return figures
+
+
+def test_curves_show_every_column_and_mark_the_best_epoch(tmp_path, drawn):
+    background = Scores(math.nan, torch.tensor([[7, 0], [3, 0]]), ("background", "thing"))
+    plotting.curves(tmp_path / "a.png", "title", HISTORY, 2, ("background", background))
+    panels = {axis.get_title(): axis for axis in drawn[0].axes}
+    assert list(panels) == ["loss", "pixel accuracy", "mean IoU", "learning rate"]
+    lines = {line.get_label(): line for line in panels["loss"].lines}
+    assert lines["train"].get_ydata().tolist() == [3, 1.5, 1] and lines["val"].get_ydata().tolist() == [2, 1, 2 / 3]
+    assert panels["learning rate"].lines[0].get_ydata().tolist() == [0.1, 0.05, 0.1 / 3]
+    lines = {line.get_label(): line for line in panels["mean IoU"].lines}
+    assert lines["best epoch: 2"].get_xdata()[0] == 2 and lines["val"].get_ydata().tolist() == [0.1, 0.3, 0.2]
+    assert lines["background everywhere"].get_ydata()[0] == pytest.approx(0.35)
+
+
+def test_bars_are_the_iou_and_an_absent_class_is_named(tmp_path, drawn):
+    # class 0: 6 / (6 + 2 + 1), class 1: 1 / (1 + 1 + 2), class 2 in neither truth nor prediction
+    matrix = torch.tensor([[6, 2, 0], [1, 1, 0], [0, 0, 0]])
+    scores = {"val": Scores(1.0, matrix, ("a", "b", "c")), "test": Scores(1.0, torch.eye(3), ("a", "b", "c"))}
+    plotting.class_iou(tmp_path / "a.png", "title", ("a", "b", "c"), scores)
+    axis = drawn[0].axes[0]
+    val, test = axis.containers
+    assert [bar.get_height() for bar in val][:2] == pytest.approx([6 / 9, 1 / 4])
+    assert [bar.get_height() for bar in test] == [1, 1, 1]
+    assert [text.get_text().strip() for text in axis.texts] == ["absent"]
+
+
+def test_the_confusion_matrix_is_shown_as_shares_of_the_true_class(tmp_path, drawn):
+    plotting.confusion(tmp_path / "a.png", "title", ("a", "b", "c"), torch.tensor([[8, 2, 0], [1, 3, 0], [0, 0, 0]]))
+    axis = drawn[0].axes[0]
+    shares = axis.images[0].get_array()
+    assert shares[:2].tolist() == [[0.8, 0.2, 0.0], [0.25, 0.75, 0.0]] and shares.mask[2].all()
+    assert [text.get_text() for text in axis.texts] == ["80", "20", "25", "75"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("prediction", "truth")
+
+
+def test_predictions_are_in_vocs_colours_with_a_legend_of_the_classes_shown(tmp_path, drawn):
+    photo = np.full((30, 40, 3), (10, 200, 30), np.uint8)
+    truth, prediction = np.zeros((30, 40), np.uint8), np.zeros((30, 40), np.int64)
+    truth[:, 20:], truth[:, :4], prediction[:15] = 15, voc.VOID, 3
+    plotting.predictions(tmp_path / "a.png", "title", voc.CLASSES, [("000007", photo, truth, prediction)])
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert names == ["background", "bird", "person", "void"]
+    picture = (matplotlib.image.imread(tmp_path / "a.png")[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    colours = {tuple(colour) for colour in picture.tolist()}
+    for colour in ((10, 200, 30), *(tuple(voc.PALETTE[label].tolist()) for label in (0, 3, 15, 255))):
+        assert colour in colours
