@@ -40,21 +40,17 @@ def arguments(doc, epochs, batch_size=16):
         resume (bool) and limit (int or None). A flag that is out of range ends the program with exit code 2.
     """
 
-    def whole(smallest):
+    def whole(smallest, largest=2**32 - 1):  # NumPy takes no larger seed
         def parse(text):
-            if not text.lstrip("+-").isdecimal() or int(text) < smallest:
-                raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} on")
+            if not text.lstrip("+-").isdecimal() or not smallest <= int(text) <= largest:
+                raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} to {largest}")
             return int(text)
 
         return parse
 
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data",
-        default="data/VOCdevkit/VOC2007",
-        metavar="DIR",
-        help="folder in VOC layout (default: %(default)s)",
-    )
+    data = "data/VOCdevkit/VOC2007"
+    parser.add_argument("--data", default=data, metavar="DIR", help="folder in VOC layout (default: %(default)s)")
     parser.add_argument("--epochs", type=whole(1), default=epochs, metavar="N", help="default: %(default)s")
     parser.add_argument("--batch-size", type=whole(1), default=batch_size, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: %(default)s")
@@ -477,9 +473,9 @@ def _line(history, epochs, took, scores):
     row, best = history[-1], _best(history)
     beaten = scores.miou > scores.background[1].miou
     return (
-        f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  train loss {row['train_loss']:.4f}  "
-        f"val loss {row['val_loss']:.4f}  pixel accuracy {row['val_pixel_accuracy']:.4f}  "
-        f"mean IoU {row['val_miou']:.4f}  {took:.1f} s  best {best['val_miou']:.4f} (epoch {best['epoch']})"
+        f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  loss {row['train_loss']:.4f} (val {row['val_loss']:.4f})  "
+        f"pixel accuracy {row['val_pixel_accuracy']:.4f}  mean IoU {row['val_miou']:.4f} "
+        f"(best {best['val_miou']:.4f}, epoch {best['epoch']})  {took:.1f} s"
         + ("" if beaten else f"  no better than all {scores.background[0]}")
     )
 
@@ -503,7 +499,9 @@ def _plot(files, history, val, scores):
         prediction = predict(image_logits, truth.shape).cpu().numpy()
         rows.append((val.split.ids[index], np.asarray(val.split.photo(index)), truth, prediction))
     with _writing(files.plots):
-        plotting.curves(files.plot("curves"), title, history, best, val_scores.background)
+        plotting.curves(
+            files.plot("curves"), f"{title}, val at {val.size}x{val.size}", history, best, val_scores.background
+        )
         plotting.class_iou(files.plot("iou"), f"{title}, epoch {best}", val.classes, scores)
         plotting.confusion(files.plot("confusion"), f"{title}, {name}, epoch {best}", val.classes, val_scores.matrix)
         plotting.predictions(files.plot("predictions"), f"{title}, val, epoch {best}", val.classes, rows)

@@ -393,6 +393,7 @@ def test_a_torn_checkpoint_is_named(finished, tmp_path):
         (["--epochs", "two"], "--epochs"),
         (["--batch-size", "-1"], "--batch-size"),
         (["--seed", "-1"], "--seed"),
+        (["--seed", "4294967296"], "--seed"),
         (["--limit", "1.5"], "--limit"),
         (["--device", "gpu"], "--device"),
         (["--device", "cuda:99"], "--device"),
