@@ -179,25 +179,25 @@ def _cell(x, y):
 # A texture is a function of x, y in texture periods and of smooth noise n in 0..1; it mixes two colours, 0 .. 1.
 TEXTURES = {
     "aeroplane": lambda x, y, n: _wave(y) > 0.3,
-    "bicycle": lambda x, y, n: _wave(2.5 * x) > 0.5,
+    "bicycle": lambda x, y, n: _wave(1.25 * x) > 0.5,
     "bird": lambda x, y, n: _cell(x, y + 0.5 * np.floor(x % 2)) * 1.4,
     "boat": lambda x, y, n: y / 1.5 % 1,
-    "bottle": lambda x, y, n: _wave(x / 3) ** 2,
+    "bottle": lambda x, y, n: _wave(x / 2) ** 2,
     "bus": lambda x, y, n: (x / 2 % 1 > 0.25) & (y / 2 % 1 > 0.45),
-    "car": lambda x, y, n: 0.25 + 0.5 * _wave((x + y) / 6),
-    "cat": lambda x, y, n: _wave(x + 0.4 * np.sin(3 * y)),
-    "chair": lambda x, y, n: np.maximum(_wave(1.5 * (x + y)), _wave(1.5 * (x - y))) > 0.8,
+    "car": lambda x, y, n: _wave((x + y) / 2),
+    "cat": lambda x, y, n: _wave(x + 0.4 * np.sin(2 * y)),
+    "chair": lambda x, y, n: np.maximum(_wave(x + y), _wave(x - y)) > 0.8,
     "cow": lambda x, y, n: n > 0.5,
-    "diningtable": lambda x, y, n: _wave(1.5 * y + 4 * n),
-    "dog": lambda x, y, n: _cell(1.5 * x, 1.5 * y) < 0.28,
-    "horse": lambda x, y, n: 0.5 + 0.5 * np.sin(9 * x + 9 * n) * np.sin(2 * y),
-    "motorbike": lambda x, y, n: (np.floor(1.5 * x) + np.floor(1.5 * y)) % 2,
-    "person": lambda x, y, n: np.where(y % 4 < 2, _wave(1.2 * y) > 0.5, _wave(1.2 * x) > 0.5),
-    "pottedplant": lambda x, y, n: _wave(1.5 * y + np.abs(2 * x % 2 - 1)) > 0.5,
-    "sheep": lambda x, y, n: _wave(3 * _cell(0.7 * x, 0.7 * y)),
+    "diningtable": lambda x, y, n: _wave(y + 4 * n),
+    "dog": lambda x, y, n: _cell(1.25 * x, 1.25 * y) < 0.28,
+    "horse": lambda x, y, n: 0.5 + 0.5 * np.sin(6 * x + 6 * n) * np.sin(2 * y),
+    "motorbike": lambda x, y, n: (np.floor(1.25 * x) + np.floor(1.25 * y)) % 2,
+    "person": lambda x, y, n: np.where(y % 4 < 2, _wave(y) > 0.5, _wave(x) > 0.5),
+    "pottedplant": lambda x, y, n: _wave(y + np.abs(x % 2 - 1)) > 0.5,
+    "sheep": lambda x, y, n: _wave(2 * _cell(0.7 * x, 0.7 * y)),
     "sofa": lambda x, y, n: _cell(x / 2, y / 2) < 0.3,
-    "train": lambda x, y, n: (_wave(x / 2) > 0.4) * (0.5 + 0.5 * (_wave(2 * y) > 0.5)),
-    "tvmonitor": lambda x, y, n: _wave(3 * y) * _wave(x / 4 + y / 4),
+    "train": lambda x, y, n: (_wave(x / 2) > 0.4) * (0.5 + 0.5 * (_wave(1.25 * y) > 0.5)),
+    "tvmonitor": lambda x, y, n: _wave(1.25 * y) * _wave(x / 4 + y / 4),
 }
 
 
@@ -233,14 +233,14 @@ def _smooth(noise, height, width, cells, channels):
 def _colour(noise):
     """A random colour, drawn halfway to grey as most things are: float32 array [3] in 0 .. 1."""
     colour = noise.random(3, np.float32)
-    return 0.5 * (colour + colour.mean())
+    return 0.6 * colour + 0.4 * colour.mean()
 
 
 def _two_colours(noise):
     """Two random colours that differ visibly in brightness: float32 arrays [3] in 0 .. 1."""
     while True:
         first, second = _colour(noise), _colour(noise)
-        if abs(first.mean() - second.mean()) > 0.25:
+        if abs(first.mean() - second.mean()) > 0.4:
             return first, second
 
 
@@ -252,7 +252,7 @@ def _place(rng, width, height, label, number):
         of its rotation (at most 33 degrees) and whether it is mirrored.
     """
     # Many objects share an image, so each is smaller then; the spread of sizes is wide, as in VOC.
-    size = FREQUENCY_AND_SIZE[CLASSES[label]][1] * (0.26 + 0.46 * rng.random()) / (1 + 0.18 * (number - 1))
+    size = FREQUENCY_AND_SIZE[CLASSES[label]][1] * (0.32 + 0.34 * rng.random()) / (1 + 0.15 * (number - 1))
     extent = size * min(width, height)
     aspect = 0.85 + 0.3 * rng.random()
     turn = 0.6 * rng.random() - 0.3  # half the tangent: keeps cosine and sine free of library functions
@@ -354,7 +354,7 @@ def render_image(seed, name):
         mask[window][inside], instances[window][inside] = item["label"], number
 
         x, y = x[inside], y[inside]
-        period = 14 + 8 * noise.random()
+        period = 15 + 6 * noise.random()
         bumps = _smooth(noise, height, width, 20, 1)[window][inside][:, 0]
         blend = TEXTURES[CLASSES[item["label"]]](x / period, y / period, bumps)
         first, second = _two_colours(noise)
