@@ -1,11 +1,12 @@
 """Render the toy set: VOC's layout, classes, split sizes and imbalance, drawn from a seed, for machines without VOC.
 
-Each class has a silhouette and a texture of its own; place, scale, rotation, aspect, colours, light and clutter are
-random, so a class has to be learned from form and surface. The masks are the same pixel for pixel on every machine:
-geometry uses nothing but ``random.random()``, whose sequence Python guarantees, and the operations that IEEE 754
-rounds alike everywhere (+, -, *, /, comparison). Photos go through JPEG and may differ in the last bits.
+Each class has a silhouette and a texture of its own, and of its two colours one lies around a hue of its own; place,
+scale, rotation, aspect, the other colour, light and clutter are random. The masks are the same pixel for pixel on every
+machine: geometry uses nothing but ``random.random()``, whose sequence Python guarantees, and the operations that
+IEEE 754 rounds alike everywhere (+, -, *, /, comparison). Photos go through JPEG and may differ in the last bits.
 """
 
+import colorsys
 import os
 import random
 import shutil
@@ -22,9 +23,10 @@ SPLITS = {"train": 209, "val": 213, "test": 210}
 SIZES = (
     ((500, 375),) * 6 + ((375, 500),) * 3 + ((500, 333),) * 4 + ((333, 500),) * 2 + ((480, 360), (500, 400), (500, 281))
 )
+GOLDEN = 0.618034  # multiples of the golden ratio spread any number of hues evenly over the circle
 BORDER = 2  # pixels of void on either side of an object's outline
 
-# How often a class is drawn and its size beside others, set after the real VOC2007 masks: person in four images of ten,
+# How often a class is drawn and its size beside others, set after the real VOC2007 masks: person in nearly half of all,
 # large vehicles and animals large, bottles and potted plants small.
 FREQUENCY_AND_SIZE = {
     "aeroplane": (12, 1.0), "bicycle": (11, 1.0), "bird": (13, 0.9), "boat": (11, 0.9), "bottle": (17, 0.8),
@@ -231,16 +233,22 @@ def _smooth(noise, height, width, cells, channels):
 
 
 def _colour(noise):
-    """A random colour, drawn halfway to grey as most things are: float32 array [3] in 0 .. 1."""
+    """A random colour, drawn towards grey as most things are: float32 array [3] in 0 .. 1."""
     colour = noise.random(3, np.float32)
     return 0.6 * colour + 0.4 * colour.mean()
 
 
-def _two_colours(noise):
-    """Two random colours that differ visibly in brightness: float32 arrays [3] in 0 .. 1."""
+def _two_colours(noise, label):
+    """Two colours for an object that differ visibly in brightness: float32 arrays [3] in 0 .. 1.
+
+    The first lies around the class's own hue, as grass is mostly green, and the hues of neighbours overlap; the second
+    is any.
+    """
+    hue = (GOLDEN * label + 0.03 * noise.standard_normal()) % 1
     while True:
-        first, second = _colour(noise), _colour(noise)
-        if abs(first.mean() - second.mean()) > 0.4:
+        first = np.array(colorsys.hsv_to_rgb(hue, 0.75, noise.uniform(0.5, 1)), np.float32)
+        second = _colour(noise)
+        if abs(first.mean() - second.mean()) > 0.3:
             return first, second
 
 
@@ -249,13 +257,13 @@ def _place(rng, width, height, label, number):
 
     Returns:
         a dict of label (class index), centre x, y in pixels, half extents along its own axes in pixels, cosine and sine
-        of its rotation (at most 33 degrees) and whether it is mirrored.
+        of its rotation (at most 15 degrees) and whether it is mirrored.
     """
     # Many objects share an image, so each is smaller then; the spread of sizes is wide, as in VOC.
     size = FREQUENCY_AND_SIZE[CLASSES[label]][1] * (0.32 + 0.34 * rng.random()) / (1 + 0.15 * (number - 1))
     extent = size * min(width, height)
     aspect = 0.85 + 0.3 * rng.random()
-    turn = 0.6 * rng.random() - 0.3  # half the tangent: keeps cosine and sine free of library functions
+    turn = 0.26 * rng.random() - 0.13  # half the tangent: keeps cosine and sine free of library functions
     return {
         "label": label,
         "x": width * (0.15 + 0.7 * rng.random()),
@@ -354,10 +362,10 @@ def render_image(seed, name):
         mask[window][inside], instances[window][inside] = item["label"], number
 
         x, y = x[inside], y[inside]
-        period = 15 + 6 * noise.random()
+        period = 16 + 6 * noise.random()
         bumps = _smooth(noise, height, width, 20, 1)[window][inside][:, 0]
         blend = TEXTURES[CLASSES[item["label"]]](x / period, y / period, bumps)
-        first, second = _two_colours(noise)
+        first, second = _two_colours(noise, item["label"])
         light = 1 - 0.25 * y / item["half"][1]
         photo[window][inside] = (first + (second - first) * blend[:, None]) * light[:, None]
     mask[_border(instances)] = VOID

@@ -32,7 +32,7 @@ def main():
 
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
 
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
 
     scheduler = None
 
