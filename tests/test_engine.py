@@ -116,6 +116,16 @@ def test_the_best_checkpoint_reproduces_the_figures_exactly(finished):
     assert figures["val"]["miou"] != figures["test"]["miou"]
 
 
+def test_evaluation_is_in_eval_mode_and_changes_nothing(finished):
+    data, out, _ = finished
+    _, val, _ = voc.loaders(data, SIZE, batch_size=3)
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
+    model = engine.load(out / "best_train.pt")
+    expected = engine.evaluate(model, val, criterion).as_dict()
+    assert engine.evaluate(model.train(), val, criterion).as_dict() == expected  # no dropout, no batch statistics
+    assert same(model.state_dict(), weights(out / "best_train.pt"))
+
+
 def test_figures_are_those_of_a_plain_loop_at_the_masks_own_size(finished):
     """An independent evaluation, image by image with PIL and NumPy, gives what the JSON says."""
     data, out, figures = finished
