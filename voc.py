@@ -52,7 +52,7 @@ def _find_root(root):
     root = Path(root)
     if (root / "ImageSets" / "Segmentation").is_dir():
         return root
-    nearby = [folder for folder in (*root.glob("*"), *root.glob("*/*"), *root.parents) if folder != Path(".")]
+    nearby = [*sorted(root.glob("*")), *sorted(root.glob("*/*")), *root.parents]
     for folder in nearby:
         if (folder / "ImageSets" / "Segmentation").is_dir():
             raise UserError(f"{root} is not in VOC layout, but {folder} is: use --data {folder}")

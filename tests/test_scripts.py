@@ -1,6 +1,8 @@
 """The experiments as a user runs them: whole commands in a shell."""
 
+import difflib
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -41,6 +43,35 @@ def test_train_runs_from_another_folder_and_leaves_its_files(tiny, tmp_path):
     model = engine.load(tmp_path / "best_train.pt")
     assert model.classes == voc.CLASSES and model.size == 224
     assert (tmp_path / "last_train.pt").exists()
+
+
+def test_4_a_anneals_the_rate_once_an_epoch_over_all_epochs(tiny, tmp_path):
+    subprocess.run(
+        command("train_4_a.py", "--data", tiny, "--epochs", 3, *CPU), cwd=tmp_path, capture_output=True, check=True
+    )
+    rows = (tmp_path / "results" / "train_4_a_seed0.csv").read_text().splitlines()[1:]
+    rates = [float(row.split(",")[1]) for row in rows]
+    # Loshchilov and Hutter (2017), equation 5, from the baseline's rate to 0 after the last epoch
+    expected = [3e-3 * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
+    assert rates == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("first", "second", "idea"), [("train.py", "train_4_a.py", "scheduler")])
+def test_the_difference_between_neighbours_is_the_idea(first, second, idea):
+    """Below the docstrings, the lines of two scripts differ only where ``idea`` is set, and by one line."""
+    bodies = [(ROOT / name).read_text().split('"""')[2].splitlines() for name in (first, second)]
+    changed = [
+        line for line in difflib.unified_diff(*bodies, n=0) if line[0] in "+-" and line[:3] not in ("+++", "---")
+    ]
+    assert len(changed) == 2 and all(line[1:].strip().startswith(f"{idea} = ") for line in changed)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("train*.py")))
+def test_an_experiment_fits_on_one_screen_and_does_no_work_itself(script):
+    text = (ROOT / script).read_text()
+    assert len(text.splitlines()) <= 60
+    for word in ("no_grad", "for ", "while ", "if variant", "softmax", "argmax"):
+        assert word not in text.split('"""')[2], word
 
 
 def test_ctrl_c_in_training_keeps_plots_and_checkpoint_and_resume_goes_on(tiny, tmp_path):

@@ -1,0 +1,56 @@
+"""The baseline with its learning rate annealed along a cosine: large steps first, then ever finer ones.
+
+Differs from train.py only in the scheduler.
+
+    python train_4_a.py
+
+Writes best_train_4_a.pt, last_train_4_a.pt, plots/train_4_a_*.png and results/train_4_a_seed*.csv and .json.
+"""
+
+import torch
+
+import engine
+import util
+import voc
+from basic_fcn import FCN
+
+
+def main():
+    args = engine.arguments(__doc__, epochs=30)
+    util.seed_everything(args.seed)
+
+    augment = None
+    train, val, test = voc.loaders(
+        args.data,
+        size=224,
+        batch_size=args.batch_size,
+        augment=augment,
+        limit=args.limit,
+        seed=args.seed,
+        device=args.device,
+    )
+
+    model = FCN(len(train.classes)).to(args.device)
+
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+
+    engine.fit(
+        script=__file__,
+        args=args,
+        model=model,
+        train=train,
+        val=val,
+        test=test,
+        criterion=criterion,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        patience=10,
+    )
+
+
+if __name__ == "__main__":
+    util.run(main)
