@@ -1,6 +1,5 @@
 """Small data sets in VOC layout, and the real files where they lie beside the project."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -61,9 +60,3 @@ def make_tiny(root, splits=(("train", 5), ("val", 4), ("test", 3))):
             number += 1
         write_split(root, split, ids)
     return root
-
-
-@pytest.fixture(scope="session")
-def environment():
-    """The environment of a script run by a test: as a user's, without a display, and with one thread to be frugal."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"} | {"DISPLAY": ""}
