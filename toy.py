@@ -233,9 +233,9 @@ def _smooth(noise, height, width, cells, channels):
 
 
 def _colour(noise):
-    """A random colour, drawn towards grey as most things are: float32 array [3] in 0 .. 1."""
+    """A random muted colour, as most things have: float32 array [3] in 0 .. 1."""
     colour = noise.random(3, np.float32)
-    return 0.6 * colour + 0.4 * colour.mean()
+    return 0.3 * colour + 0.7 * colour[0]
 
 
 def _two_colours(noise, label):
@@ -324,7 +324,7 @@ def _backdrop(noise, width, height):
     """A cluttered background without any class in it: float32 array [height, width, 3] in 0 .. 1."""
     first, second = _colour(noise), _colour(noise)
     photo = first + (second - first) * _smooth(noise, height, width, 3, 1)
-    photo += 0.25 * (_smooth(noise, height, width, 14, 3) - 0.5)
+    photo += 0.25 * (_smooth(noise, height, width, 14, 1) - 0.5) + 0.1 * (_smooth(noise, height, width, 14, 3) - 0.5)
     for _ in range(noise.integers(4, 12)):
         turn = np.pi * noise.random()
         clutter = {

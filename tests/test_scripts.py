@@ -21,7 +21,7 @@ CPU = ["--device", "cpu", "--limit", "2", "--batch-size", "2"]
 
 def command(script, *flags):
     # A warning of our making ends the run; what libraries say about each other's age is theirs.
-    warnings = ["-W", "error", "-W", "ignore::DeprecationWarning"]
+    warnings = ["-W", "error", "-W", "ignore::DeprecationWarning", "-W", "ignore::ResourceWarning"]
     return [sys.executable, *warnings, str(ROOT / script), *map(str, flags)]
 
 
