@@ -34,7 +34,10 @@ def main():
 
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
 
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    # The classifier has to grow its logits from nearly nothing, so it takes larger steps than the layers below.
+    layers = {"params": model.layers.parameters(), "lr": 5e-4}
+    classifier = {"params": model.classifier.parameters(), "lr": 1e-2}
+    optimizer = torch.optim.Adam([layers, classifier])
 
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 

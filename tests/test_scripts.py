@@ -53,7 +53,7 @@ def test_4_a_anneals_the_rate_once_an_epoch_over_all_epochs(tiny, tmp_path):
     rows = (tmp_path / "results" / "train_4_a_seed0.csv").read_text().splitlines()[1:]
     rates = [float(row.split(",")[1]) for row in rows]
     # Loshchilov and Hutter (2017), equation 5, from the baseline's rate to 0 after the last epoch
-    expected = [3e-3 * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
+    expected = [5e-4 * (1 + math.cos(math.pi * epoch / 3)) / 2 for epoch in range(3)]
     assert rates == pytest.approx(expected, rel=1e-9)
 
 
