@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import platform
 import random
 import sys
@@ -14,6 +15,7 @@ import time
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -28,16 +30,18 @@ ROOT = Path(__file__).resolve().parent
 PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 
 
-def arguments(doc, epochs, batch_size=16):
+def arguments(doc, epochs, batch_size=16, pretrained=False):
     """Parse the flags that all experiments share.
 
     Args:
         doc: the script's docstring, shown by ``--help``.
         epochs, batch_size: the experiment's own defaults.
+        pretrained: whether the experiment starts from pretrained weights; adds the flag ``--no-pretrained``.
 
     Returns:
         argparse.Namespace with data (str), epochs, batch_size, seed (int), device (torch.device), out (Path),
-        resume (bool) and limit (int or None). A flag that is out of range ends the program with exit code 2.
+        resume (bool), limit (int or None) and, for an experiment with pretrained weights, pretrained (bool). A flag
+        that is out of range ends the program with exit code 2.
     """
 
     def whole(smallest, largest=2**32 - 1):  # NumPy takes no larger seed
@@ -58,7 +62,25 @@ def arguments(doc, epochs, batch_size=16):
     parser.add_argument("--out", type=Path, default=".", metavar="DIR", help="where files go (default: this folder)")
     parser.add_argument("--resume", action="store_true", help="continue from last_*.pt; start where there is none")
     parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N images of each split")
+    if pretrained:
+        text = "start from random weights, for a try-out; every file gets _no_pretrained in its name"
+        parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help=text)
     return parser.parse_args()
+
+
+@contextlib.contextmanager
+def fetching(weights):
+    """Turn a failure to get or to read one of torchvision's WeightsEnum into a UserError that says where to put it."""
+    try:
+        yield
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        name = Path(urlsplit(weights.url).path).name
+        raise UserError(
+            f"{Path(torch.hub.get_dir()) / 'checkpoints' / name}: pretrained weights cannot be loaded ({reason}): "
+            f"get {weights.url} and put it there (or into hub/checkpoints of a folder named by TORCH_HOME), or try "
+            "the script out with --no-pretrained"
+        ) from None
 
 
 def _device(text):
@@ -199,7 +221,7 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
     loader's size), ``last_*.pt``, ``plots/*_*.png`` and ``results/*_seed*.csv`` and ``.json``.
 
     Args:
-        script: the experiment's ``__file__``.
+        script: the experiment's ``__file__``. With ``--no-pretrained``, ``_no_pretrained`` is added to its name.
         args: from ``arguments``.
         model: on ``args.device``; ``model.arguments`` holds the keyword arguments that it was made with.
         train, val, test: voc.Loaders; test may be None.
@@ -212,14 +234,15 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
         UserError: a file cannot be written, ``--resume`` finds another run's files, or the loss is not finite. The
             plots and checkpoints of the epochs before are kept, as they are on Ctrl-C.
     """
-    files = _Files(args.out, Path(script).stem, args.seed)
+    stem = Path(script).stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
+    files = _Files(args.out, stem, args.seed)
     model.to(memory_format=torch.channels_last)
-    about = _about(script, args, model, train)
+    about = _about(script, stem, args, model, train)
     history, seconds = [], 0.0
     if args.resume and files.last.exists():
         history, seconds = _restore(files, about, model, optimizer, scheduler)
         files.write_rows(history)
-    _describe(files, args, model, train, val, test, len(history))
+    _describe(files, args, model, train, val, test, criterion, len(history))
 
     try:
         for epoch in trange(len(history) + 1, args.epochs + 1, desc=files.stem, leave=False, disable=None):
@@ -252,9 +275,9 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
             history.append(row)
             files.write_rows(history)
             _say(_line(history, args.epochs, took, scores))
-        _finish(files, args, history, seconds, val, test, criterion)
+        _finish(files, args, history, seconds, train, val, test, criterion)
     except BaseException:
-        _keep(files, history, val)
+        _keep(files, history, train, val)
         raise
 
 
@@ -319,11 +342,11 @@ def _save(state, path):
         os.replace(unfinished, path)
 
 
-def _about(script, args, model, loader):
+def _about(script, stem, args, model, loader):
     """What a checkpoint tells a stranger about where it comes from, and ``load`` about how to rebuild the model."""
     module = type(model).__module__
     return {
-        "experiment": Path(script).stem,
+        "experiment": stem,
         "script": Path(script).read_text(encoding="utf-8"),
         "flags": {
             name: value if isinstance(value, (int, type(None))) else str(value) for name, value in vars(args).items()
@@ -445,12 +468,20 @@ def _say(text):
     sys.stdout.flush()
 
 
-def _describe(files, args, model, train, val, test, epochs_done):
+def _describe(files, args, model, train, val, test, criterion, epochs_done):
     """Print what is about to run."""
     images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
+    if train.copies > 1:
+        images += f" (an epoch shows each train image {train.copies} times)"
     _say(f"{files.stem}: {_dataset(train)}, {images} images, {len(train.classes)} classes, {train.size}x{train.size}")
     network = f"{type(model).__name__}, {_parameters(model):,} parameters"
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if trained < _parameters(model):
+        network += f" ({trained:,} of them trained)"
     _say(f"{network}, batch {args.batch_size}, seed {args.seed}, device {args.device}")
+    if getattr(criterion, "weight", None) is not None:
+        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(train.classes, criterion.weight.tolist()))
+        _say(f"class weights of the loss: {weights}")
     counts = torch.bincount(val.masks.flatten(), minlength=256)[: len(val.classes)]
     name, constant = Scores(math.nan, torch.diag(counts), val.classes).background
     floor = f"pixel accuracy {constant.pixel_accuracy:.4f}, mean IoU {constant.miou:.4f}"
@@ -480,15 +511,15 @@ def _line(history, epochs, took, scores):
     )
 
 
-def _plot(files, history, val, scores):
-    """Draw the four pictures of a run from its history and the best checkpoint.
+def _plot(files, history, train, val, model, best, scores):
+    """Draw the pictures of a run.
 
     Args:
-        scores: dict from a name, such as "val" or "test", to the Scores of the best checkpoint, that of val first.
+        model: of the best epoch.
+        best: the number of that epoch.
+        scores: dict from a name, such as "val" or "test", to the model's Scores, that of val first.
     """
-    model = load(files.best, val.device)
     name, val_scores = next(iter(scores.items()))
-    best = _read(files.best, "epoch")["epoch"]
     title = f"{files.stem} on {_dataset(val)}"
     chosen = torch.linspace(0, len(val.split) - 1, min(5, len(val.split))).round().long()
     with torch.inference_mode():
@@ -505,16 +536,21 @@ def _plot(files, history, val, scores):
         plotting.class_iou(files.plot("iou"), f"{title}, epoch {best}", val.classes, scores)
         plotting.confusion(files.plot("confusion"), f"{title}, {name}, epoch {best}", val.classes, val_scores.matrix)
         plotting.predictions(files.plot("predictions"), f"{title}, val, epoch {best}", val.classes, rows)
+        if train.augment is not None:
+            images, masks = train.augmented(16)
+            images = images.permute(0, 2, 3, 1).numpy()
+            plotting.samples(files.plot("augmentation"), f"{title}, train", train.classes, images, masks.numpy())
 
 
-def _keep(files, history, val):
+def _keep(files, history, train, val):
     """After a stop by Ctrl-C or an error: draw what there is, and say what is kept."""
     if not history:
         _say(f"{files.stem}: stopped before its first epoch ended, so there is nothing to keep")
         return
     best = _read(files.best, "val_matrix")
+    scores = {f"val at {val.size}x{val.size}": Scores(math.nan, best["val_matrix"], val.classes)}
     try:
-        _plot(files, history, val, {f"val at {val.size}x{val.size}": Scores(math.nan, best["val_matrix"], val.classes)})
+        _plot(files, history, train, val, load(files.best, val.device), best["epoch"], scores)
     except UserError as error:  # the reason for the stop, such as a full disk, matters more
         _say(str(error))
     _say(
@@ -523,7 +559,7 @@ def _keep(files, history, val):
     )
 
 
-def _finish(files, args, history, seconds, val, test, criterion):
+def _finish(files, args, history, seconds, train, val, test, criterion):
     """Score the best checkpoint at the masks' own sizes; write the figures and plots, print tables and paths."""
     model = load(files.best, args.device)
     scores = {loader.split.name: evaluate(model, loader, criterion) for loader in (val, test) if loader is not None}
@@ -541,7 +577,7 @@ def _finish(files, args, history, seconds, val, test, criterion):
     }
     with _writing(files.figures):
         files.figures.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    _plot(files, history, val, scores)
+    _plot(files, history, train, val, model, figures["best_epoch"], scores)
     _say(_table(scores, val.classes))
     for name, result in scores.items():
         constant_name, constant = result.background

@@ -11,6 +11,8 @@ from voc import PALETTE, VOID
 
 # Okabe and Ito's colours, told apart by the colour-blind; each comes with its own line style or hatch for print.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
+COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++")
 
 
 def _figure(width, height):
@@ -58,28 +60,30 @@ def curves(path, title, history, best_epoch, background):
 
 
 def class_iou(path, title, classes, scores):
-    """Draw the IoU of each class as bars, one colour a split.
+    """Draw the IoU of each class as bars, one colour a split or a model.
 
     Args:
         classes: the class names.
-        scores: dict from a split's name to its engine.Scores.
+        scores: dict from the name of a split or a model, at most seven, to its engine.Scores.
     """
-    figure = _figure(max(6, 0.5 * len(classes)), 4.5)
+    figure = _figure(max(6, 0.25 * len(classes) * max(2, len(scores))), 4.5)
     axis = figure.subplots()
     width = 0.8 / len(scores)
-    looks = ((BLUE, "", "--"), (ORANGE, "//", ":"))
-    for number, ((name, result), (colour, hatch, style)) in enumerate(zip(scores.items(), looks)):
+    for number, ((name, result), colour, hatch) in enumerate(zip(scores.items(), COLOURS, HATCHES)):
         values = util.iou(result.matrix).numpy()
         places = np.arange(len(classes)) + (number - (len(scores) - 1) / 2) * width
         axis.bar(places, values, width, color=colour, hatch=hatch, edgecolor="white", label=name)
         for place in places[np.isnan(values)]:
             axis.text(place, 0, " absent", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
-        axis.axhline(result.miou, color=colour, linestyle=style, label=f"{name}: mean IoU {result.miou:.4f}")
+        style = ("--", ":", "-.")[number % 3]
+        axis.axhline(
+            result.miou, color=colour, linestyle=style, linewidth=1, label=f"{name}: mean IoU {result.miou:.4f}"
+        )
     axis.set(title=title, ylabel="IoU")
     axis.set_ylim(0, min(1, axis.get_ylim()[1]))
     axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(loc="upper right")
+    figure.legend(loc="outside right upper")
     _finish(figure, path)
 
 
@@ -109,28 +113,53 @@ def confusion(path, title, classes, matrix):
     _finish(figure, path)
 
 
-def predictions(path, title, classes, rows):
-    """Draw photo, truth and prediction side by side, with a legend of the classes in them.
+def predictions(path, title, classes, rows, models=("prediction",)):
+    """Draw photo, truth and one or more predictions side by side, with a legend of the classes in them.
 
     Args:
         classes: the class names.
-        rows: list of (name, photo uint8 [H, W, 3], truth [H, W], prediction [H, W]), labels being classes or VOID.
+        rows: list of (name, photo uint8 [H, W, 3], truth [H, W], prediction [H, W], ...), labels being classes or VOID.
+        models: heading of each column of predictions.
     """
-    figure = _figure(11, 2.6 * len(rows) + 0.6)
+    columns = 2 + len(models)
+    figure = _figure(3.1 * columns + 1.7, 2.6 * len(rows) + 0.6)
     figure.suptitle(title)
-    axes = figure.subplots(len(rows), 3, squeeze=False)
-    shown = set()
-    for line, (name, photo, truth, prediction) in zip(axes, rows):
-        for axis, picture in zip(line, (photo, PALETTE[truth], PALETTE[prediction])):
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (name, photo, *labels) in zip(axes, rows):
+        for axis, picture in zip(line, (photo, *(PALETTE[label] for label in labels))):
             axis.imshow(picture)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name)
-        shown |= set(np.unique(truth)) | set(np.unique(prediction))
-    for axis, name in zip(axes[0], ("photo", "truth", "prediction")):
+    for axis, name in zip(axes[0], ("photo", "truth", *models)):
         axis.set_title(name)
+    _legend(figure, classes, [label for row in rows for label in row[2:]])
+    _finish(figure, path)
+
+
+def samples(path, title, classes, images, masks):
+    """Draw what a network is shown in training: each image with its mask to the right of it.
+
+    Args:
+        classes: the class names.
+        images: uint8 array [N, H, W, 3], N a multiple of 4.
+        masks: integer array [N, H, W], classes and VOID.
+    """
+    figure = _figure(14, 1.6 * len(images) / 4 + 0.4)
+    figure.suptitle(title)
+    axes = figure.subplots(len(images) // 4, 8)
+    pictures = (picture for image, mask in zip(images, masks) for picture in (image, PALETTE[mask]))
+    for axis, picture in zip(axes.flat, pictures):
+        axis.imshow(picture)
+        axis.set(xticks=[], yticks=[])
+    _legend(figure, classes, masks)
+    _finish(figure, path)
+
+
+def _legend(figure, classes, masks):
+    """Name the colours of the classes, and of void, that occur in a list of masks."""
+    shown = set().union(*map(np.unique, masks))
     patches = [
         Patch(facecolor=PALETTE[label] / 255, edgecolor="black", label="void" if label == VOID else classes[label])
         for label in sorted(shown)
     ]
     figure.legend(handles=patches, loc="outside right upper")
-    _finish(figure, path)

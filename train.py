@@ -19,18 +19,13 @@ def main():
 
     augment = None
     train, val, test = voc.loaders(
-        args.data,
-        size=224,
-        batch_size=args.batch_size,
-        augment=augment,
-        limit=args.limit,
-        seed=args.seed,
-        device=args.device,
+        args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
     )
 
     model = FCN(len(train.classes)).to(args.device)
 
-    criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
+    weight = None
+    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
 
     # The classifier has to grow its logits from nearly nothing, so it takes larger steps than the layers below.
     layers = {"params": model.layers.parameters(), "lr": 5e-4}

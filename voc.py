@@ -190,6 +190,22 @@ def class_counts(split):
     return pixels, images
 
 
+def class_weights(split):
+    """Weights of the classes for a loss on imbalanced data: ``1 / ln(1.02 + p)``, p being a class's share of the pixels.
+
+    The formula is that of ENet (Paszke et al., 2016). It lies between 1.42 for a class that fills every mask and 50.5
+    for one that is in none, so that no class can take over, and an absent one has a finite weight.
+
+    Args:
+        split: a Split; its masks are counted at their own resolution, void left out.
+
+    Returns:
+        float32 tensor [C].
+    """
+    pixels, _ = class_counts(split)
+    return torch.tensor(1 / np.log(1.02 + pixels / pixels.sum()), dtype=torch.float32)
+
+
 class Loader:
     """Batches of one split, squeezed to a square, normalised, on the device.
 
@@ -204,7 +220,8 @@ class Loader:
         training: draw a new order each epoch, and leave out a batch that is void all over, since a mean over no pixel
             is NaN. Otherwise every image comes, in the order of the split.
         augment: None, or a callable ``augment(images, masks, generator)`` that takes and gives back uint8 tensors
-            [B, 3, S, S] and [B, S, S], and draws from the torch.Generator.
+            [B, 3, S, S] and [B, S, S], and draws from the torch.Generator. An epoch shows each image ``augment.plain``
+            times as it is and ``augment.augmented`` times through the callable; without these attributes 0 and 1.
         seed: order and augmentation are drawn from ``seed`` and the number of the epoch alone, so that any epoch can be
             repeated without those before it.
         device: where batches go.
@@ -224,6 +241,8 @@ class Loader:
         self.split, self.size, self.classes = split, size, split.classes
         self.batch_size, self.training, self.augment = batch_size, training, augment
         self.seed, self.device = seed, torch.device(device)
+        self.plain = 1 if augment is None else getattr(augment, "plain", 0)
+        self.copies = self.plain + (0 if augment is None else getattr(augment, "augmented", 1))
         self.images = torch.empty(len(split), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)
         self.masks = torch.empty(len(split), size, size, dtype=torch.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -235,13 +254,22 @@ class Loader:
 
     def __len__(self):
         """The number of batches."""
-        return -(-len(self.split) // self.batch_size)
+        return -(-len(self.split) * self.copies // self.batch_size)
 
     def normalise(self, images):
         """Move uint8 images [B, 3, S, S] to the device as float32, channels last: 0..1, less ``mean``, over ``std``."""
         images = images.to(self.device, memory_format=torch.channels_last).float() / 255
         mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std
+
+    def augmented(self, number):
+        """The first images of the split, over again if they are fewer, each augmented once, to be looked at.
+
+        Returns:
+            uint8 [number, 3, S, S] and [number, S, S].
+        """
+        chosen = torch.arange(number) % len(self.split)
+        return self.augment(self.images[chosen], self.masks[chosen], torch.Generator().manual_seed(self.seed))
 
     def batches(self, epoch=0):
         """Yield the batches of an epoch on the device.
@@ -251,18 +279,19 @@ class Loader:
             masks: int64 [B, S, S], class indices and VOID.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        number = len(self.split)
+        number = len(self.split) * self.copies
         order = torch.randperm(number, generator=generator) if self.training else torch.arange(number)
         for chosen in order.tensor_split(len(self)):
-            images, masks = self.images[chosen], self.masks[chosen]
-            if self.augment is not None:
-                images, masks = self.augment(images, masks, generator)
+            images, masks = (whole[chosen % len(self.split)] for whole in (self.images, self.masks))
+            changed = chosen >= self.plain * len(self.split)
+            if changed.any():
+                images[changed], masks[changed] = self.augment(images[changed], masks[changed], generator)
             if self.training and (masks == VOID).all():
                 continue
             yield self.normalise(images), masks.to(self.device).long()
 
 
-def loaders(root, size, batch_size, augment=None, limit=None, seed=0, device="cpu"):
+def loaders(root, batch_size, size, augment=None, limit=None, seed=0, device="cpu"):
     """Loaders of the splits train, val and test of a folder in VOC layout; only train is shuffled and augmented.
 
     Where there is no ``test.txt``, the third is None: the figures then rest on val alone. ``limit`` keeps the first

@@ -39,7 +39,7 @@ def fit(data, out, *, criterion=None, scheduler=None, patience=9, rate=1e-3, aft
     """Run an experiment as a script would; ``after(train)`` may meddle with the training loader."""
     args = flags(data, out, **changes)
     util.seed_everything(args.seed)
-    train, val, test = voc.loaders(data, SIZE, args.batch_size, limit=args.limit, seed=args.seed)
+    train, val, test = voc.loaders(data, args.batch_size, SIZE, limit=args.limit, seed=args.seed)
     if after:
         after(train)
     model = TinyNet(len(train.classes))
@@ -180,7 +180,7 @@ def test_loss_does_not_depend_on_the_batch_size_even_weighted(finished):
         torch.nn.CrossEntropyLoss(ignore_index=255, weight=weight),
     ):
         losses = [
-            engine.evaluate(model, voc.loaders(data, SIZE, n)[1], criterion, native=False).loss for n in (1, 3, 4)
+            engine.evaluate(model, voc.loaders(data, n, SIZE)[1], criterion, native=False).loss for n in (1, 3, 4)
         ]
         assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # float32 means
 

@@ -1,0 +1,55 @@
+"""Annealed, and trained on more than the photos: flips, rotations and crops make two further images of each.
+
+Differs from train_4_a.py only in the augmentation.
+
+    python train_4_b.py
+
+Writes best_train_4_b.pt, last_train_4_b.pt, plots/train_4_b_*.png and results/train_4_b_seed*.csv and .json.
+"""
+
+import torch
+
+import engine
+import transforms
+import util
+import voc
+from basic_fcn import FCN
+
+
+def main():
+    args = engine.arguments(__doc__, epochs=30)
+    util.seed_everything(args.seed)
+
+    augment = transforms.Augmentation(flip=0.5, degrees=15, scale=(0.5, 1.1), plain=1, augmented=2)
+    train, val, test = voc.loaders(
+        args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
+    )
+
+    model = FCN(len(train.classes)).to(args.device)
+
+    weight = None
+    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
+
+    # The classifier has to grow its logits from nearly nothing, so it takes larger steps than the layers below.
+    layers = {"params": model.layers.parameters(), "lr": 5e-4}
+    classifier = {"params": model.classifier.parameters(), "lr": 1e-2}
+    optimizer = torch.optim.Adam([layers, classifier])
+
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+
+    engine.fit(
+        script=__file__,
+        args=args,
+        model=model,
+        train=train,
+        val=val,
+        test=test,
+        criterion=criterion,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        patience=10,
+    )
+
+
+if __name__ == "__main__":
+    util.run(main)

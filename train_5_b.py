@@ -1,0 +1,55 @@
+"""A frozen ImageNet ResNet-18 under a decoder of transposed convolutions: features learned on a million photos.
+
+    python train_5_b.py
+
+The pretrained weights (45 MB) are downloaded once; --no-pretrained does without them, for a try-out.
+Writes best_train_5_b.pt, last_train_5_b.pt, plots/train_5_b_*.png and results/train_5_b_seed*.csv and .json.
+"""
+
+import torch
+from torchvision.models import ResNet18_Weights
+
+import engine
+import transforms
+import util
+import voc
+from resnet_fcn import ResNetFCN
+
+
+def main():
+    args = engine.arguments(__doc__, epochs=30, pretrained=True)
+    util.seed_everything(args.seed)
+
+    augment = transforms.Augmentation(flip=0.5)
+    train, val, test = voc.loaders(
+        args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
+    )
+
+    weights = ResNet18_Weights.IMAGENET1K_V1 if args.pretrained else None
+    with engine.fetching(weights):
+        model = ResNetFCN(len(train.classes), weights)
+    model.to(args.device)
+
+    weight = voc.class_weights(train.split).to(args.device)
+    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
+
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=3e-3, weight_decay=1e-2)
+
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+
+    engine.fit(
+        script=__file__,
+        args=args,
+        model=model,
+        train=train,
+        val=val,
+        test=test,
+        criterion=criterion,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        patience=10,
+    )
+
+
+if __name__ == "__main__":
+    util.run(main)

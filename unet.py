@@ -1,0 +1,47 @@
+"""A U-Net (Ronneberger, Fischer and Brox, 2015) for small data on small machines."""
+
+import torch
+from torch import nn
+
+
+def double_convolution(inputs, outputs):
+    """Two padded 3x3 convolutions, each followed by batch norm and ReLU."""
+    layers = []
+    for channels in (inputs, outputs):
+        layers += [nn.Conv2d(channels, outputs, kernel_size=3, padding=1, bias=False)]
+        layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class UNet(nn.Module):
+    """A contracting path of four halvings, an expanding path of four doublings, and a skip between equal sizes.
+
+    Args:
+        num_classes: channels of the logits.
+        width: channels of the first level; each level below has twice as many.
+    """
+
+    def __init__(self, num_classes, width=16):
+        super().__init__()
+        self.arguments = {"num_classes": num_classes, "width": width}
+
+        widths = [width * 2**level for level in range(5)]
+        self.contracting = nn.ModuleList(map(double_convolution, [3, *widths], widths))
+        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        upwards = widths[::-1]
+        self.upsample = nn.ModuleList(
+            nn.ConvTranspose2d(inputs, outputs, kernel_size=2, stride=2) for inputs, outputs in zip(upwards, upwards[1:])
+        )
+        self.expanding = nn.ModuleList(map(double_convolution, upwards, upwards[1:]))
+        self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
+
+    def forward(self, images):
+        """Map images, float32 [B, 3, H, W] of any size, to logits [B, num_classes, H, W]."""
+        features, skips = images, []
+        for convolution in self.contracting:
+            features = convolution(self.pool(features) if skips else features)
+            skips.append(features)
+        for upsample, convolution, skip in zip(self.upsample, self.expanding, skips[-2::-1]):
+            height, width = skip.shape[-2:]  # an odd side was halved upwards, and comes back one pixel too long
+            features = convolution(torch.cat((skip, upsample(features)[..., :height, :width]), dim=1))
+        return self.classifier(features)
