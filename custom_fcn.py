@@ -1,11 +1,11 @@
-"""A network of our own."""
+"""A network of our own: a residual encoder, and a decoder that adds the encoder's finer features back in."""
 
-import torch
 from torch import nn
 from torch.nn import functional
 
 
 def convolution(inputs, outputs, stride=1):
+    """A padded 3x3 convolution, batch norm, ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(outputs),
@@ -13,43 +13,67 @@ def convolution(inputs, outputs, stride=1):
     )
 
 
-class Residual(nn.Module):
-    def __init__(self, channels):
+class Block(nn.Module):
+    """Two 3x3 convolutions whose result is added to what they were given (He et al., 2016), unless without shortcut."""
+
+    def __init__(self, channels, shortcut):
         super().__init__()
-        self.first = convolution(channels, channels)
-        self.second = nn.Sequential(
-            nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.shortcut = shortcut
+        self.body = nn.Sequential(
+            convolution(channels, channels),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
         )
 
     def forward(self, features):
-        return functional.relu(features + self.second(self.first(features)))
+        result = self.body(features)
+        return functional.relu(features + result if self.shortcut else result)
+
+
+def upsample(features, shape):
+    return functional.interpolate(features, shape, mode="bilinear", align_corners=False)
 
 
 class CustomFCN(nn.Module):
-    def __init__(self, num_classes, skips=True, residual=True, context=True, widths=(64, 128, 192, 256), width=64):
+    """Halve an image five times, double the features three times again, in 64 channels, and upsample the logits from 1/4.
+
+    Args:
+        num_classes: channels of the logits.
+        skips: add the encoder's features of 1/4, 1/8 and 1/16 of the image's sides to the decoder's.
+        residual: give each pair of convolutions in the encoder a shortcut.
+        context: add the features' mean over the whole image to the coarsest ones.
+    """
+
+    def __init__(self, num_classes, skips=True, residual=True, context=True):
         super().__init__()
-        self.skips = skips
-        self.stem = convolution(3, 32, 2)
-        self.stages = nn.ModuleList()
-        for a, b in zip((32, *widths), widths):
-            self.stages.append(nn.Sequential(convolution(a, b, 2), Residual(b) if residual else nn.Sequential(convolution(b, b), convolution(b, b))))
-        self.laterals = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths)
-        self.context = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(widths[-1], width, 1)) if context else None
-        self.smooth = nn.ModuleList(convolution(width, width) for _ in range(3))
-        self.classifier = nn.Conv2d(width, num_classes, 1)
+        self.arguments = {"num_classes": num_classes, "skips": skips, "residual": residual, "context": context}
+
+        widths, width = (64, 128, 192, 256), 64
+        self.stem = convolution(3, 32, stride=2)
+        self.encoder = nn.ModuleList(
+            nn.Sequential(convolution(inputs, outputs, stride=2), Block(outputs, residual))
+            for inputs, outputs in zip((32, *widths), widths)
+        )
+        self.narrow = nn.Conv2d(widths[-1], width, kernel_size=1)
+        self.context = nn.Conv2d(widths[-1], width, kernel_size=1) if context else None
+        self.skips = (
+            nn.ModuleList(nn.Conv2d(channels, width, kernel_size=1) for channels in widths[-2::-1]) if skips else None
+        )
+        self.decoder = nn.ModuleList(convolution(width, width) for _ in range(3))
+        self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
 
     def forward(self, images):
-        features = self.stem(images)
-        levels = []
-        for stage in self.stages:
+        """Map images, float32 [B, 3, H, W] of any size, to logits [B, num_classes, H, W]."""
+        levels, features = [], self.stem(images)
+        for stage in self.encoder:
             features = stage(features)
             levels.append(features)
-        x = self.laterals[3](features)
+        result = self.narrow(features)
         if self.context is not None:
-            x = x + self.context(features)
-        for level, lateral, smooth in zip(levels[2::-1], self.laterals[2::-1], self.smooth):
-            x = functional.interpolate(x, level.shape[-2:], mode="bilinear", align_corners=False)
-            if self.skips:
-                x = x + lateral(level)
-            x = smooth(x)
-        return functional.interpolate(self.classifier(x), images.shape[-2:], mode="bilinear", align_corners=False)
+            result = result + self.context(features.mean((2, 3), keepdim=True))
+        for number, (stage, level) in enumerate(zip(self.decoder, levels[-2::-1])):
+            result = upsample(result, level.shape[-2:])
+            if self.skips is not None:
+                result = result + self.skips[number](level)
+            result = stage(result)
+        return upsample(self.classifier(result), images.shape[-2:])

@@ -43,6 +43,4 @@ class ResNetFCN(nn.Module):
         logits [B, num_classes, H, W]."""
         with torch.no_grad():
             features = self.backbone(images)
-        return functional.interpolate(
-            self.decoder(features), images.shape[-2:], mode="bilinear", align_corners=False
-        )
+        return functional.interpolate(self.decoder(features), images.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,6 +1,6 @@
 """Annealed and augmented, with a loss that weighs rare classes more, so that background does not drown them.
 
-Differs from train_4_b.py only in the weights of the loss.
+Differs from train_4_b.py only in the weights of the classes in the loss.
 
     python train_4_c.py
 

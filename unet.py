@@ -30,7 +30,8 @@ class UNet(nn.Module):
         self.pool = nn.MaxPool2d(2, ceil_mode=True)
         upwards = widths[::-1]
         self.upsample = nn.ModuleList(
-            nn.ConvTranspose2d(inputs, outputs, kernel_size=2, stride=2) for inputs, outputs in zip(upwards, upwards[1:])
+            nn.ConvTranspose2d(inputs, outputs, kernel_size=2, stride=2)
+            for inputs, outputs in zip(upwards, upwards[1:])
         )
         self.expanding = nn.ModuleList(map(double_convolution, upwards, upwards[1:]))
         self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)

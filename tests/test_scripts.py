@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHARED
 from PIL import Image
 
 import engine
@@ -25,25 +26,84 @@ def command(script, *flags):
     return [sys.executable, *warnings, str(ROOT / script), *map(str, flags)]
 
 
-def test_train_runs_from_another_folder_and_leaves_its_files(tiny, tmp_path):
-    done = subprocess.run(
-        command("train.py", "--data", tiny, "--epochs", 2, *CPU), cwd=tmp_path, capture_output=True, text=True
-    )
+SCRIPTS = sorted(path.name for path in ROOT.glob("train*.py"))
+
+
+@pytest.fixture
+def weights(monkeypatch):
+    """Let torchvision find the weights that lie beside the project; without them, 5_b runs from random ones."""
+    if (SHARED / "torch" / "hub" / "checkpoints").is_dir():
+        monkeypatch.setenv("TORCH_HOME", str(SHARED / "torch"))
+        return []
+    return ["--no-pretrained"]
+
+
+def test_there_are_seven_experiments():
+    letters = ("", *(f"_{number}_{letter}" for number in (4, 5) for letter in "abc"))
+    assert SCRIPTS == sorted(f"train{suffix}.py" for suffix in letters)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_experiment_runs_from_another_folder_and_leaves_its_files(tiny, tmp_path, script, weights):
+    extra = weights if script == "train_5_b.py" else []
+    line = command(script, "--data", tiny, "--epochs", 2, *CPU, *extra)
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no progress bar where there is no terminal
+    stem = script.removesuffix(".py") + ("_no_pretrained" if extra else "")
     lines = done.stdout.splitlines()
     assert sum(line.startswith("epoch ") for line in lines) == 2
     assert [line.split()[0] for line in lines[-4:-1]] == ["plots", "checkpoint", "figures"]
-    figures = json.loads((tmp_path / "results" / "train_seed0.json").read_text())
-    assert (figures["experiment"], figures["dataset"], figures["epochs"]) == ("train", "Tiny", 2)
-    assert lines[-1].startswith(f"train seed 0: val mean IoU {figures['val']['miou']:.4f}")
-    assert len((tmp_path / "results" / "train_seed0.csv").read_text().splitlines()) == 3
-    for name in ("curves", "iou", "confusion", "predictions"):
-        picture = np.array(Image.open(tmp_path / "plots" / f"train_{name}.png").convert("L"))
+    figures = json.loads((tmp_path / "results" / f"{stem}_seed0.json").read_text())
+    assert (figures["experiment"], figures["dataset"], figures["epochs"]) == (stem, "Tiny", 2)
+    assert lines[-1].startswith(f"{stem} seed 0: val mean IoU {figures['val']['miou']:.4f}")
+    assert len((tmp_path / "results" / f"{stem}_seed0.csv").read_text().splitlines()) == 3
+    augmented = "augment = None" not in (ROOT / script).read_text()
+    plots = {"curves", "iou", "confusion", "predictions"} | ({"augmentation"} if augmented else set())
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {f"{stem}_{name}.png" for name in plots}
+    for name in plots:
+        picture = np.array(Image.open(tmp_path / "plots" / f"{stem}_{name}.png").convert("L"))
         assert min(picture.shape) > 400 and picture.std() > 10  # large enough to print, and not blank
-    model = engine.load(tmp_path / "best_train.pt")
+    model = engine.load(tmp_path / f"best_{stem}.pt")
     assert model.classes == voc.CLASSES and model.size == 224
-    assert (tmp_path / "last_train.pt").exists()
+    assert (tmp_path / f"last_{stem}.pt").exists()
+    weighted = script in ("train_4_c.py", "train_5_b.py")  # computed and printed where used, and nowhere else
+    assert ("class weights of the loss: background " in done.stdout) == weighted
+    tripled = "an epoch shows each train image 3 times" in done.stdout
+    assert tripled == (script in ("train_4_b.py", "train_4_c.py"))
+
+
+def test_weights_that_cannot_be_loaded_are_named_in_one_line(tiny, tmp_path):
+    nowhere = os.environ | {"TORCH_HOME": str(tmp_path / "none"), "https_proxy": "http://127.0.0.1:9"}
+    line = command("train_5_b.py", "--data", tiny, *CPU)
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=nowhere)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: ") and "--no-pretrained" in error
+    assert str(tmp_path / "none/hub/checkpoints/resnet18-f37072fd.pth") in error
+    assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in error
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_broken_weights_file_is_named_in_one_line(tiny, tmp_path):
+    broken = tmp_path / "home/hub/checkpoints/resnet18-f37072fd.pth"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"not weights")
+    line = command("train_5_b.py", "--data", tiny, *CPU)
+    home = os.environ | {"TORCH_HOME": str(tmp_path / "home")}
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=home)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(broken) in done.stderr
+
+
+def test_without_pretrained_weights_every_output_says_so(tiny, tmp_path):
+    line = command("train_5_b.py", "--data", tiny, "--epochs", 1, "--no-pretrained", *CPU)
+    nowhere = os.environ | {"TORCH_HOME": str(tmp_path / "none"), "https_proxy": "http://127.0.0.1:9"}
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, env=nowhere, check=True)
+    for folder in ("plots", "results", "."):
+        files = [path.name for path in (tmp_path / folder).iterdir() if path.is_file()]
+        assert files and all("train_5_b_no_pretrained" in name for name in files)
+    assert done.stdout.splitlines()[0].startswith("train_5_b_no_pretrained: ")
+    assert engine._read(tmp_path / "best_train_5_b_no_pretrained.pt", "epoch")["experiment"].endswith("no_pretrained")
 
 
 def test_4_a_anneals_the_rate_once_an_epoch_over_all_epochs(tiny, tmp_path):
@@ -57,17 +117,27 @@ def test_4_a_anneals_the_rate_once_an_epoch_over_all_epochs(tiny, tmp_path):
     assert rates == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize(("first", "second", "idea"), [("train.py", "train_4_a.py", "scheduler")])
+@pytest.mark.parametrize(
+    ("first", "second", "idea"),
+    [
+        ("train.py", "train_4_a.py", "scheduler"),
+        ("train_4_a.py", "train_4_b.py", "augment"),
+        ("train_4_b.py", "train_4_c.py", "weight"),
+    ],
+)
 def test_the_difference_between_neighbours_is_the_idea(first, second, idea):
-    """Below the docstrings, the lines of two scripts differ only where ``idea`` is set, and by one line."""
+    """Below the docstrings, two scripts differ in the one line that sets ``idea``, and in what they import for it."""
     bodies = [(ROOT / name).read_text().split('"""')[2].splitlines() for name in (first, second)]
     changed = [
         line for line in difflib.unified_diff(*bodies, n=0) if line[0] in "+-" and line[:3] not in ("+++", "---")
     ]
-    assert len(changed) == 2 and all(line[1:].strip().startswith(f"{idea} = ") for line in changed)
+    changed = [line[1:].strip() for line in changed if not line[1:].startswith("import ")]
+    assert len(changed) == 2 and all(line.startswith(f"{idea} = ") for line in changed)
+    docstring = (ROOT / second).read_text().split('"""')[1]
+    assert f"Differs from {first} only in the {idea}" in docstring
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("train*.py")))
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_an_experiment_fits_on_one_screen_and_does_no_work_itself(script):
     text = (ROOT / script).read_text()
     assert len(text.splitlines()) <= 60

@@ -253,3 +253,20 @@ def test_voc2012_is_read_alike(tmp_path):
     write_split(root, "val", ["2007_000033"])
     _, val, test = voc.loaders(root, size=8, batch_size=2)
     assert test is None and next(val.batches())[1].unique().tolist() == [20]
+
+
+def test_class_weights_of_the_real_masks_agree_with_the_formula(sample):
+    split = voc.Split(sample, "train_masks")
+    masks = [np.array(Image.open(sample / "SegmentationClass" / f"{name}.png")).ravel() for name in split.ids]
+    labels = np.concatenate(masks)
+    labels = labels[labels != 255]
+    expected = [1 / np.log(1.02 + np.mean(labels == c)) for c in range(21)]
+    weights = voc.class_weights(split)
+    assert weights.dtype == torch.float32 and weights.shape == (21,)
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)  # float32
+    assert weights.argmin() == 0
+
+
+def test_the_weight_of_a_class_that_train_lacks_is_finite(tiny):
+    weights = voc.class_weights(voc.Split(tiny, "train"))
+    assert weights.isfinite().all() and weights[7] == weights.max() == pytest.approx(1 / np.log(1.02))

@@ -1,0 +1,50 @@
+"""A network of our own: residual, with skips, and lighter than the baseline that it is to beat.
+
+    python train_5_a.py
+
+Writes best_train_5_a.pt, last_train_5_a.pt, plots/train_5_a_*.png and results/train_5_a_seed*.csv and .json.
+"""
+
+import torch
+
+import engine
+import transforms
+import util
+import voc
+from custom_fcn import CustomFCN
+
+
+def main():
+    args = engine.arguments(__doc__, epochs=60, batch_size=8)
+    util.seed_everything(args.seed)
+
+    augment = transforms.Augmentation(flip=0.5)
+    train, val, test = voc.loaders(
+        args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
+    )
+
+    model = CustomFCN(len(train.classes)).to(args.device)
+
+    weight = None
+    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+
+    engine.fit(
+        script=__file__,
+        args=args,
+        model=model,
+        train=train,
+        val=val,
+        test=test,
+        criterion=criterion,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        patience=20,
+    )
+
+
+if __name__ == "__main__":
+    util.run(main)

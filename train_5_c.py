@@ -1,0 +1,50 @@
+"""A U-Net: a contracting and an expanding path with a skip at every level, trained from scratch.
+
+    python train_5_c.py
+
+Writes best_train_5_c.pt, last_train_5_c.pt, plots/train_5_c_*.png and results/train_5_c_seed*.csv and .json.
+"""
+
+import torch
+
+import engine
+import transforms
+import util
+import voc
+from unet import UNet
+
+
+def main():
+    args = engine.arguments(__doc__, epochs=60, batch_size=8)
+    util.seed_everything(args.seed)
+
+    augment = transforms.Augmentation(flip=0.5)
+    train, val, test = voc.loaders(
+        args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
+    )
+
+    model = UNet(len(train.classes)).to(args.device)
+
+    weight = None
+    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+
+    engine.fit(
+        script=__file__,
+        args=args,
+        model=model,
+        train=train,
+        val=val,
+        test=test,
+        criterion=criterion,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        patience=20,
+    )
+
+
+if __name__ == "__main__":
+    util.run(main)
