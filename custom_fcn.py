@@ -35,7 +35,7 @@ def upsample(features, shape):
 
 
 class CustomFCN(nn.Module):
-    """Halve an image five times, double the features three times again, in 64 channels, and upsample the logits from 1/4.
+    """Halve an image five times, double the features three times again, and upsample the logits from 1/4.
 
     Args:
         num_classes: channels of the logits.

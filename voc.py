@@ -191,7 +191,7 @@ def class_counts(split):
 
 
 def class_weights(split):
-    """Weights of the classes for a loss on imbalanced data: ``1 / ln(1.02 + p)``, p being a class's share of the pixels.
+    """Class weights for a loss on imbalanced data: ``1 / ln(1.02 + p)``, p being a class's share of the pixels.
 
     The formula is that of ENet (Paszke et al., 2016). It lies between 1.42 for a class that fills every mask and 50.5
     for one that is in none, so that no class can take over, and an absent one has a finite weight.
@@ -227,7 +227,8 @@ class Loader:
         device: where batches go.
 
     Attributes:
-        split, size, classes: as given, and the split's class names.
+        split, size, classes, augment: as given, and the split's class names.
+        copies: how many times an epoch shows each image.
         images, masks: the whole split, uint8 [N, 3, S, S] and [N, S, S] on the CPU.
         mean, std: what ``normalise`` uses, a tuple of three floats each.
 

@@ -58,6 +58,16 @@ def test_bars_are_the_iou_and_an_absent_class_is_named(tmp_path, drawn):
     assert [text.get_text().strip() for text in axis.texts] == ["absent"]
 
 
+def test_seven_models_have_bars_of_seven_looks(tmp_path, drawn):
+    matrices = [torch.tensor([[6, number], [1, 3]]) for number in range(7)]
+    scores = {f"model {number}": Scores(1.0, matrix, ("a", "b")) for number, matrix in enumerate(matrices)}
+    plotting.class_iou(tmp_path / "a.png", "title", ("a", "b"), scores)
+    bars = drawn[0].axes[0].containers
+    assert [group[0].get_height() for group in bars] == pytest.approx([6 / (7 + number) for number in range(7)])
+    assert len({group[0].get_facecolor() for group in bars}) == len({group[0].get_hatch() for group in bars}) == 7
+    assert len(drawn[0].legends[0].get_texts()) == 14
+
+
 def test_the_confusion_matrix_is_shown_as_shares_of_the_true_class(tmp_path, drawn):
     plotting.confusion(tmp_path / "a.png", "title", ("a", "b", "c"), torch.tensor([[8, 2, 0], [1, 3, 0], [0, 0, 0]]))
     axis = drawn[0].axes[0]
@@ -80,3 +90,27 @@ def test_predictions_are_in_vocs_colours_with_a_legend_of_the_classes_shown(tmp_
     # and in the file the colours are what they were, not blended or rescaled
     picture = (matplotlib.image.imread(tmp_path / "a.png")[..., :3] * 255).round().astype(int).reshape(-1, 3)
     assert {(10, 200, 30), *map(tuple, voc.PALETTE[[0, 3, 15, 255]].tolist())} <= set(map(tuple, picture.tolist()))
+
+
+def test_predictions_of_several_models_have_a_headed_column_each(tmp_path, drawn):
+    photo, truth = np.zeros((20, 30, 3), np.uint8), np.zeros((20, 30), np.uint8)
+    rows = [(name, photo, truth, np.full_like(truth, 1), np.full_like(truth, 2)) for name in ("x", "y")]
+    plotting.predictions(tmp_path / "a.png", "title", ("a", "b", "c"), rows, ["first", "second"])
+    axes = drawn[0].axes
+    assert [axis.get_title() for axis in axes[:4]] == ["photo", "truth", "first", "second"]
+    assert [axis.images[0].get_array()[0, 0].tolist() for axis in axes[4:]] == [
+        [0, 0, 0],
+        *voc.PALETTE[[0, 1, 2]].tolist(),
+    ]
+
+
+def test_samples_stand_beside_their_masks(tmp_path, drawn):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
+    masks = rng.choice([0, 15, voc.VOID], (16, 8, 8))
+    plotting.samples(tmp_path / "a.png", "title", voc.CLASSES, images, masks)
+    shown = [axis.images[0].get_array() for axis in drawn[0].axes]
+    assert all(np.array_equal(picture, image) for picture, image in zip(shown[::2], images))
+    assert all(np.array_equal(picture, voc.PALETTE[mask]) for picture, mask in zip(shown[1::2], masks))
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert names == ["background", "person", "void"]

@@ -40,7 +40,7 @@ def weights(monkeypatch):
 
 def test_there_are_seven_experiments():
     letters = ("", *(f"_{number}_{letter}" for number in (4, 5) for letter in "abc"))
-    assert SCRIPTS == sorted(f"train{suffix}.py" for suffix in letters)
+    assert sorted(f"train{suffix}.py" for suffix in letters) == SCRIPTS
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
