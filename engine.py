@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm, trange
 
 import plotting
@@ -111,12 +112,16 @@ class Scores:
         classes: the C class names.
         assignment_iou: see ``util.assignment_iou``; mean over the images, at the network's input size. None where it
             was not asked for.
+        images: int64 [N, 3, C] on the CPU: for each image its pixels of each class that were found rightly, that are
+            truly the class, and that were called so. Sums of these over any choice of images give its IoU. None where
+            it was not asked for.
     """
 
     loss: float
     matrix: torch.Tensor
     classes: tuple
     assignment_iou: float | None = None
+    images: torch.Tensor | None = None
 
     @property
     def pixel_accuracy(self):
@@ -181,8 +186,8 @@ def evaluate(model, loader, criterion, native=True):
         model: maps images [B, 3, S, S] to logits [B, C, S, S]; left in eval mode.
         loader: a voc.Loader on the model's device.
         criterion: the loss to report.
-        native: score at each mask's own resolution, logits upsampled bilinearly to it, and add the assignment's IoU:
-            the figures to report. Otherwise score at the loader's size, which is faster: for validation in training.
+        native: score at each mask's own resolution, logits upsampled bilinearly to it, and add the assignment's IoU
+            and the counts of each image: the figures to report. Otherwise score at the loader's size, which is faster: for validation in training.
 
     Returns:
         Scores.
@@ -190,7 +195,7 @@ def evaluate(model, loader, criterion, native=True):
     model.eval()
     number = len(loader.classes)
     matrix = torch.zeros(number, number, dtype=torch.int64)
-    losses, assignment, index = [], [], 0
+    losses, assignment, counts = [], [], []
     for images, masks in _bar(loader.batches(), len(loader), f"scoring {loader.split.name}"):
         logits = model(images)
         losses.append(_loss(criterion, logits, masks))
@@ -199,10 +204,12 @@ def evaluate(model, loader, criterion, native=True):
             continue
         assignment.append(util.assignment_iou(masks.cpu(), logits.argmax(1).cpu(), number))
         for image_logits in logits.contiguous():  # upsampling one image out of a channels_last batch is far slower
-            truth = torch.tensor(loader.split.mask(index), device=logits.device)
-            matrix += util.confusion_matrix(truth, predict(image_logits, truth.shape), number).cpu()
-            index += 1
-    return Scores(_mean(losses), matrix, loader.classes, torch.cat(assignment).mean().item() if native else None)
+            truth = torch.tensor(loader.split.mask(len(counts)), device=logits.device)
+            one = util.confusion_matrix(truth, predict(image_logits, truth.shape), number).cpu()
+            counts.append(torch.stack((one.diagonal(), one.sum(1), one.sum(0))))
+            matrix += one
+    extra = (torch.cat(assignment).mean().item(), torch.stack(counts)) if native else ()
+    return Scores(_mean(losses), matrix, loader.classes, *extra)
 
 
 def predict(logits, shape):
@@ -218,7 +225,8 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
     """Train a model, keep its best and last state, then score the best on val and test, plot, and print a summary.
 
     Writes under ``args.out``, named after the script: ``best_*.pt`` (the best by mean IoU on val, scored at the
-    loader's size), ``last_*.pt``, ``plots/*_*.png`` and ``results/*_seed*.csv`` and ``.json``.
+    loader's size), ``last_*.pt``, ``plots/*_*.png`` and ``results/*_seed*.csv``, ``.json`` and ``.npz``, the last with
+    ``Scores.images`` of val and test.
 
     Args:
         script: the experiment's ``__file__``. With ``--no-pretrained``, ``_no_pretrained`` is added to its name.
@@ -275,7 +283,7 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
             history.append(row)
             files.write_rows(history)
             _say(_line(history, args.epochs, took, scores))
-        _finish(files, args, history, seconds, train, val, test, criterion)
+        _finish(files, about, args.device, history, seconds, train, val, test, criterion)
     except BaseException:
         _keep(files, history, train, val)
         raise
@@ -305,7 +313,8 @@ class _Files:
     def __init__(self, out, stem, seed):
         self.stem, self.plots = stem, out / "plots"
         self.best, self.last = out / f"best_{stem}.pt", out / f"last_{stem}.pt"
-        self.rows, self.figures = (out / "results" / f"{stem}_seed{seed}.{kind}" for kind in ("csv", "json"))
+        results = (out / "results" / f"{stem}_seed{seed}.{kind}" for kind in ("csv", "json", "npz"))
+        self.rows, self.figures, self.images = results
         for folder in (self.plots, self.figures.parent):
             with _writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -499,6 +508,14 @@ def _parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _multiply_adds(model):
+    """Multiplications with an addition that one image of the model's size takes, as PyTorch counts them."""
+    image = torch.zeros(1, 3, model.size, model.size, device=next(model.parameters()).device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return counter.get_total_flops() // 2
+
+
 def _line(history, epochs, took, scores):
     """One line on the epoch that just ended."""
     row, best = history[-1], _best(history)
@@ -559,22 +576,27 @@ def _keep(files, history, train, val):
     )
 
 
-def _finish(files, args, history, seconds, train, val, test, criterion):
+def _finish(files, about, device, history, seconds, train, val, test, criterion):
     """Score the best checkpoint at the masks' own sizes; write the figures and plots, print tables and paths."""
-    model = load(files.best, args.device)
+    model = load(files.best, device)
     scores = {loader.split.name: evaluate(model, loader, criterion) for loader in (val, test) if loader is not None}
     figures = {
         "experiment": files.stem,
-        "dataset": _dataset(val),
-        "seed": args.seed,
-        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
+        "dataset": about["dataset"],
+        "seed": about["seed"],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "epochs": len(history),
         "best_epoch": _best(history)["epoch"],
         "parameters": _parameters(model),
+        "multiply_adds": _multiply_adds(model),
         "seconds": round(seconds, 3),
+        "flags": {name: about["flags"][name] for name in ("epochs", "batch_size", "limit")},
+        "versions": about["versions"],
         "val": scores["val"].as_dict(),
         "test": scores["test"].as_dict() if test is not None else None,
     }
+    with _writing(files.images):
+        np.savez_compressed(files.images, **{name: result.images.numpy() for name, result in scores.items()})
     with _writing(files.figures):
         files.figures.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     _plot(files, history, train, val, model, figures["best_epoch"], scores)
@@ -585,7 +607,7 @@ def _finish(files, args, history, seconds, train, val, test, criterion):
             _say(f"warning: on {name} this is no better than predicting {constant_name} everywhere")
     _say(f"\nplots       {files.plot('*')}\ncheckpoint  {files.best}\nfigures     {files.figures}, {files.rows}")
     summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
-    _say(f"{files.stem} seed {args.seed}: {summary} (best of {len(history)} epochs: {_best(history)['epoch']})")
+    _say(f"{files.stem} seed {about['seed']}: {summary} (best of {len(history)} epochs: {_best(history)['epoch']})")
 
 
 def _table(scores, classes):

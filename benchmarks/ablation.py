@@ -28,7 +28,7 @@ from custom_fcn import CustomFCN
 
 
 def median_frequency(split):
-    """Eigen and Fergus (2015): median of all f, over f, which is a class's share of the pixels of images that show it."""
+    """Eigen and Fergus (2015): median of all f over f, a class's share of the pixels of the images that show it."""
     pixels, total = np.zeros((2, len(split.classes)))
     for index in range(len(split)):
         mask = split.mask(index)

@@ -83,9 +83,13 @@ def test_the_files_of_the_contract(finished):
     data, out, figures = finished
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     plots = {f"plots/train_{name}.png" for name in ("curves", "iou", "confusion", "predictions")}
-    assert written == {"best_train.pt", "last_train.pt", "results/train_seed0.csv", "results/train_seed0.json"} | plots
-    head = ["experiment", "dataset", "seed", "device", "epochs", "best_epoch", "parameters", "seconds", "val", "test"]
-    assert list(figures) == head
+    results = {f"results/train_seed0.{kind}" for kind in ("csv", "json", "npz")}
+    assert written == {"best_train.pt", "last_train.pt"} | results | plots
+    head = ["experiment", "dataset", "seed", "device", "epochs", "best_epoch", "parameters", "multiply_adds", "seconds"]
+    assert list(figures) == [*head, "flags", "versions", "val", "test"]
+    # 3x3 from 3 to 16 channels, then 1x1 from 16 to 21, at each pixel
+    assert figures["multiply_adds"] == SIZE**2 * (9 * 3 * 16 + 16 * 21)
+    assert figures["flags"] == {"epochs": 4, "batch_size": 3, "limit": None}
     assert (figures["experiment"], figures["dataset"], figures["epochs"]) == ("train", "Tiny", 4)
     for split in ("val", "test"):
         assert list(figures[split]) == ["loss", "pixel_accuracy", "miou", "iou", "background", "assignment_iou"]
@@ -109,16 +113,34 @@ def test_the_best_checkpoint_reproduces_the_figures_exactly(finished):
     data, out, figures = finished
     model = engine.load(out / "best_train.pt")
     assert model.classes == voc.CLASSES and not model.training
-    _, val, test = voc.loaders(data, model.size, batch_size=3)
+    _, val, test = voc.loaders(data, 3, model.size)
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
     for loader, name in ((val, "val"), (test, "test")):
         assert engine.evaluate(model, loader, criterion).as_dict() == figures[name]
     assert figures["val"]["miou"] != figures["test"]["miou"]
 
 
+def test_the_counts_of_each_image_are_kept(finished):
+    """Their sum gives the IoU that is reported, and each row the pixels of its own mask."""
+    data, out, figures = finished
+    with np.load(out / "results" / "train_seed0.npz") as file:
+        counts = {name: file[name] for name in file}
+    assert set(counts) == {"val", "test"} and counts["val"].shape == (4, 3, 21) and counts["test"].shape == (3, 3, 21)
+    for name, images in counts.items():
+        hits, truth, called = images.sum(0)
+        with np.errstate(invalid="ignore"):
+            iou = hits / (truth + called - hits)
+        assert [None if np.isnan(value) else value for value in iou] == list(figures[name]["iou"].values())
+        split = voc.Split(data, name)
+        for index, image in enumerate(images):
+            mask = split.mask(index)
+            assert image[1].tolist() == [(mask == label).sum() for label in range(21)]
+            assert image[2].sum() == (mask != voc.VOID).sum()
+
+
 def test_evaluation_is_in_eval_mode_and_changes_nothing(finished):
     data, out, _ = finished
-    _, val, _ = voc.loaders(data, SIZE, batch_size=3)
+    _, val, _ = voc.loaders(data, 3, SIZE)
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
     model = engine.load(out / "best_train.pt")
     expected = engine.evaluate(model, val, criterion).as_dict()
