@@ -32,7 +32,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 
 
 def arguments(doc, epochs, batch_size=16, pretrained=False):
-    """Parse the flags that all experiments share.
+    """Parse the flags of an experiment.
 
     Args:
         doc: the script's docstring, shown by ``--help``.
@@ -44,29 +44,38 @@ def arguments(doc, epochs, batch_size=16, pretrained=False):
         resume (bool), limit (int or None) and, for an experiment with pretrained weights, pretrained (bool). A flag
         that is out of range ends the program with exit code 2.
     """
+    parser = shared_flags(doc, epochs, batch_size, pretrained)
+    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="continue from last_*.pt; start where there is none")
+    return parser.parse_args()
 
-    def whole(smallest, largest=2**32 - 1):  # NumPy takes no larger seed
-        def parse(text):
-            if not text.lstrip("+-").isdecimal() or not smallest <= int(text) <= largest:
-                raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} to {largest}")
-            return int(text)
 
-        return parse
-
+def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):
+    """An argparse parser with the flags that serve one run as well as several; see ``arguments``."""
+    own = "default: the experiment's own" if epochs is None else "default: %(default)s"
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = "data/VOCdevkit/VOC2007"
     parser.add_argument("--data", default=data, metavar="DIR", help="folder in VOC layout (default: %(default)s)")
-    parser.add_argument("--epochs", type=whole(1), default=epochs, metavar="N", help="default: %(default)s")
-    parser.add_argument("--batch-size", type=whole(1), default=batch_size, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--epochs", type=whole(1), default=epochs, metavar="N", help=own)
+    parser.add_argument("--batch-size", type=whole(1), default=batch_size, metavar="N", help=own)
+    parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--out", type=Path, default=".", metavar="DIR", help="where files go (default: this folder)")
-    parser.add_argument("--resume", action="store_true", help="continue from last_*.pt; start where there is none")
     parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N images of each split")
     if pretrained:
-        text = "start from random weights, for a try-out; every file gets _no_pretrained in its name"
+        text = "ResNet-18 starts from random weights, for a try-out; its files get _no_pretrained in their names"
         parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help=text)
-    return parser.parse_args()
+    return parser
+
+
+def whole(smallest, largest=2**32 - 1):  # NumPy takes no larger seed
+    """A parser of whole numbers in a range, for argparse."""
+
+    def parse(text):
+        if not text.lstrip("+-").isdecimal() or not smallest <= int(text) <= largest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} to {largest}")
+        return int(text)
+
+    return parse
 
 
 @contextlib.contextmanager
@@ -84,7 +93,7 @@ def fetching(weights):
         ) from None
 
 
-def _device(text):
+def device(text):
     """The torch.device of a ``--device`` flag."""
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -187,7 +196,8 @@ def evaluate(model, loader, criterion, native=True):
         loader: a voc.Loader on the model's device.
         criterion: the loss to report.
         native: score at each mask's own resolution, logits upsampled bilinearly to it, and add the assignment's IoU
-            and the counts of each image: the figures to report. Otherwise score at the loader's size, which is faster: for validation in training.
+            and the counts of each image: the figures to report. Otherwise score at the loader's size, which is faster:
+            for validation in training.
 
     Returns:
         Scores.
@@ -316,21 +326,21 @@ class _Files:
         results = (out / "results" / f"{stem}_seed{seed}.{kind}" for kind in ("csv", "json", "npz"))
         self.rows, self.figures, self.images = results
         for folder in (self.plots, self.figures.parent):
-            with _writing(folder):
+            with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
 
     def plot(self, name):
         return self.plots / f"{self.stem}_{name}.png"
 
     def write_rows(self, history):
-        with _writing(self.rows), open(self.rows, "w", newline="", encoding="utf-8") as file:
+        with writing(self.rows), open(self.rows, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, history[0], lineterminator="\n")
             writer.writeheader()
             writer.writerows(history)
 
 
 @contextlib.contextmanager
-def _writing(path):
+def writing(path):
     """Turn a failure to write ``path`` into a UserError."""
     try:
         yield
@@ -343,7 +353,7 @@ def _writing(path):
 def _save(state, path):
     """Write a checkpoint so that ``path`` always holds a whole one: to a file beside it, synced, then renamed."""
     unfinished = path.with_name(path.name + ".unfinished")
-    with _writing(path):
+    with writing(path):
         with open(unfinished, "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -546,7 +556,7 @@ def _plot(files, history, train, val, model, best, scores):
         truth = val.split.mask(index)
         prediction = predict(image_logits, truth.shape).cpu().numpy()
         rows.append((val.split.ids[index], np.asarray(val.split.photo(index)), truth, prediction))
-    with _writing(files.plots):
+    with writing(files.plots):
         plotting.curves(
             files.plot("curves"), f"{title}, val at {val.size}x{val.size}", history, best, val_scores.background
         )
@@ -595,9 +605,9 @@ def _finish(files, about, device, history, seconds, train, val, test, criterion)
         "val": scores["val"].as_dict(),
         "test": scores["test"].as_dict() if test is not None else None,
     }
-    with _writing(files.images):
+    with writing(files.images):
         np.savez_compressed(files.images, **{name: result.images.numpy() for name, result in scores.items()})
-    with _writing(files.figures):
+    with writing(files.figures):
         files.figures.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     _plot(files, history, train, val, model, figures["best_epoch"], scores)
     _say(_table(scores, val.classes))

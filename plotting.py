@@ -136,6 +136,24 @@ def predictions(path, title, classes, rows, models=("prediction",)):
     _finish(figure, path)
 
 
+def overlay(path, title, classes, photo, labels):
+    """Draw a photo with its classes laid over it in VOC's colours, background left clear, and a legend.
+
+    Args:
+        photo: uint8 [H, W, 3].
+        labels: integer array [H, W], classes.
+    """
+    height, width = labels.shape
+    figure = _figure(8, min(24, max(3, 6.5 * height / width)))
+    axis = figure.subplots()
+    background = np.array([name == "background" for name in classes])
+    share = np.where(background[labels], 0, 0.6)[..., None]
+    axis.imshow(((1 - share) * photo + share * PALETTE[labels]).round().astype(np.uint8))
+    axis.set(xticks=[], yticks=[], title=title)
+    _legend(figure, classes, [labels])
+    _finish(figure, path)
+
+
 def samples(path, title, classes, images, masks):
     """Draw what a network is shown in training: each image with its mask to the right of it.
 
@@ -152,6 +170,52 @@ def samples(path, title, classes, images, masks):
         axis.imshow(picture)
         axis.set(xticks=[], yticks=[])
     _legend(figure, classes, masks)
+    _finish(figure, path)
+
+
+def comparison(path, title, scores, background):
+    """Draw the mean IoU of experiments: a bar for the mean, a whisker for the standard deviation, a dot for each seed.
+
+    Args:
+        scores: dict from an experiment to its list of mean IoU, one a seed.
+        background: mean IoU of predicting background everywhere.
+    """
+    scores = {name: values for name, values in scores.items() if values}
+    figure = _figure(8, 0.5 * len(scores) + 1.4)
+    axis = figure.subplots()
+    for place, values in enumerate(scores.values()):
+        deviation = np.std(values, ddof=1) if len(values) > 1 else None
+        axis.barh(place, np.mean(values), xerr=deviation, capsize=4, color=BLUE, alpha=0.5)
+        axis.plot(values, [place] * len(values), "o", color="black", markersize=3)
+    axis.axvline(background, color=GREY, linestyle=":", label=f"background everywhere: {background:.4f}")
+    axis.set(title=title, xlabel="mean IoU (bar: mean over seeds, whisker: standard deviation, dots: seeds)")
+    axis.set_yticks(range(len(scores)), scores)
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(loc="lower right")
+    _finish(figure, path)
+
+
+def classes_by_experiment(path, title, experiments, classes, ious):
+    """Draw IoU per class and experiment as a heat map.
+
+    Args:
+        experiments, classes: names of rows and columns.
+        ious: float array [experiments, classes] in 0..1, NaN for a class that does not occur.
+    """
+    figure = _figure(0.5 * len(classes) + 3, 0.42 * len(experiments) + 2.4)
+    axis = figure.subplots()
+    top = max(np.nanmax(ious), 0.01)
+    image = axis.imshow(np.ma.masked_invalid(ious), cmap="cividis", vmin=0, vmax=top, aspect="auto")
+    for (row, column), value in np.ndenumerate(ious):
+        text = "-" if np.isnan(value) else f"{100 * value:.0f}"
+        colour = "black" if np.isnan(value) or value > top / 2 else "white"
+        axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    axis.set(title=title)
+    axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+    axis.set_yticks(range(len(experiments)), experiments)
+    figure.colorbar(image, label="IoU (figures: percent)")
     _finish(figure, path)
 
 

@@ -65,7 +65,7 @@ def _find_root(root):
     )
 
 
-def _open(path):
+def open_picture(path):
     """Decode the picture at ``path`` as a PIL image; whatever is wrong with the file becomes a UserError."""
     try:
         with Image.open(path) as image:
@@ -130,7 +130,7 @@ class Split:
         """The photo as a PIL image in RGB. Raises UserError where it is missing or unreadable."""
         stem = self.root / "JPEGImages" / self.ids[index]
         candidates = [stem.with_name(stem.name + suffix) for suffix in PHOTO_SUFFIXES]
-        return _open(next((path for path in candidates if path.exists()), candidates[0])).convert("RGB")
+        return open_picture(next((path for path in candidates if path.exists()), candidates[0])).convert("RGB")
 
     def mask(self, index):
         """The mask as a uint8 array [H, W] of class indices and VOID, at its own resolution.
@@ -140,7 +140,7 @@ class Split:
                 neither a class nor VOID.
         """
         path = self.root / "SegmentationClass" / f"{self.ids[index]}.png"
-        image = _open(path)
+        image = open_picture(path)
         if image.mode not in ("P", "L", "1"):
             raise UserError(
                 f"{path}: is a picture in mode {image.mode}, but a mask holds class indices: "
@@ -206,6 +206,13 @@ def class_weights(split):
     return torch.tensor(1 / np.log(1.02 + pixels / pixels.sum()), dtype=torch.float32)
 
 
+def normalise(images, device, mean=MEAN, std=STD):
+    """Move uint8 images [B, 3, H, W] to a device as float32, channels last: 0..1, less ``mean``, over ``std``."""
+    images = images.to(device, memory_format=torch.channels_last).float() / 255
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+    return (images - mean) / std
+
+
 class Loader:
     """Batches of one split, squeezed to a square, normalised, on the device.
 
@@ -258,10 +265,8 @@ class Loader:
         return -(-len(self.split) * self.copies // self.batch_size)
 
     def normalise(self, images):
-        """Move uint8 images [B, 3, S, S] to the device as float32, channels last: 0..1, less ``mean``, over ``std``."""
-        images = images.to(self.device, memory_format=torch.channels_last).float() / 255
-        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (self.mean, self.std))
-        return (images - mean) / std
+        """``normalise`` with the loader's device, mean and standard deviation."""
+        return normalise(images, self.device, self.mean, self.std)
 
     def augmented(self, number):
         """The first images of the split, over again if they are fewer, each augmented once, to be looked at.
