@@ -25,7 +25,7 @@ def main():
 
     model = CustomFCN(len(train.classes)).to(args.device)
 
-    weight = None
+    weight = voc.class_weights(train.split).to(args.device)
     criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
