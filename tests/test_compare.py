@@ -74,7 +74,7 @@ def test_the_interval_over_seeds_is_that_of_the_paired_t_test(tmp_path, number):
 
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_with_few_seeds_the_interval_is_scipys_paired_bootstrap_over_images(tmp_path, seeds):
-    pairs = [(counts(seed, 0.55), counts(seed + 50, 0.5)) for seed in range(seeds)]
+    pairs = [(counts(seed, 0.55), counts(seed, 0.55) * [[[9], [10], [10]]] // 10) for seed in range(seeds)]
     one = {seed: write_run(tmp_path / "a", "a", seed, first) for seed, (first, _) in enumerate(pairs)}
     other = {seed: write_run(tmp_path / "b", "b", seed, second) for seed, (_, second) in enumerate(pairs)}
     found = compare.difference(one, other, "test")
