@@ -11,6 +11,7 @@ Writes OUT/RESULTS.md, OUT/plots/comparison.png and OUT/plots/classes.png.
 import json
 import math
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -110,6 +111,10 @@ def run_missing(args):
             try:
                 code = process.wait()
             except KeyboardInterrupt:  # it came to the run as well, which keeps what it has
+                process.wait()
+                raise
+            except SystemExit:  # a signal to this process alone: no run may go on unseen
+                process.terminate()
                 process.wait()
                 raise
             if code:
@@ -315,6 +320,7 @@ def main():
     parser = engine.shared_flags(__doc__)
     parser.add_argument("--seeds", type=engine.whole(0), nargs="+", default=[], metavar="N", help="seeds to run")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     failures = run_missing(args)
     dataset, limit, experiments = choose(collect(args.out), args)
     text = report(dataset, limit, experiments, failures)

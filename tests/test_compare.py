@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import ROOT
 from PIL import Image
 
 import compare
@@ -197,6 +198,26 @@ def test_what_is_missing_is_run_what_is_done_is_not_and_what_stopped_goes_on(tin
     assert len(commands) == 3 and "--resume" in commands[-1]
     assert (out / "seed0" / "last_train.pt").stat().st_mtime_ns == before  # its epoch was not repeated
     assert again == first
+
+
+def test_killed_in_the_middle_and_run_again_it_ends_with_the_same_table(tiny, tmp_path):
+    code = "import compare, sys; compare.EXPERIMENTS = {n: compare.EXPERIMENTS[n] for n in ('train', 'train_4_a')}; "
+    line = [sys.executable, "-c", code + "compare.main()", "--data", tiny, "--device", "cpu", "--limit", "2"]
+    line += ["--batch-size", "2", "--epochs", "2", "--seeds", "0"]
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+    tables = []
+    for out, kill in (("whole", False), ("killed", True), ("killed", False)):
+        with subprocess.Popen([*line, "--out", tmp_path / out], **options) as process:
+            for text in process.stdout:
+                if kill and text.startswith("epoch 1/2"):
+                    process.terminate()
+            code = process.wait()
+        assert code == (143 if kill else 0)
+        if not kill:
+            table = (tmp_path / out / "RESULTS.md").read_text()
+            rows = [row.split("|")[:-2] for row in table.splitlines() if row.startswith("| ")]  # all but the time
+            tables.append(rows)
+    assert len(tables[0]) == 8 and tables[0] == tables[1]
 
 
 def test_a_failing_run_is_reported_and_the_rest_goes_on(tiny, tmp_path, monkeypatch, commands, capsys):
