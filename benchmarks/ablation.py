@@ -53,6 +53,8 @@ STUDIES = {
         {
             "as it is": CustomFCN,
             "without skips": functools.partial(CustomFCN, skips=False),
+            "without shortcuts": functools.partial(CustomFCN, residual=False),
+            "without context": functools.partial(CustomFCN, context=False),
         },
     ),
     "weights": (
