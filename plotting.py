@@ -66,7 +66,8 @@ def class_iou(path, title, classes, scores):
         classes: the class names.
         scores: dict from the name of a split or a model, at most seven, to its engine.Scores.
     """
-    figure = _figure(max(6, 0.25 * len(classes) * max(2, len(scores))), 4.5)
+    figure = _figure(max(6, 0.2 * len(classes) * max(2, len(scores))) + 3, 4.5)
+    figure.suptitle(title)
     axis = figure.subplots()
     width = 0.8 / len(scores)
     for number, ((name, result), colour, hatch) in enumerate(zip(scores.items(), COLOURS, HATCHES)):
@@ -79,7 +80,7 @@ def class_iou(path, title, classes, scores):
         axis.axhline(
             result.miou, color=colour, linestyle=style, linewidth=1, label=f"{name}: mean IoU {result.miou:.4f}"
         )
-    axis.set(title=title, ylabel="IoU")
+    axis.set(ylabel="IoU")
     axis.set_ylim(0, min(1, axis.get_ylim()[1]))
     axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
     axis.grid(axis="y", alpha=0.3)
