@@ -73,7 +73,7 @@ def main():
     names, failures = set(), []
     for path in photos:
         try:
-            photo = ImageOps.exif_transpose(voc.open_picture(path)).convert("RGB")
+            photo = voc.to_rgb(ImageOps.exif_transpose(voc.open_picture(path)))
         except UserError as error:
             failures.append(error)
             continue

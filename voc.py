@@ -77,6 +77,13 @@ def open_picture(path):
         raise UserError(f"{path}: cannot be read as a picture ({error}): replace the file") from None
 
 
+def to_rgb(image):
+    """A PIL image in RGB. 16-bit greyscale is scaled to 8 bits; Pillow's own conversion would turn most of it white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 class Split:
     """The photos and masks of one split of a folder in VOC layout, read from disk and checked each time.
 
@@ -130,7 +137,7 @@ class Split:
         """The photo as a PIL image in RGB. Raises UserError where it is missing or unreadable."""
         stem = self.root / "JPEGImages" / self.ids[index]
         candidates = [stem.with_name(stem.name + suffix) for suffix in PHOTO_SUFFIXES]
-        return open_picture(next((path for path in candidates if path.exists()), candidates[0])).convert("RGB")
+        return to_rgb(open_picture(next((path for path in candidates if path.exists()), candidates[0])))
 
     def mask(self, index):
         """The mask as a uint8 array [H, W] of class indices and VOID, at its own resolution.

@@ -152,6 +152,14 @@ def test_own_classes_greyscale_masks_and_png_photos(tiny):
     assert np.array_equal(split.mask(0), mask) and split.photo(0).size == (30, 20)
 
 
+def test_photos_of_16_bit_grey_keep_their_greys(tiny):
+    grey = np.arange(0, 65536, 64, np.uint16).reshape(32, 32)
+    Image.fromarray(grey).save(tiny / "JPEGImages" / "deep.png")
+    write_split(tiny, "own", ["deep"])
+    photo = np.asarray(voc.Split(tiny, "own").photo(0))
+    assert np.array_equal(photo, np.stack([grey // 256] * 3, -1))
+
+
 def no_photo(root):
     (root / "JPEGImages" / "000006.jpg").unlink()
 
