@@ -66,22 +66,19 @@ def class_iou(path, title, classes, scores):
         classes: the class names.
         scores: dict from the name of a split or a model, at most seven, to its engine.Scores.
     """
-    figure = _figure(max(6, 0.2 * len(classes) * max(2, len(scores))) + 3, 4.5)
+    figure = _figure(max(6, 0.13 * len(classes) * (2 + len(scores))) + 3, 5)
     figure.suptitle(title)
     axis = figure.subplots()
     width = 0.8 / len(scores)
     for number, ((name, result), colour, hatch) in enumerate(zip(scores.items(), COLOURS, HATCHES)):
         values = util.iou(result.matrix).numpy()
         places = np.arange(len(classes)) + (number - (len(scores) - 1) / 2) * width
-        axis.bar(places, values, width, color=colour, hatch=hatch, edgecolor="white", label=name)
+        label = f"{name}: mean IoU {result.miou:.4f}"
+        axis.bar(places, values, width, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label)
         for place in places[np.isnan(values)]:
             axis.text(place, 0, " absent", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
-        style = ("--", ":", "-.")[number % 3]
-        axis.axhline(
-            result.miou, color=colour, linestyle=style, linewidth=1, label=f"{name}: mean IoU {result.miou:.4f}"
-        )
-    axis.set(ylabel="IoU")
-    axis.set_ylim(0, min(1, axis.get_ylim()[1]))
+        axis.axhline(result.miou, color=colour, linestyle=("--", ":", "-.")[number % 3], linewidth=1)
+    axis.set(ylabel="IoU", xlim=(-0.7, len(classes) - 0.3), ylim=(0, min(1, axis.get_ylim()[1])))
     axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
     axis.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper")

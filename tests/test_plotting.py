@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import plotting
+import util
 import voc
 from engine import Scores
 
@@ -65,7 +66,8 @@ def test_seven_models_have_bars_of_seven_looks(tmp_path, drawn):
     bars = drawn[0].axes[0].containers
     assert [group[0].get_height() for group in bars] == pytest.approx([6 / (7 + number) for number in range(7)])
     assert len({group[0].get_facecolor() for group in bars}) == len({group[0].get_hatch() for group in bars}) == 7
-    assert len(drawn[0].legends[0].get_texts()) == 14
+    expected = [f"model {number}: mean IoU {util.mean_iou(matrix):.4f}" for number, matrix in enumerate(matrices)]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == expected
 
 
 def test_the_confusion_matrix_is_shown_as_shares_of_the_true_class(tmp_path, drawn):
