@@ -37,6 +37,17 @@ def upsample(features, shape):
 class CustomFCN(nn.Module):
     """Halve an image five times, double the features three times again, and upsample the logits from 1/4.
 
+    It takes fewer multiply-adds than the baseline, which spends most of its own on transposed convolutions. What each
+    departure gave, as val mean IoU without it, mean ± standard deviation over two seeds, on a CPU with PyTorch 2.15, by
+    ``python benchmarks/ablation.py network --data data/VOCdevkit/Toy --limit 96 --epochs 12 --seeds 0 1``:
+
+    - as it is: 0.3446 ± 0.0305;
+    - without skips: 0.0877 ± 0.0192;
+    - without shortcuts: 0.2928 ± 0.0271;
+    - without context: 0.3248 ± 0.0056, which two seeds cannot tell from the whole.
+
+    Batch norm before ReLU, and a classifier at 1/4 where the baseline's is at full size, were not measured apart.
+
     Args:
         num_classes: channels of the logits.
         skips: add the encoder's features of 1/4, 1/8 and 1/16 of the image's sides to the decoder's.
