@@ -78,7 +78,8 @@ def class_iou(path, title, classes, scores):
         for place in places[np.isnan(values)]:
             axis.text(place, 0, " absent", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
         axis.axhline(result.miou, color=colour, linestyle=("--", ":", "-.")[number % 3], linewidth=1)
-    axis.set(ylabel="IoU", xlim=(-0.7, len(classes) - 0.3), ylim=(0, min(1, axis.get_ylim()[1])))
+    highest = max(np.nanmax(bar.datavalues) for bar in axis.containers)
+    axis.set(ylabel="IoU", xlim=(-0.7, len(classes) - 0.3), ylim=(0, min(1, max(1.05 * highest, 0.01))))
     axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
     axis.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper")

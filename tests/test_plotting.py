@@ -59,6 +59,15 @@ def test_bars_are_the_iou_and_an_absent_class_is_named(tmp_path, drawn):
     assert [text.get_text().strip() for text in axis.texts] == ["absent"]
 
 
+def test_bars_of_a_model_that_finds_nothing(tmp_path, drawn):
+    classes = ("a", "b", "c")
+    nothing = torch.tensor([[0, 0, 0], [0, 0, 5], [0, 3, 0]])  # the first class absent, the others never found
+    scores = {name: Scores(1.0, nothing, classes) for name in ("val", "test")}
+    plotting.class_iou(tmp_path / "a.png", "title", classes, scores)
+    bottom, top = drawn[0].axes[0].get_ylim()
+    assert bottom == 0 < top
+
+
 def test_seven_models_have_bars_of_seven_looks(tmp_path, drawn):
     matrices = [torch.tensor([[6, number], [1, 3]]) for number in range(7)]
     scores = {f"model {number}": Scores(1.0, matrix, ("a", "b")) for number, matrix in enumerate(matrices)}
