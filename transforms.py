@@ -13,8 +13,8 @@ class Augmentation:
 
     Photo and mask are sampled at the same places, the photo bilinearly, the mask at the nearest pixel. What comes in
     from outside is void in the mask and, in the photo, the mean colour that the loader takes off. One resampling of the
-    batch takes a fraction of the time of torchvision's v2 transforms, which resample each image twice;
-    ``python benchmarks/augmentation.py`` measures it.
+    batch is faster than torchvision's v2 transforms, which take each image by itself and resample it twice;
+    ``python benchmarks/augmentation.py`` prints the ratio.
 
     Args:
         flip: probability of a mirror image, left to right.
