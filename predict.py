@@ -51,8 +51,7 @@ def segment(model, photo, device="cpu"):
     Returns:
         uint8 array [H, W] of class indices, of the photo's size.
     """
-    small = photo.resize((model.size, model.size), Image.Resampling.BILINEAR)
-    image = torch.tensor(np.asarray(small)).permute(2, 0, 1)[None]
+    image = torch.tensor(voc.squeeze(photo, model.size)).permute(2, 0, 1)[None]
     logits = model(voc.normalise(image, device, model.mean, model.std))[0]
     return engine.predict(logits, (photo.height, photo.width)).byte().cpu().numpy()
 

@@ -84,6 +84,11 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
+def squeeze(photo, size):
+    """A PIL image in RGB as networks are given it: uint8 array [size, size, 3], bilinear and antialiased."""
+    return np.asarray(photo.resize((size, size), Image.Resampling.BILINEAR))
+
+
 class Split:
     """The photos and masks of one split of a folder in VOC layout, read from disk and checked each time.
 
@@ -178,8 +183,7 @@ class Split:
                 f"{self.root / 'SegmentationClass' / self.ids[index]}.png: is {mask.width}x{mask.height}, but its "
                 f"photo is {photo.width}x{photo.height}: a mask needs the size of its photo"
             )
-        photo = photo.resize((size, size), Image.Resampling.BILINEAR)
-        return np.asarray(photo), np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
+        return squeeze(photo, size), np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
 
 
 def class_counts(split):

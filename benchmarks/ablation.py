@@ -10,7 +10,6 @@ the mean IoU on val, as a table in Markdown; runs that are done are not done aga
 import argparse
 import functools
 import json
-import statistics
 import sys
 from pathlib import Path
 from unittest import mock
@@ -20,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import compare
 import train_4_c
 import train_5_a
 import util
@@ -76,7 +76,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("ablation"))
     args, shared = parser.parse_known_args()
     script, target, variants = STUDIES[args.study]
-    table = []
+    rows = []
     for name, variant in variants.items():
         scores = []
         for seed in args.seeds:
@@ -87,11 +87,10 @@ def main():
                 with mock.patch.object(sys, "argv", line), mock.patch(target, variant):
                     script.main()
             scores.append(json.loads(figures.read_text())["val"]["miou"])
-        spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
-        table.append(f"| {name} | {statistics.mean(scores):.4f}{spread} |")
+        rows.append([name, compare.spread(scores)])
     seeds = ", ".join(args.seeds)
     print(f"\n{script.__name__}.py {' '.join(shared)}, seeds {seeds}, torch {torch.__version__}")
-    print("\n".join([f"| {args.study} | val mean IoU |", "|---|---|", *table]))
+    print(compare.table([args.study, "val mean IoU"], rows))
 
 
 if __name__ == "__main__":

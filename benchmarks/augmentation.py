@@ -1,6 +1,8 @@
 """How long our augmentation takes, and torchvision's v2 transforms for the same: ratios from one run.
 
-python benchmarks/augmentation.py
+    python benchmarks/augmentation.py
+
+Other work on the machine changes them.
 """
 
 import statistics
