@@ -57,6 +57,21 @@ class Run:
             raise UserError(f"{path}: is not what a run wrote ({error!r}): delete it and run again") from None
         return cls(figures, images)
 
+    @property
+    def splits(self):
+        """The splits with figures; the last is the one to compare by."""
+        return ("val",) if self.figures["test"] is None else ("val", "test")
+
+    @property
+    def constant(self):
+        """What is predicted everywhere in the figures to beat."""
+        return "background" if "background" in self.figures["val"]["iou"] else "the commonest class"
+
+    @property
+    def pace(self):
+        """Seconds an epoch took."""
+        return self.figures["seconds"] / self.figures["epochs"]
+
     def score(self, split, name):
         """A figure of a split as a float, NaN where there is none."""
         value = (self.figures[split] or {}).get(name)
@@ -193,6 +208,41 @@ def resample(images, chosen):
     return np.nanmean(iou, 1)
 
 
+def builds_on(name):
+    """The experiment to compare another with: one without pretraining with its namesake, a user's own with train."""
+    namesake = name.removesuffix("_no_pretrained")
+    return namesake if namesake != name else EXPERIMENTS.get(name, ("train",))[0]
+
+
+def class_changes(runs, base, split):
+    """A dict from each class that occurs to the mean difference in its IoU between two experiments, paired by seed."""
+    seeds = runs.keys() & base.keys()
+    ious = [[list(which[seed].figures[split]["iou"].values()) for seed in seeds] for which in (runs, base)]
+    differences = torch.tensor(np.subtract(*np.array(ious, float))).nanmean(0).tolist()  # None is NaN
+    names = next(iter(base.values())).figures[split]["iou"]
+    return {name: value for name, value in zip(names, differences) if not math.isnan(value)}
+
+
+def change_head(split):
+    """The head of the table whose rows ``change`` gives, without its first two columns."""
+    return [f"difference in {split} mean IoU", "95 % interval", "over", "", "classes that gain", "classes that lose"]
+
+
+def change(name, runs, base_name, base, split):
+    """A list with the row of a table on what an experiment changes, or an empty list where no seed has both."""
+    found = difference(runs, base, split)
+    if found is None:
+        return []
+    changes = class_changes(runs, base, split)
+    ranked = sorted(changes, key=changes.get)
+    gains = [name for name in ranked[:-4:-1] if changes[name] >= 0.005]
+    losses = [name for name in ranked[:3] if changes[name] <= -0.005]
+    listed = (", ".join(f"{name} {changes[name]:+.2f}" for name in names) or "-" for names in (gains, losses))
+    interval = f"{found.low:+.4f} to {found.high:+.4f}"
+    verdict = "clear" if found.clear else "not clear"
+    return [[name, base_name, f"{found.mean:+.4f}", interval, found.over, verdict, *listed]]
+
+
 def spread(values, digits=4):
     """Mean ± standard deviation of the numbers among some floats, as text; without ± for a single one."""
     values = [value for value in values if not math.isnan(value)]
@@ -227,13 +277,14 @@ def choose(groups, args):
 def report(dataset, limit, experiments, failures):
     """The comparison as Markdown."""
     runs = [one for seeds in experiments.values() for one in seeds.values()]
-    splits = [split for split in ("val", "test") if runs[0].figures[split] is not None]
+    splits = runs[0].splits
     final = splits[-1]
 
     constant = [
         f"{runs[0].figures[split]['background'][name]:.4f}" for split in splits for name in ("pixel_accuracy", "miou")
     ]
-    rows = [["background everywhere", "", "", *constant, "", "", "", "", ""]]
+    rows = [[f"{runs[0].constant} everywhere", "", "", "", *constant, "", "", "", "", ""]]
+    first = statistics.mean(one.pace for one in next(iter(experiments.values())).values())
     for name, seeds in experiments.items():
         seeds = list(seeds.values())
         figures = [one.figures for one in seeds]
@@ -246,48 +297,46 @@ def report(dataset, limit, experiments, failures):
             [
                 name,
                 len(seeds),
-                ", ".join(sorted({str(one["flags"]["epochs"]) for one in figures})),
+                *(", ".join(sorted({str(one["flags"][name]) for one in figures})) for name in ("epochs", "batch_size")),
                 *scores,
                 spread([one.score(final, "assignment_iou") for one in seeds]),
                 EXPERIMENTS[name][1] if name in EXPERIMENTS else "",
                 f"{figures[0]['parameters'] / 1e6:.2f} M",
                 f"{figures[0]['multiply_adds'] / 1e9:.2f} G",
-                spread([one["seconds"] / one["epochs"] for one in figures], 1),
+                f"{statistics.mean(one.pace for one in seeds) / first:.1f}",
             ]
         )
-    head = ["experiment", "seeds", "epochs"]
+    head = ["experiment", "seeds", "epochs", "batch"]
     head += [f"{split} {score}" for split in splits for score in ("pixel accuracy", "mean IoU")]
-    head += [f"{final}, the assignment's IoU", "published", "parameters", "multiply-adds", "seconds an epoch"]
+    head += [f"{final}, the assignment's IoU", "published", "parameters", "multiply-adds", "time an epoch"]
     machines = sorted({f"{one.figures['device']}, torch {one.figures['versions']['torch']}" for one in runs})
     images = "all images" if limit is None else f"the first {limit} images of each split"
 
     changes = []
     for name, seeds in experiments.items():
-        base = EXPERIMENTS.get(name, ("train",))[0]
-        found = difference(seeds, experiments[base], final) if base in experiments else None
-        if found is not None:
-            interval = f"{found.low:+.4f} to {found.high:+.4f}"
-            verdict = "clear" if found.clear else "not clear"
-            changes.append([name, base, f"{found.mean:+.4f}", interval, found.over, verdict])
+        base = builds_on(name)
+        if base in experiments:
+            changes += change(name, seeds, base, experiments[base], final)
 
     text = f"""# Results on {dataset}, {images}
 
 `python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`; runs on {"; ".join(machines)}.
 
 Mean ± standard deviation over the seeds. The best epoch is chosen on val; figures are at the masks' own sizes, void
-left out. The assignment's IoU counts otherwise; beside it stands what was published for VOC2007's test split.
+left out. The assignment's IoU counts otherwise; beside it stands what was published for VOC2007's test split. Time an
+epoch is a multiple of the first experiment's, training and validation together.
 
 {table(head, rows)}
 
 ![mean IoU of each experiment](plots/comparison.png)
 """
     if changes:
-        head = ["experiment", "builds on", f"difference in {final} mean IoU", "95 % interval", "over", ""]
+        head = ["experiment", "builds on", *change_head(final)]
         text += f"""
 ## What each idea changes
 
 Differences are paired by seed. Intervals are over seeds from {ENOUGH_SEEDS} seeds on; with fewer, over images: then
-they say nothing about other seeds. Clear means that the interval excludes 0.
+they say nothing about other seeds. Clear means that the interval excludes 0. The classes are those that change most.
 
 {table(head, changes)}
 """
@@ -299,8 +348,8 @@ they say nothing about other seeds. Clear means that the interval excludes 0.
 
 def draw(out, dataset, experiments):
     """The two pictures of a comparison."""
-    first = next(iter(next(iter(experiments.values())).values())).figures
-    split = "val" if first["test"] is None else "test"
+    run = next(iter(next(iter(experiments.values())).values()))
+    split, first = run.splits[-1], run.figures
     scores = {
         name: [value for one in seeds.values() if not math.isnan(value := one.score(split, "miou"))]
         for name, seeds in experiments.items()
@@ -309,7 +358,9 @@ def draw(out, dataset, experiments):
     ious = torch.stack([torch.tensor(np.array(seeds, float)).nanmean(0) for seeds in ious]).numpy()  # None is NaN
     (out / "plots").mkdir(parents=True, exist_ok=True)
     title = f"{dataset}, {split}"
-    plotting.comparison(out / "plots" / "comparison.png", title, scores, first[split]["background"]["miou"])
+    plotting.comparison(
+        out / "plots" / "comparison.png", title, scores, (run.constant, first[split]["background"]["miou"])
+    )
     plotting.classes_by_experiment(
         out / "plots" / "classes.png", title, list(experiments), list(first[split]["iou"]), ious
     )

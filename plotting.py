@@ -177,7 +177,7 @@ def comparison(path, title, scores, background):
 
     Args:
         scores: dict from an experiment to its list of mean IoU, one a seed.
-        background: mean IoU of predicting background everywhere.
+        background: name and mean IoU of a constant prediction, drawn as the line to beat.
     """
     scores = {name: values for name, values in scores.items() if values}
     figure = _figure(8, 0.5 * len(scores) + 1.4)
@@ -186,7 +186,8 @@ def comparison(path, title, scores, background):
         deviation = np.std(values, ddof=1) if len(values) > 1 else None
         axis.barh(place, np.mean(values), xerr=deviation, capsize=4, color=BLUE, alpha=0.5)
         axis.plot(values, [place] * len(values), "o", color="black", markersize=3)
-    axis.axvline(background, color=GREY, linestyle=":", label=f"background everywhere: {background:.4f}")
+    constant, floor = background
+    axis.axvline(floor, color=GREY, linestyle=":", label=f"{constant} everywhere: {floor:.4f}")
     axis.set(title=title, xlabel="mean IoU (bar: mean over seeds, whisker: standard deviation, dots: seeds)")
     axis.set_yticks(range(len(scores)), scores)
     axis.invert_yaxis()
