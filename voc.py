@@ -84,9 +84,9 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def squeeze(photo, size):
-    """A PIL image in RGB as networks are given it: uint8 array [size, size, 3], bilinear and antialiased."""
-    return np.asarray(photo.resize((size, size), Image.Resampling.BILINEAR))
+def squeeze(image, size, resampling=Image.Resampling.BILINEAR):
+    """A PIL image as networks are given it, size x size, as a uint8 array; by default bilinear and antialiased."""
+    return np.asarray(image.resize((size, size), resampling))
 
 
 class Split:
@@ -183,7 +183,7 @@ class Split:
                 f"{self.root / 'SegmentationClass' / self.ids[index]}.png: is {mask.width}x{mask.height}, but its "
                 f"photo is {photo.width}x{photo.height}: a mask needs the size of its photo"
             )
-        return squeeze(photo, size), np.asarray(mask.resize((size, size), Image.Resampling.NEAREST))
+        return squeeze(photo, size), squeeze(mask, size, Image.Resampling.NEAREST)
 
 
 def class_counts(split):

@@ -2,14 +2,16 @@
 
     python benchmarks/ablation.py network --data data/VOCdevkit/Toy --limit 96 --epochs 12 --seeds 0 1
     python benchmarks/ablation.py weights --data data/VOCdevkit/Toy --limit 96 --epochs 12 --seeds 0
+    python benchmarks/ablation.py augmentation --data data/VOCdevkit/Toy --limit 96 --epochs 12 --seeds 0 1
 
-``network`` takes parts out of train_5_a.py's network; ``weights`` puts other formulas into train_4_c.py's loss. Prints
-the mean IoU on val, as a table in Markdown; runs that are done are not done again.
+``network`` takes parts out of train_5_a.py's network; ``weights`` puts other formulas into train_4_c.py's loss;
+``augmentation`` gives train_4_b.py each image three times an epoch as it is, as many steps without the variety. Prints
+the mean IoU on val and the paired difference to the script as it is, as compare.py does, in a table in Markdown; runs
+that are done are not done again.
 """
 
 import argparse
 import functools
-import json
 import sys
 from pathlib import Path
 from unittest import mock
@@ -20,11 +22,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import compare
+import train_4_b
 import train_4_c
 import train_5_a
 import util
 import voc
 from custom_fcn import CustomFCN
+from transforms import Augmentation
 
 
 def median_frequency(split):
@@ -61,9 +65,17 @@ STUDIES = {
         train_4_c,
         "voc.class_weights",
         {
-            "inverse logarithm": voc.class_weights,
+            "as it is": voc.class_weights,
             "median frequency": median_frequency,
             "effective number": effective_number,
+        },
+    ),
+    "augmentation": (
+        train_4_b,
+        "transforms.Augmentation",
+        {
+            "as it is": Augmentation,
+            "copies": lambda plain, augmented, **draws: Augmentation(plain=plain + augmented, augmented=0),
         },
     ),
 }
@@ -72,25 +84,29 @@ STUDIES = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--seeds", nargs="+", default=["0"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("ablation"))
     args, shared = parser.parse_known_args()
     script, target, variants = STUDIES[args.study]
-    rows = []
+    rows, changes, base = [], [], None
     for name, variant in variants.items():
-        scores = []
+        runs = {}
         for seed in args.seeds:
             out = args.out / args.study / name.replace(" ", "_")
             figures = out / "results" / f"{script.__name__}_seed{seed}.json"
             if not figures.exists():
-                line = [f"{script.__name__}.py", *shared, "--seed", seed, "--out", str(out)]
+                line = [f"{script.__name__}.py", *shared, "--seed", str(seed), "--out", str(out)]
                 with mock.patch.object(sys, "argv", line), mock.patch(target, variant):
                     script.main()
-            scores.append(json.loads(figures.read_text())["val"]["miou"])
-        rows.append([name, compare.spread(scores)])
-    seeds = ", ".join(args.seeds)
-    print(f"\n{script.__name__}.py {' '.join(shared)}, seeds {seeds}, torch {torch.__version__}")
-    print(compare.table([args.study, "val mean IoU"], rows))
+            runs[seed] = compare.Run.read(figures)
+        rows.append([name, len(runs), compare.spread([one.score("val", "miou") for one in runs.values()])])
+        base = base or runs
+        if runs is not base:
+            changes += compare.change(name, runs, "as it is", base, "val")
+    print(f"\n{script.__name__}.py {' '.join(shared)}, torch {torch.__version__}\n")
+    print(compare.table([args.study, "seeds", "val mean IoU"], rows))
+    print()
+    print(compare.table([args.study, "compared with", *compare.change_head("val")], changes))
 
 
 if __name__ == "__main__":
