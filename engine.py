@@ -12,6 +12,7 @@ import platform
 import random
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
+from torch import distributed
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm, trange
 
@@ -41,13 +44,32 @@ def arguments(doc, epochs, batch_size=16, pretrained=False):
 
     Returns:
         argparse.Namespace with data (str), epochs, batch_size, seed (int), device (torch.device), out (Path),
-        resume (bool), limit (int or None) and, for an experiment with pretrained weights, pretrained (bool). A flag
-        that is out of range ends the program with exit code 2.
+        resume, compile (bool), limit (int or None) and, for an experiment with pretrained weights, pretrained (bool). A flag
+        that is out of range ends the program with exit code 2. Under torchrun, this process has joined the
+        others, and device is its own.
     """
     parser = shared_flags(doc, epochs, batch_size, pretrained)
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="continue from last_*.pt; start where there is none")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.device = _join(args.device)
+    return args
+
+
+def _join(device):
+    """Join the other processes where torchrun started several; return this one's own device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "cuda":
+        local, number = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= number:
+            raise UserError(f"--nproc-per-node: this machine has {number} GPUs: start one process a GPU at most")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"--device {device}: several processes run on cuda or cpu: choose one of these")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
 
 
 def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):
@@ -61,6 +83,7 @@ def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):
     parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--out", type=Path, default=".", metavar="DIR", help="where files go (default: this folder)")
     parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N images of each split")
+    parser.add_argument("--compile", action="store_true", help="compile the network first: minutes, then faster steps")
     if pretrained:
         text = "ResNet-18 starts from random weights, for a try-out; its files get _no_pretrained in their names"
         parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help=text)
@@ -166,30 +189,45 @@ def _plain(number):
 
 def _bar(iterable, total, name):
     """A progress bar on stderr that vanishes at its end and is silent where stderr is no terminal."""
-    return tqdm(iterable, name, total, leave=False, disable=None, unit="batch")
+    return tqdm(iterable, name, total, leave=False, disable=True if util.ranks()[0] else None, unit="batch")
+
+
+def _autocast(device):
+    """bfloat16 on GPUs that compute with it, float32 everywhere else: CPUs are slower with it."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def _loss(criterion, logits, masks):
     """The criterion's mean over a batch in float32, and what the mean was divided by (labelled pixels or their weight).
 
-    Weighted by the second, the means of batches add up to the mean over a split, whatever the size of the batches.
+    Weighted by the second, the means of batches, or of processes, add up to the mean over all. Where all is void, the
+    second is 0 and the first a number that does not count. Nothing here waits for a GPU.
     """
-    labelled = masks != VOID
     weight = getattr(criterion, "weight", None)
-    total = labelled.sum() if weight is None else weight[masks[labelled]].sum()
+    if weight is None:
+        total = (masks != VOID).sum().float()
+    else:
+        total = functional.pad(weight, (0, VOID + 1 - len(weight)))[masks].sum()
+    masks = masks.clone()
+    masks[:1, 0, 0].masked_fill_(total == 0, 0)  # a mean over no pixel would be NaN, and so would its gradients be
     return criterion(logits.float(), masks), total
 
 
-def _mean(losses):
-    """The mean of a list of pairs from ``_loss``; NaN for an empty list."""
-    losses = [(loss.item(), total.item()) for loss, total in losses]
-    weight = sum(total for _, total in losses)
-    return sum(loss * total for loss, total in losses if total) / weight if weight else math.nan
+def _mean(losses, device):
+    """The mean over all processes of a list of pairs from ``_loss``; NaN for an empty list."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    if losses:
+        means, totals = (torch.stack(values).cpu().double() for values in zip(*losses))
+        sums = torch.stack(((means * totals).sum(), totals.sum()))
+    total, weight = util.add_up(sums, device).tolist()
+    return total / weight if weight else math.nan
 
 
 @torch.inference_mode()
-def evaluate(model, loader, criterion, native=True):
-    """Score a model on all images of a loader.
+def evaluate(model, loader, criterion, native=True, features=None):
+    """Score a model on all images of a loader, each process its own batches; all get the scores of the whole.
 
     Args:
         model: maps images [B, 3, S, S] to logits [B, C, S, S]; left in eval mode.
@@ -198,28 +236,51 @@ def evaluate(model, loader, criterion, native=True):
         native: score at each mask's own resolution, logits upsampled bilinearly to it, and add the assignment's IoU
             and the counts of each image: the figures to report. Otherwise score at the loader's size, which is faster:
             for validation in training.
+        features: for a model with a frozen backbone, in two parts ``encode`` and ``decode``: a dict, empty at first,
+            that keeps what ``encode`` gave for each batch of this loader. Without it, nothing is kept.
 
     Returns:
         Scores.
     """
     model.eval()
-    number = len(loader.classes)
-    matrix = torch.zeros(number, number, dtype=torch.int64)
-    losses, assignment, counts = [], [], []
-    for images, masks in _bar(loader.batches(), len(loader), f"scoring {loader.split.name}"):
-        logits = model(images)
-        losses.append(_loss(criterion, logits, masks))
-        if not native:
-            matrix += util.confusion_matrix(masks, logits.argmax(1), number).cpu()
-            continue
-        assignment.append(util.assignment_iou(masks.cpu(), logits.argmax(1).cpu(), number))
-        for image_logits in logits.contiguous():  # upsampling one image out of a channels_last batch is far slower
-            truth = torch.tensor(loader.split.mask(len(counts)), device=logits.device)
-            one = util.confusion_matrix(truth, predict(image_logits, truth.shape), number).cpu()
-            counts.append(torch.stack((one.diagonal(), one.sum(1), one.sum(0))))
-            matrix += one
-    extra = (torch.cat(assignment).mean().item(), torch.stack(counts)) if native else ()
-    return Scores(_mean(losses), matrix, loader.classes, *extra)
+    number, device = len(loader.classes), loader.device
+    matrix = torch.zeros(number, number, dtype=torch.int64, device=device)
+    losses = []
+    assignment = torch.zeros(len(loader.split), dtype=torch.float64)
+    counts = torch.zeros(len(loader.split), 3, number, dtype=torch.int64, device=device)
+    rank, processes = util.ranks()
+    batches = zip(loader.order()[0][rank::processes], loader.batches())
+    with ThreadPoolExecutor() as pool:
+        for places, (images, masks) in _bar(batches, -(-len(loader) // processes), f"scoring {loader.split.name}"):
+            logits = _logits(model, images, features, places[0].item())
+            losses.append(_loss(criterion, logits, masks))
+            if not native:
+                matrix += util.confusion_matrix(masks, logits.argmax(1), number)
+                continue
+            assignment[places] = util.assignment_iou(masks.cpu(), logits.argmax(1).cpu(), number)
+            truths = pool.map(loader.split.mask, places.tolist())
+            # upsampling one image out of a channels_last batch is far slower
+            for place, image_logits, truth in zip(places.tolist(), logits.contiguous(), truths):
+                truth = torch.from_numpy(truth).to(device)
+                one = util.confusion_matrix(truth, predict(image_logits, truth.shape), number)
+                counts[place] = torch.stack((one.diagonal(), one.sum(1), one.sum(0)))
+                matrix += one
+    matrix, loss = util.add_up(matrix, device).cpu(), _mean(losses, device)
+    if not native:
+        return Scores(loss, matrix, loader.classes)
+    # Every image was filled in by one process and is 0 elsewhere: sums over processes put them together.
+    assignment, counts = (util.add_up(values, device).cpu() for values in (assignment, counts))
+    return Scores(loss, matrix, loader.classes, assignment.mean().item(), counts)
+
+
+def _logits(model, images, features, key):
+    """The logits of a batch; what a frozen backbone gave for it is kept in ``features``, see ``evaluate``."""
+    with _autocast(images.device):
+        if features is None or not hasattr(model, "encode"):
+            return model(images)
+        if key not in features:
+            features[key] = model.encode(images)
+        return model.decode(features[key], images.shape[-2:])
 
 
 def predict(logits, shape):
@@ -228,7 +289,8 @@ def predict(logits, shape):
     Returns:
         int64 tensor of the given shape [H, W].
     """
-    return functional.interpolate(logits[None], shape, mode="bilinear", align_corners=False).argmax(1)[0]
+    logits = functional.interpolate(logits[None].float(), shape, mode="bilinear", align_corners=False)
+    return logits.argmax(1)[0]
 
 
 def fit(*, script, args, model, train, val, test, criterion, optimizer, scheduler, patience):
@@ -261,18 +323,27 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
         history, seconds = _restore(files, about, model, optimizer, scheduler)
         files.write_rows(history)
     _describe(files, args, model, train, val, test, criterion, len(history))
+    forward = network = torch.compile(model, dynamic=False) if args.compile else model
+    if util.ranks()[1] > 1:
+        if args.device.type == "cuda":  # batch norm over the whole batch, as a single process has it
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        network = DistributedDataParallel(forward)
+    if args.compile:
+        _warm_up(model, network, forward, train, val, criterion)
+    features = {}
 
     try:
-        for epoch in trange(len(history) + 1, args.epochs + 1, desc=files.stem, leave=False, disable=None):
+        hidden = True if util.ranks()[0] else None
+        for epoch in trange(len(history) + 1, args.epochs + 1, desc=files.stem, leave=False, disable=hidden):
             if history and len(history) - _best(history)["epoch"] >= patience:
                 _say(f"no better mean IoU for {patience} epochs: stopping early")
                 break
             began = time.perf_counter()
             rate = optimizer.param_groups[0]["lr"]
-            train_loss = _train(model, train, epoch, criterion, optimizer)
+            train_loss = _train(network, train, epoch, criterion, optimizer)
             if not math.isfinite(train_loss):
                 raise UserError(f"the loss is {train_loss} in epoch {epoch}: lower the learning rate in {script}")
-            scores = evaluate(model, val, criterion, native=False)
+            scores = evaluate(forward, val, criterion, native=False, features=features)
             row = {
                 "epoch": epoch,
                 "learning_rate": rate,
@@ -299,17 +370,43 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
         raise
 
 
-def _train(model, loader, epoch, criterion, optimizer):
+def _warm_up(model, network, forward, train, val, criterion):
+    """Take a step on made-up batches of every size to come, so that no epoch pays for compiling; change nothing."""
+    began = time.perf_counter()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.random.fork_rng():
+        for loader in (train, val):
+            model.train(loader.training)
+            for number in sorted({len(places) for places in loader.order()[0]}):
+                images = loader.normalise(loader.images[:1].expand(number, -1, -1, -1))
+                masks = torch.zeros(number, loader.size, loader.size, dtype=torch.int64, device=loader.device)
+                if loader.training:
+                    with _autocast(images.device):
+                        logits = network(images)
+                    _loss(criterion, logits, masks)[0].backward()
+                else:
+                    with torch.inference_mode(), _autocast(images.device):
+                        forward(images)
+    model.zero_grad()
+    model.load_state_dict(state)
+    _say(f"compiled in {time.perf_counter() - began:.1f} s, which the times of the epochs leave out")
+
+
+def _train(network, loader, epoch, criterion, optimizer):
     """Take one step a batch; return the mean loss over the epoch's labelled pixels."""
-    model.train()
-    losses = []
+    network.train()
+    losses, processes = [], util.ranks()[1]
     for images, masks in _bar(loader.batches(epoch), len(loader), f"epoch {epoch}"):
-        loss, total = _loss(criterion, model(images), masks)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        with _autocast(images.device):
+            logits = network(images)
+        loss, total = _loss(criterion, logits, masks)
         losses.append((loss.detach(), total))
-    return _mean(losses)
+        # Processes average their gradients: so weighted, the average is the gradient of the whole batch's mean.
+        share = processes * total / util.add_up(total, loader.device).clamp(min=1e-12)
+        optimizer.zero_grad()
+        (loss * share).backward()
+        optimizer.step()
+    return _mean(losses, loader.device)
 
 
 def _best(history):
@@ -333,6 +430,8 @@ class _Files:
         return self.plots / f"{self.stem}_{name}.png"
 
     def write_rows(self, history):
+        if util.ranks()[0] > 0:
+            return
         with writing(self.rows), open(self.rows, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, history[0], lineterminator="\n")
             writer.writeheader()
@@ -351,7 +450,12 @@ def writing(path):
 
 
 def _save(state, path):
-    """Write a checkpoint so that ``path`` always holds a whole one: to a file beside it, synced, then renamed."""
+    """Write a checkpoint so that ``path`` always holds a whole one: to a file beside it, synced, then renamed.
+
+    Of several processes, the first writes.
+    """
+    if util.ranks()[0] > 0:
+        return
     unfinished = path.with_name(path.name + ".unfinished")
     with writing(path):
         with open(unfinished, "wb") as file:
@@ -482,9 +586,10 @@ def load(path, device="cpu"):
 
 
 def _say(text):
-    """Print a line without tearing the progress bars, at once also into a file or a pipe."""
-    tqdm.write(text)
-    sys.stdout.flush()
+    """Print a line, once of all processes, without tearing the progress bars, at once also into a file or a pipe."""
+    if util.ranks()[0] == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def _describe(files, args, model, train, val, test, criterion, epochs_done):
@@ -501,7 +606,7 @@ def _describe(files, args, model, train, val, test, criterion, epochs_done):
     if getattr(criterion, "weight", None) is not None:
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(train.classes, criterion.weight.tolist()))
         _say(f"class weights of the loss: {weights}")
-    counts = torch.bincount(val.masks.flatten(), minlength=256)[: len(val.classes)]
+    counts = torch.bincount(val.masks.flatten().cpu(), minlength=256)[: len(val.classes)]
     name, constant = Scores(math.nan, torch.diag(counts), val.classes).background
     floor = f"pixel accuracy {constant.pixel_accuracy:.4f}, mean IoU {constant.miou:.4f}"
     _say(f"the score to beat, {name} everywhere: {floor}")
@@ -565,12 +670,14 @@ def _plot(files, history, train, val, model, best, scores):
         plotting.predictions(files.plot("predictions"), f"{title}, val, epoch {best}", val.classes, rows)
         if train.augment is not None:
             images, masks = train.augmented(16)
-            images = images.permute(0, 2, 3, 1).numpy()
-            plotting.samples(files.plot("augmentation"), f"{title}, train", train.classes, images, masks.numpy())
+            images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
+            plotting.samples(files.plot("augmentation"), f"{title}, train", train.classes, images, masks)
 
 
 def _keep(files, history, train, val):
     """After a stop by Ctrl-C or an error: draw what there is, and say what is kept."""
+    if util.ranks()[0] > 0:
+        return
     if not history:
         _say(f"{files.stem}: stopped before its first epoch ended, so there is nothing to keep")
         return
@@ -588,8 +695,11 @@ def _keep(files, history, train, val):
 
 def _finish(files, about, device, history, seconds, train, val, test, criterion):
     """Score the best checkpoint at the masks' own sizes; write the figures and plots, print tables and paths."""
-    model = load(files.best, device)
+    with util.first_process_first():  # it wrote the file
+        model = load(files.best, device)
     scores = {loader.split.name: evaluate(model, loader, criterion) for loader in (val, test) if loader is not None}
+    if util.ranks()[0] > 0:
+        return
     figures = {
         "experiment": files.stem,
         "dataset": about["dataset"],

@@ -38,9 +38,16 @@ class ResNetFCN(nn.Module):
             layers += [nn.ReLU(inplace=True), nn.BatchNorm2d(outputs)]
         self.decoder = nn.Sequential(*layers, nn.Conv2d(32, num_classes, kernel_size=1))
 
-    def forward(self, images):
-        """Map images, float32 [B, 3, H, W] of any size, normalised with ImageNet's mean and standard deviation, to
-        logits [B, num_classes, H, W]."""
+    def encode(self, images):
+        """The backbone's features of images, float32 [B, 3, H, W] of any size, normalised with ImageNet's mean and
+        standard deviation: [B, 512, H/32, W/32], rounded up. The same images always give the same."""
         with torch.no_grad():
-            features = self.backbone(images)
-        return functional.interpolate(self.decoder(features), images.shape[-2:], mode="bilinear", align_corners=False)
+            return self.backbone(images)
+
+    def decode(self, features, shape):
+        """Map features from ``encode`` to logits [B, num_classes, H, W], ``shape`` being (H, W)."""
+        return functional.interpolate(self.decoder(features), shape, mode="bilinear", align_corners=False)
+
+    def forward(self, images):
+        """Map images, as ``encode`` takes them, to logits [B, num_classes, H, W]."""
+        return self.decode(self.encode(images), images.shape[-2:])

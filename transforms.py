@@ -1,5 +1,6 @@
 """Random flips, rotations and scaled crops of whole batches of photos together with their masks."""
 
+import functools
 import math
 
 import torch
@@ -30,25 +31,7 @@ class Augmentation:
         self.flip, self.degrees, self.scale = flip, degrees, scale
         self.plain, self.augmented = plain, augmented
 
-    def __call__(self, images, masks, generator):
-        """Augment a batch.
-
-        Args:
-            images: uint8 [B, 3, S, S].
-            masks: uint8 [B, S, S], class indices and VOID.
-            generator: the torch.Generator to draw from; one state gives the same result again.
-
-        Returns:
-            images and masks, new tensors of the same shapes and type.
-        """
-        grid = functional.affine_grid(self._draw(len(images), generator), images.shape, align_corners=False)
-        # Outside, grid_sample finds zeros: as differences from them, zeros are the mean colour and void.
-        mean = 255 * torch.tensor(MEAN).view(3, 1, 1)
-        photos = functional.grid_sample(images - mean, grid, "bilinear", "zeros", align_corners=False) + mean
-        labels = functional.grid_sample(masks[:, None] - float(VOID), grid, "nearest", "zeros", align_corners=False)
-        return photos.round().to(torch.uint8), (labels[:, 0] + VOID).to(torch.uint8)
-
-    def _draw(self, number, generator):
+    def draw(self, number, generator):
         """Draw affine maps, float32 [number, 2, 3], from places in the result to places in the image, in -1..1."""
         mirror, turn, zoom, across, down = torch.rand(5, number, generator=generator)
         angle = (2 * turn - 1) * math.radians(self.degrees)
@@ -57,3 +40,26 @@ class Augmentation:
         cosine, sine, room = side * angle.cos(), side * angle.sin(), (1 - side).abs()
         rows = (sign * cosine, -sine, room * (2 * across - 1), sign * sine, cosine, room * (2 * down - 1))
         return torch.stack(rows, 1).view(number, 2, 3)
+
+    def __call__(self, images, masks, maps):
+        """Augment a batch.
+
+        Args:
+            images: uint8 [B, 3, S, S].
+            masks: uint8 [B, S, S], class indices and VOID.
+            maps: float32 [B, 2, 3], from ``draw``, on the same device.
+
+        Returns:
+            images and masks, new tensors of the same shapes and type.
+        """
+        grid = functional.affine_grid(maps, images.shape, align_corners=False)
+        # Outside, grid_sample finds zeros: as differences from them, zeros are the mean colour and void.
+        mean = _mean(images.device)
+        photos = functional.grid_sample(images - mean, grid, "bilinear", "zeros", align_corners=False) + mean
+        labels = functional.grid_sample(masks[:, None] - float(VOID), grid, "nearest", "zeros", align_corners=False)
+        return photos.round().to(torch.uint8), (labels[:, 0] + VOID).to(torch.uint8)
+
+
+@functools.cache
+def _mean(device):
+    return 255 * torch.tensor(MEAN, device=device).view(3, 1, 1)

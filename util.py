@@ -4,11 +4,13 @@ Every figure that is reported comes from one int64 confusion matrix per split. M
 processes add up, so the figures do not depend on how a split was cut into pieces.
 """
 
+import contextlib
 import random
 import sys
 
 import numpy as np
 import torch
+from torch import distributed
 
 VOID = 255
 
@@ -21,12 +23,49 @@ def run(main):
     """Call ``main()`` as a command: a UserError ends it with one line and exit code 2, Ctrl-C with 130."""
     try:
         main()
+        if ranks()[1] > 1:
+            distributed.destroy_process_group()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        rank, processes = ranks()
+        if processes == 1 or not (isinstance(error, distributed.DistBackendError) or "gloo" in str(error)):
+            raise
+        print(f"error: process {rank} of {processes} stopped, since another one is gone: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
+
+def ranks():
+    """The number of this process and how many there are, 0 and 1 unless torchrun started several."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def add_up(tensor, device):
+    """The sum of a tensor over all processes, on the device where they meet; all of them have to call this.
+
+    A single process gets its own tensor back, where it is.
+    """
+    if ranks()[1] > 1:
+        tensor = tensor.to(device, copy=True)
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """Let the first process do the work inside before the others, for example to write what they will read."""
+    rank, processes = ranks()
+    if rank > 0:
+        distributed.barrier()
+    yield
+    if rank == 0 and processes > 1:
+        distributed.barrier()
 
 
 def seed_everything(seed):
@@ -52,16 +91,20 @@ def confusion_matrix(truth, prediction, num_classes):
         int64 tensor [C, C] on the same device: rows truth, columns prediction. Add matrices to merge them.
 
     Raises:
-        ValueError: the shapes differ, or a value is no class.
+        ValueError: the shapes differ, or a value is no class (values on a GPU are not looked at).
     """
     if truth.shape != prediction.shape:
         raise ValueError(f"truth has shape {tuple(truth.shape)}, prediction {tuple(prediction.shape)}")
-    labelled = truth != VOID
-    truth, prediction = truth[labelled].long(), prediction[labelled].long()
-    for name, labels in (("truth", truth), ("prediction", prediction)):
-        if labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
-            raise ValueError(f"{name} holds values outside 0 .. {num_classes - 1}")
-    return torch.bincount(truth * num_classes + prediction, minlength=num_classes**2).view(num_classes, num_classes)
+    pairs = torch.where(truth == VOID, num_classes**2, truth.long() * num_classes + prediction.long())
+    if truth.is_cuda:  # bincount and a look at the values would wait for the GPU
+        counts = pairs.new_zeros(num_classes**2 + 1)
+        counts.scatter_add_(0, pairs.flatten(), torch.ones_like(pairs).flatten())
+    else:
+        for name, labels in (("truth", truth[truth != VOID]), ("prediction", prediction)):
+            if labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
+                raise ValueError(f"{name} holds values outside 0 .. {num_classes - 1}")
+        counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)
+    return counts[:-1].view(num_classes, num_classes)
 
 
 def pixel_accuracy(matrix):

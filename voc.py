@@ -11,16 +11,20 @@ Print how often each class occurs, void left out:
 """
 
 import argparse
+import functools
+import hashlib
 import os
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 
-from util import VOID, UserError, run
+from util import VOID, UserError, first_process_first, ranks, run
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -32,6 +36,8 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
+CHUNK = 256  # so many images are decoded ahead at most
+DIGEST = 16  # characters of a digest in a file's name
 
 
 def _palette():
@@ -99,7 +105,7 @@ class Split:
 
     Attributes:
         root: Path of the folder.
-        name: the split's name.
+        name, limit: as given.
         ids: list of str.
         classes: tuple of class names: those of ``classes.txt`` where there is one, else VOC's 21.
 
@@ -123,7 +129,7 @@ class Split:
         name, times = Counter(self.ids).most_common(1)[0]
         if times > 1:
             raise UserError(f"{path}: lists {name} {times} times: keep one")
-        self.ids = self.ids[:limit]
+        self.ids, self.limit = self.ids[:limit], limit
         self.classes = self._classes()
 
     def _classes(self):
@@ -138,11 +144,16 @@ class Split:
     def __len__(self):
         return len(self.ids)
 
-    def photo(self, index):
-        """The photo as a PIL image in RGB. Raises UserError where it is missing or unreadable."""
+    def paths(self, index):
+        """The paths of a photo and of its mask; where there is no photo, the one that it would have as a JPEG."""
         stem = self.root / "JPEGImages" / self.ids[index]
         candidates = [stem.with_name(stem.name + suffix) for suffix in PHOTO_SUFFIXES]
-        return to_rgb(open_picture(next((path for path in candidates if path.exists()), candidates[0])))
+        photo = next((path for path in candidates if path.exists()), candidates[0])
+        return photo, self.root / "SegmentationClass" / f"{self.ids[index]}.png"
+
+    def photo(self, index):
+        """The photo as a PIL image in RGB. Raises UserError where it is missing or unreadable."""
+        return to_rgb(open_picture(self.paths(index)[0]))
 
     def mask(self, index):
         """The mask as a uint8 array [H, W] of class indices and VOID, at its own resolution.
@@ -151,7 +162,7 @@ class Split:
             UserError: the file is missing or unreadable, is no palette or greyscale picture, or holds a value that is
                 neither a class nor VOID.
         """
-        path = self.root / "SegmentationClass" / f"{self.ids[index]}.png"
+        path = self.paths(index)[1]
         image = open_picture(path)
         if image.mode not in ("P", "L", "1"):
             raise UserError(
@@ -180,10 +191,29 @@ class Split:
         photo, mask = self.photo(index), Image.fromarray(self.mask(index))
         if photo.size != mask.size:
             raise UserError(
-                f"{self.root / 'SegmentationClass' / self.ids[index]}.png: is {mask.width}x{mask.height}, but its "
-                f"photo is {photo.width}x{photo.height}: a mask needs the size of its photo"
+                f"{self.paths(index)[1]}: is {mask.width}x{mask.height}, but its photo is "
+                f" {photo.width}x{photo.height}: a mask needs the size of its photo"
             )
         return squeeze(photo, size), squeeze(mask, size, Image.Resampling.NEAREST)
+
+    def pixels(self, size):
+        """Yield ``pair`` of each image in turn as one uint8 array [size, size, 4], decoded on all cores."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(self), CHUNK):
+                for photo, mask in pool.map(lambda i: self.pair(i, size), range(start, min(start + CHUNK, len(self)))):
+                    yield np.dstack((photo, mask))
+
+    def digest(self, size):
+        """A short text that changes with anything that ``pixels`` depends on."""
+        facts = [size, len(self.classes), PIL.__version__]
+        for index in range(len(self)):
+            for path in self.paths(index):
+                try:
+                    found = path.stat()
+                    facts += [path.name, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+                except OSError:  # to be named when it is opened
+                    facts += [path.name, None]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:DIGEST]
 
 
 def class_counts(split):
@@ -222,29 +252,84 @@ def class_weights(split):
     return torch.tensor(1 / np.log(1.02 + pixels / pixels.sum()), dtype=torch.float32)
 
 
+@functools.cache
+def _scale(device, mean, std):
+    """What to multiply 0..255 by and what to take off then, as tensors [3, 1, 1]; made once, not once a batch."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+    return 1 / (255 * std), mean / std
+
+
 def normalise(images, device, mean=MEAN, std=STD):
     """Move uint8 images [B, 3, H, W] to a device as float32, channels last: 0..1, less ``mean``, over ``std``."""
-    images = images.to(device, memory_format=torch.channels_last).float() / 255
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
-    return (images - mean) / std
+    scale, shift = _scale(device, tuple(mean), tuple(std))
+    images = images.to(device, torch.float32, memory_format=torch.channels_last)
+    return images.mul_(scale).sub_(shift)  # in place: as float32, nobody else has these yet
+
+
+def squeezed(split, size):
+    """All photos and masks of a Split, each squeezed to ``size`` x ``size``: red, green, blue and class of each pixel.
+
+    They are decoded and checked once and kept in ``.cache`` in the data's own folder, as a file that is mapped into
+    memory: the next run starts at once, and a data set may be larger than memory. The file's name holds a digest of
+    the size and the times of change of every photo and mask, of the ids, the classes and Pillow's version, so that a
+    file that does not fit is never used; it is written under another name and renamed when it is whole, so that any
+    number of processes may start together. Where the folder cannot be written, all is kept in memory.
+
+    Returns:
+        uint8 tensor [N, size, size, 4] on the CPU. It may be written to; that changes no file.
+
+    Raises:
+        UserError: as ``Split.pair``.
+    """
+    name = f"{split.name}_{size}" + ("" if split.limit is None else f"_limit{split.limit}")
+    path = split.root / ".cache" / f"{name}_{split.digest(size)}.npy"
+    try:
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+    except (OSError, ValueError):  # not there yet, or torn
+        pass
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f"{name}_", suffix=".unfinished", delete=False
+        ) as file:
+            try:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (len(split), size, size, 4)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for pixels in split.pixels(size):
+                    file.write(pixels)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(file.name, path)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
+        for old in path.parent.glob(f"{name}_{'?' * DIGEST}.npy"):
+            if old != path:
+                old.unlink(missing_ok=True)
+        return torch.from_numpy(np.load(path, mmap_mode="c"))
+    except OSError:
+        return torch.from_numpy(np.stack(list(split.pixels(size))))
 
 
 class Loader:
     """Batches of one split, squeezed to a square, normalised, on the device.
 
-    Every photo and mask is decoded and checked once, here, and kept as uint8: a fault in the data shows before the
-    training, and an epoch decodes nothing. Normalisation is part of the loader, so that no split goes without it.
+    Every photo and mask was decoded and checked once, see ``squeezed``: a fault in the data shows before the training,
+    and an epoch decodes nothing. Normalisation is part of the loader, so that no split goes without it.
+
+    Of several processes (torchrun), each gets its own part of every training batch, and its own batches of another
+    split. Together these are what one process would get, whatever their number.
 
     Args:
         split: a Split.
         size: side of the square in pixels.
-        batch_size: the largest batch. The split is cut into batches as even as possible, so that no epoch ends on a
-            batch of one, which batch norm would learn noise from.
-        training: draw a new order each epoch, and leave out a batch that is void all over, since a mean over no pixel
-            is NaN. Otherwise every image comes, in the order of the split.
-        augment: None, or a callable ``augment(images, masks, generator)`` that takes and gives back uint8 tensors
-            [B, 3, S, S] and [B, S, S], and draws from the torch.Generator. An epoch shows each image ``augment.plain``
-            times as it is and ``augment.augmented`` times through the callable; without these attributes 0 and 1.
+        batch_size: the largest batch, of all processes together. The split is cut into batches as even as possible, so
+            that no epoch ends on a batch of one, which batch norm would learn noise from.
+        training: draw a new order each epoch. Otherwise every image comes, in the order of the split.
+        augment: None, or an object such as ``transforms.Augmentation``: ``augment.draw(number, generator)`` draws for a
+            number of images, a row of a tensor each, from a torch.Generator on the CPU, and
+            ``augment(images, masks, draws)`` takes and gives back uint8 tensors [B, 3, S, S] and [B, S, S] on the
+            device. An epoch shows each image ``augment.plain`` times as it is and ``augment.augmented`` times
+            augmented; without these attributes 0 and 1.
         seed: order and augmentation are drawn from ``seed`` and the number of the epoch alone, so that any epoch can be
             repeated without those before it.
         device: where batches go.
@@ -252,11 +337,13 @@ class Loader:
     Attributes:
         split, size, classes, augment: as given, and the split's class names.
         copies: how many times an epoch shows each image.
-        images, masks: the whole split, uint8 [N, 3, S, S] and [N, S, S] on the CPU.
+        images, masks: the whole split, uint8 [N, 3, S, S] and [N, S, S], on a GPU where it takes little of its memory,
+            else on the CPU.
         mean, std: what ``normalise`` uses, a tuple of three floats each.
 
     Raises:
-        UserError: a photo or a mask is at fault (see ``Split``), or no pixel of the split is labelled.
+        UserError: a photo or a mask is at fault (see ``Split``), no pixel of the split is labelled, or a training batch
+            would not give each process an image.
     """
 
     mean, std = MEAN, STD
@@ -267,17 +354,19 @@ class Loader:
         self.seed, self.device = seed, torch.device(device)
         self.plain = 1 if augment is None else getattr(augment, "plain", 0)
         self.copies = self.plain + (0 if augment is None else getattr(augment, "augmented", 1))
-        self.images = torch.empty(len(split), 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)
-        self.masks = torch.empty(len(split), size, size, dtype=torch.uint8)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for index, (photo, mask) in enumerate(pool.map(lambda i: split.pair(i, size), range(len(split)))):
-                self.images[index] = torch.tensor(photo).permute(2, 0, 1)
-                self.masks[index] = torch.tensor(mask)
-        if (self.masks == VOID).all():
+        with first_process_first():
+            self.data = squeezed(split, size)
+        if (self.data[..., 3] == VOID).all():
             raise UserError(f"{split.root}: no mask of the split {split.name} labels any pixel: all of it is void")
+        smallest, processes = len(split) * self.copies // len(self), ranks()[1]
+        if training and smallest < processes:
+            raise UserError(f"batches of {smallest} images are too few for {processes} processes: raise --batch-size")
+        if self.device.type == "cuda" and self.data.nbytes < torch.cuda.mem_get_info(self.device)[0] / 4:
+            self.data = self.data.to(self.device)
+        self.images, self.masks = self.data[..., :3].permute(0, 3, 1, 2), self.data[..., 3]
 
     def __len__(self):
-        """The number of batches."""
+        """The number of batches, of all processes together."""
         return -(-len(self.split) * self.copies // self.batch_size)
 
     def normalise(self, images):
@@ -290,8 +379,21 @@ class Loader:
         Returns:
             uint8 [number, 3, S, S] and [number, S, S].
         """
-        chosen = torch.arange(number) % len(self.split)
-        return self.augment(self.images[chosen], self.masks[chosen], torch.Generator().manual_seed(self.seed))
+        images, masks = self._take(torch.arange(number) % len(self.split))
+        draws = self.augment.draw(number, torch.Generator().manual_seed(self.seed))
+        return self.augment(images, masks, self._move(draws))
+
+    def order(self, epoch=0):
+        """Which images the batches of an epoch hold, of all processes together.
+
+        Returns:
+            a list of int64 tensors [B] of places in ``split`` (``place % len(split)``; from ``plain * len(split)`` on,
+            the image is to be augmented), and the torch.Generator that goes on to draw for the augmentation.
+        """
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        number = len(self.split) * self.copies
+        order = torch.randperm(number, generator=generator) if self.training else torch.arange(number)
+        return order.tensor_split(len(self)), generator
 
     def batches(self, epoch=0):
         """Yield the batches of an epoch on the device.
@@ -300,17 +402,37 @@ class Loader:
             images: float32 [B, 3, S, S], normalised, channels last.
             masks: int64 [B, S, S], class indices and VOID.
         """
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        number = len(self.split) * self.copies
-        order = torch.randperm(number, generator=generator) if self.training else torch.arange(number)
-        for chosen in order.tensor_split(len(self)):
-            images, masks = (whole[chosen % len(self.split)] for whole in (self.images, self.masks))
+        order, generator = self.order(epoch)
+        rank, processes = ranks()
+        for chosen in order if self.training else order[rank::processes]:
             changed = chosen >= self.plain * len(self.split)
-            if changed.any():
-                images[changed], masks[changed] = self.augment(images[changed], masks[changed], generator)
-            if self.training and (masks == VOID).all():
-                continue
-            yield self.normalise(images), masks.to(self.device).long()
+            draws = self.augment.draw(int(changed.sum()), generator) if changed.any() else None
+            row = changed.cumsum(0) - 1  # of each image to be augmented, in draws
+            if self.training:
+                chosen, changed, row = (values[rank::processes] for values in (chosen, changed, row))
+            # Those to be augmented come first, as one slice: looking for them on a GPU would wait for it.
+            first = changed.int().argsort(descending=True, stable=True)
+            images, masks = self._take(chosen[first] % len(self.split))
+            if number := int(changed.sum()):
+                draws = self._move(draws[row[first[:number]]])
+                images[:number], masks[:number] = self.augment(images[:number], masks[:number], draws)
+            yield self.normalise(images), masks.long()
+
+    def _take(self, places):
+        """Copies of some images and masks of the split on the device."""
+        if self.data.device == self.device:
+            pixels = self.data[places]
+        elif self.data.is_cuda:
+            pixels = self.data[self._move(places)]
+        else:
+            pixels = self._move(self.data[places])
+        return pixels[..., :3].permute(0, 3, 1, 2), pixels[..., 3]
+
+    def _move(self, tensor):
+        """A tensor on the device; a GPU takes it from pinned memory, without making the program wait."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
 
 def loaders(root, batch_size, size, augment=None, limit=None, seed=0, device="cpu"):

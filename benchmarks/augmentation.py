@@ -40,7 +40,7 @@ def main():
         for image, mask in zip(images, masks):  # v2 draws once a call: one call an image, or all are turned alike
             theirs(tv_tensors.Image(image), tv_tensors.Mask(mask))
 
-    ways = {"ours": lambda: ours(images, masks, generator), "torchvision v2": with_v2}
+    ways = {"ours": lambda: ours(images, masks, ours.draw(BATCH, generator)), "torchvision v2": with_v2}
     times = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():

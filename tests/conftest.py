@@ -16,13 +16,21 @@ SHARED = ROOT.parent / "shared"
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def linked(folder, place):
+    """A folder that links to a data set's own folders, so that nothing is written beside the originals."""
+    place.mkdir()
+    for inner in folder.iterdir():
+        (place / inner.name).symlink_to(inner)
+    return place
+
+
 @pytest.fixture(scope="session")
-def sample():
+def sample(tmp_path_factory):
     """The real VOC2007 masks with some of their photos."""
     folder = SHARED / "data" / "VOCdevkit" / "VOC2007-sample"
     if not folder.is_dir():
         pytest.skip(f"needs the real VOC2007 masks in {folder}")
-    return folder
+    return linked(folder, tmp_path_factory.mktemp("real") / folder.name)
 
 
 def write_split(root, split, ids):

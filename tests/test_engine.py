@@ -32,7 +32,7 @@ def models_of_the_tests():
 
 def flags(data, out, **changes):
     defaults = {"data": str(data), "epochs": 2, "batch_size": 3, "seed": 0, "device": torch.device("cpu"), "out": out}
-    return Namespace(**defaults | {"resume": False, "limit": None} | changes)
+    return Namespace(**defaults | {"resume": False, "limit": None, "compile": False} | changes)
 
 
 def fit(data, out, *, criterion=None, scheduler=None, patience=9, rate=1e-3, after=None, **changes):

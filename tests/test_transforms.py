@@ -16,8 +16,10 @@ CLASSES = (SIZE // CELL) ** 2
 EVERYTHING = {"flip": 0.5, "degrees": 40, "scale": (0.4, 1.6)}
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+def augmented(photos, masks, **kind):
+    """The batch augmented with draws from a fixed seed."""
+    augmentation = Augmentation(**kind)
+    return augmentation(photos, masks, augmentation.draw(len(photos), torch.Generator().manual_seed(0)))
 
 
 def chart(number):
@@ -30,7 +32,7 @@ def chart(number):
 
 @pytest.mark.parametrize("kind", [{"flip": 1.0}, {"degrees": 40}, {"scale": (0.4, 1)}, {"scale": (1, 1.6)}, EVERYTHING])
 def test_every_pixel_of_a_photo_keeps_its_label(kind):
-    photos, masks = Augmentation(**kind)(*chart(32), generator())
+    photos, masks = augmented(*chart(32), **kind)
     labelled = masks != voc.VOID
     assert labelled.flatten(1).sum(1).min() > SIZE**2 / 5
     column, row = photos[:, 0].int(), photos[:, 1].int()  # where each pixel says that it comes from
@@ -44,20 +46,20 @@ def test_every_pixel_of_a_photo_keeps_its_label(kind):
 
 def test_flip_is_a_mirror_image():
     photos, masks = chart(4)
-    flipped = Augmentation(flip=1.0)(photos, masks, generator())
+    flipped = augmented(photos, masks, flip=1.0)
     assert torch.equal(flipped[0], v2.horizontal_flip(photos)) and torch.equal(flipped[1], v2.horizontal_flip(masks))
 
 
 def test_half_of_the_images_are_flipped():
-    photos, _ = Augmentation(flip=0.5)(*chart(400), generator())
+    photos, _ = augmented(*chart(400), flip=0.5)
     flipped = (photos[:, 0, 0, 0] > photos[:, 0, 0, -1]).sum().item()
     assert abs(flipped - 200) < 50  # five standard deviations of 400 throws of a coin
 
 
 def test_without_any_change_nothing_is_lost():
-    photos = torch.randint(256, (2, 3, 33, 33), dtype=torch.uint8, generator=generator())
-    masks = torch.randint(21, (2, 33, 33), dtype=torch.uint8, generator=generator())
-    same = Augmentation()(photos, masks, generator())
+    photos = torch.randint(256, (2, 3, 33, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    masks = torch.randint(21, (2, 33, 33), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    same = augmented(photos, masks)
     assert torch.equal(same[0], photos) and torch.equal(same[1], masks)
 
 
@@ -71,10 +73,10 @@ def maps(photos):
 
 
 def test_rotation_and_scale_fill_their_ranges_and_stay_in_them():
-    angle, side, _ = maps(Augmentation(degrees=20)(*chart(200), generator())[0])
+    angle, side, _ = maps(augmented(*chart(200), degrees=20)[0])
     assert angle.abs().max() < 20 + 5 and angle.min() < -15 and angle.max() > 15  # a pixel in ten is 5 degrees
     assert (side - 1).abs().max() < 0.15
-    angle, side, middle = maps(Augmentation(scale=(0.4, 0.8))(*chart(200), generator())[0])
+    angle, side, middle = maps(augmented(*chart(200), scale=(0.4, 0.8))[0])
     assert angle.abs().max() == 0
     assert 0.4 - 0.1 <= side.min() < 0.5 and 0.7 < side.max() <= 0.8 + 0.1  # a pixel in ten is a tenth
     assert side.median() == pytest.approx(math.sqrt(0.4 * 0.8), abs=0.1)
@@ -82,13 +84,13 @@ def test_rotation_and_scale_fill_their_ranges_and_stay_in_them():
 
 
 def test_a_crop_within_the_image_shows_nothing_from_outside():
-    assert (Augmentation(flip=0.5, scale=(0.3, 1.0))(*chart(64), generator())[1] != voc.VOID).all()
+    assert (augmented(*chart(64), flip=0.5, scale=(0.3, 1.0))[1] != voc.VOID).all()
 
 
 def test_outside_is_void_and_the_mean_colour():
     photos = torch.full((16, 3, SIZE, SIZE), 255, dtype=torch.uint8)
     masks = torch.full((16, SIZE, SIZE), 3, dtype=torch.uint8)
-    photos, masks = Augmentation(**EVERYTHING)(photos, masks, generator())
+    photos, masks = augmented(photos, masks, **EVERYTHING)
     assert set(masks.unique().tolist()) == {3, voc.VOID}
     # Two pixels away from an edge, no bilinear weight reaches across it.
     void = torch.nn.functional.avg_pool2d((masks == voc.VOID).float(), 5, 1, 2) == 1
@@ -99,10 +101,10 @@ def test_outside_is_void_and_the_mean_colour():
 
 def test_masks_hold_only_the_classes_and_void():
     _, masks = chart(16)
-    _, augmented = Augmentation(**EVERYTHING)(*chart(16), generator())
-    assert set(augmented.unique().tolist()) <= set(masks.unique().tolist()) | {voc.VOID}
+    _, found = augmented(*chart(16), **EVERYTHING)
+    assert set(found.unique().tolist()) <= set(masks.unique().tolist()) | {voc.VOID}
     only = torch.where(masks % 2 == 0, 2, 200).to(torch.uint8)  # between 2 and 200, interpolation would find others
-    assert set(Augmentation(**EVERYTHING)(chart(16)[0], only, generator())[1].unique().tolist()) == {2, 200, voc.VOID}
+    assert set(augmented(chart(16)[0], only, **EVERYTHING)[1].unique().tolist()) == {2, 200, voc.VOID}
 
 
 def test_images_of_a_batch_epochs_and_seeds_differ_and_a_seed_repeats(tiny):
@@ -115,7 +117,7 @@ def test_images_of_a_batch_epochs_and_seeds_differ_and_a_seed_repeats(tiny):
     assert all(torch.equal(one, other) for one, other in zip(first, epoch(0, 1)))
     for other in (epoch(0, 2), epoch(1, 1)):
         assert not torch.equal(first[0].sort(0).values, other[0].sort(0).values)
-    photos, _ = Augmentation(**EVERYTHING)(*chart(8), generator())
+    photos, _ = augmented(*chart(8), **EVERYTHING)
     assert len(photos.flatten(1).unique(dim=0)) == 8
 
 
