@@ -44,9 +44,9 @@ def arguments(doc, epochs, batch_size=16, pretrained=False):
 
     Returns:
         argparse.Namespace with data (str), epochs, batch_size, seed (int), device (torch.device), out (Path),
-        resume, compile (bool), limit (int or None) and, for an experiment with pretrained weights, pretrained (bool). A flag
-        that is out of range ends the program with exit code 2. Under torchrun, this process has joined the
-        others, and device is its own.
+        resume, compile (bool), limit (int or None) and, for an experiment with pretrained weights, pretrained (bool). A
+        flag that is out of range ends the program with exit code 2. Under torchrun, this process has joined the others,
+        and device is its own.
     """
     parser = shared_flags(doc, epochs, batch_size, pretrained)
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: %(default)s")

@@ -1,5 +1,6 @@
 """Reading folders in VOC layout: what comes out of a good one, and what is said about a bad one."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -273,3 +274,123 @@ def test_class_weights_of_the_real_masks_agree_with_the_formula(sample):
 def test_the_weight_of_a_class_that_train_lacks_is_finite(tiny):
     weights = voc.class_weights(voc.Split(tiny, "train"))
     assert weights.isfinite().all() and weights[7] == weights.max() == pytest.approx(1 / np.log(1.02))
+
+
+def decoded(root, monkeypatch, **options):
+    """The data of the training loader, and how many pictures were opened for it."""
+    opened, open_picture = [], voc.open_picture
+    with monkeypatch.context() as patch:
+        patch.setattr(voc, "open_picture", lambda path: (opened.append(path), open_picture(path))[1])
+        data = voc.Loader(voc.Split(root, "train", **options), 16, 2).data
+    return data, len(opened)
+
+
+def repaint(path, colour):
+    """Another picture of the same size in bytes and pixels under the same name, with the same time of change."""
+    before = path.stat()
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB") if path.suffix == ".jpg" else image)
+    changed = Image.fromarray(np.full_like(pixels, colour))
+    if path.suffix == ".png":
+        changed.putpalette(voc.PALETTE.tobytes())
+    changed.save(path)
+    with open(path, "ab") as file:  # decoders ignore what comes after the end
+        file.write(b"\0" * (before.st_size - path.stat().st_size))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+def test_a_second_start_decodes_nothing_and_gives_the_same(tiny, monkeypatch):
+    first, opened = decoded(tiny, monkeypatch)
+    again, reopened = decoded(tiny, monkeypatch)
+    assert (opened, reopened) == (10, 0) and torch.equal(first, again)
+    images, masks = (
+        torch.tensor(np.stack(parts)) for parts in zip(*map(voc.Split(tiny, "train").pair, range(5), [16] * 5))
+    )
+    assert torch.equal(first[..., :3], images) and torch.equal(first[..., 3], masks)
+    again.zero_()  # belongs to the process: the file stays as it is
+    assert torch.equal(first, decoded(tiny, monkeypatch)[0])
+
+
+def change_photo(root, monkeypatch):
+    repaint(root / "JPEGImages" / "000003.jpg", 7)
+
+
+def change_mask(root, monkeypatch):
+    repaint(root / "SegmentationClass" / "000003.png", 2)
+
+
+def change_order(root, monkeypatch):
+    write_split(root, "train", [f"{number:06d}" for number in (1, 0, 2, 3, 4)])
+
+
+def change_photo_kind(root, monkeypatch):
+    photo = root / "JPEGImages" / "000003.jpg"
+    with Image.open(photo) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(photo.with_suffix(".png"))
+    photo.unlink()
+
+
+@pytest.mark.parametrize("change", [change_photo, change_mask, change_order, change_photo_kind])
+def test_changed_files_are_decoded_again(tiny, monkeypatch, change):
+    before, _ = decoded(tiny, monkeypatch)
+    change(tiny, monkeypatch)
+    after, opened = decoded(tiny, monkeypatch)
+    assert opened == 10 and not torch.equal(before, after)
+    assert len(list((tiny / ".cache").iterdir())) == 1  # the stale one is gone
+
+
+def test_classes_that_no_longer_fit_are_noticed_although_no_mask_changed(tiny, monkeypatch):
+    decoded(tiny, monkeypatch)
+    (tiny / "classes.txt").write_text("sky\nroad\n")
+    with pytest.raises(UserError, match="which is neither a class"):
+        decoded(tiny, monkeypatch)
+
+
+def test_another_limit_and_another_size_have_files_of_their_own(tiny, monkeypatch):
+    whole, _ = decoded(tiny, monkeypatch)
+    part, opened = decoded(tiny, monkeypatch, limit=2)
+    assert opened == 4 and torch.equal(part, whole[:2])
+    assert voc.Loader(voc.Split(tiny, "train"), 8, 2).images.shape == (5, 3, 8, 8)
+    assert decoded(tiny, monkeypatch)[1] == decoded(tiny, monkeypatch, limit=2)[1] == 0
+
+
+def test_a_torn_file_is_made_again(tiny, monkeypatch):
+    before, _ = decoded(tiny, monkeypatch)
+    (path,) = (tiny / ".cache").iterdir()
+    os.truncate(path, path.stat().st_size - 1)
+    after, opened = decoded(tiny, monkeypatch)
+    assert opened == 10 and torch.equal(before, after)
+
+
+def test_where_nothing_can_be_written_all_is_kept_in_memory(tiny, monkeypatch):
+    expected, _ = decoded(tiny, monkeypatch)
+    shutil.rmtree(tiny / ".cache")
+    (tiny / ".cache").touch()  # no folder can be made here, not even by root
+    assert torch.equal(decoded(tiny, monkeypatch)[0], expected)
+    (tiny / ".cache").unlink()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert torch.equal(decoded(tiny, monkeypatch)[0], expected)
+    assert list((tiny / ".cache").iterdir()) == []
+
+
+def test_a_fault_in_the_data_leaves_no_file_behind(tiny, monkeypatch):
+    (tiny / "JPEGImages" / "000003.jpg").write_bytes(b"torn")
+    with pytest.raises(UserError, match="000003.jpg"):
+        decoded(tiny, monkeypatch)
+    assert list((tiny / ".cache").iterdir()) == []
+
+
+def test_processes_that_start_together_all_get_the_whole_data(tmp_path):
+    root = make_tiny(tmp_path / "Tiny", (("train", 60), ("val", 1)))
+    code = "import sys, voc; print(voc.Loader(voc.Split(sys.argv[1], 'train'), 64, 2).data.long().sum().item())"
+    line = [sys.executable, "-c", code, root]
+    processes = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    sums = {process.communicate()[0] for process in processes}
+    split = voc.Split(root, "train")
+    assert sums == {f"{sum(int(pixels.sum(dtype=int)) for pixels in split.pixels(64))}\n"}
+    assert [path.suffix for path in (root / ".cache").iterdir()] == [".npy"]
