@@ -1,5 +1,6 @@
 """The training loop and its files, on a tiny set at 32x32: what is chosen, kept, resumed and reported."""
 
+import functools
 import json
 import math
 import sys
@@ -215,6 +216,39 @@ def test_one_seed_gives_the_same_bytes_and_another_does_not(finished, tmp_path):
     assert same(weights(tmp_path / "again" / "last_train.pt"), weights(out / "last_train.pt"))
     other = fit(data, tmp_path / "other", epochs=4, seed=1)
     assert other["val"]["loss"] != figures["val"]["loss"]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_batch_that_is_void_all_over_moves_no_weight_and_counts_in_no_mean(tiny, weighted):
+    train, _, _ = voc.loaders(tiny, 2, SIZE)
+    labelled = next(train.batches(1))
+    void = (labelled[0], torch.full_like(labelled[1], voc.VOID))
+    criterion = torch.nn.CrossEntropyLoss(torch.linspace(1, 2, 21) if weighted else None, ignore_index=voc.VOID)
+
+    def step(*batches):
+        torch.manual_seed(0)
+        model = TinyNet(21)
+        before = [parameter.clone() for parameter in model.parameters()]
+        train.batches = lambda epoch: iter(batches)
+        loss = engine._train(model, train, 1, criterion, torch.optim.SGD(model.parameters(), lr=1))
+        return loss, [torch.equal(one, other) for one, other in zip(before, model.parameters())]
+
+    loss, unmoved = step(void)
+    assert math.isnan(loss) and all(unmoved)
+    loss, unmoved = step(labelled)
+    assert not any(unmoved)
+    assert step(labelled, void)[0] == loss
+
+
+def test_compiling_changes_nothing_but_speed(finished, tmp_path, monkeypatch, capsys):
+    data, out, figures = finished
+    # the same operations without generated code, which would round otherwise and takes minutes to make
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    again = fit(data, tmp_path, epochs=4, compile=True)
+    assert "compiled in" in capsys.readouterr().out
+    assert {**again, "seconds": 0} == {**figures, "seconds": 0}
+    assert rows(tmp_path) == rows(out)
+    assert same(weights(tmp_path / "last_train.pt"), weights(out / "last_train.pt"))
 
 
 def cosine(optimizer, model):

@@ -7,6 +7,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ResNet18_Weights, resnet18
 
+import engine
+import voc
 from basic_fcn import FCN
 from custom_fcn import CustomFCN
 from resnet_fcn import ResNetFCN
@@ -154,3 +156,20 @@ def test_the_u_net_has_a_skip_at_every_level(level):
     model(torch.randn(1, 3, 64, 64)).square().mean().backward()
     reached = [convolution[0].weight.grad.any().item() for convolution in model.contracting]
     assert reached == [number <= level for number in range(5)]
+
+
+def test_a_frozen_backbone_sees_each_batch_once_however_often_it_is_scored(tiny):
+    torch.manual_seed(0)
+    model = ResNetFCN(21)
+    seen = []
+    model.backbone.register_forward_hook(lambda module, images, features: seen.append(len(features)))
+    _, val, _ = voc.loaders(tiny, 3, 64)
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
+    features = {}
+    for _ in range(2):
+        expected = engine.evaluate(model, val, criterion, native=False)
+        kept = engine.evaluate(model, val, criterion, native=False, features=features)
+        assert torch.equal(kept.matrix, expected.matrix) and kept.loss == expected.loss
+        with torch.no_grad():  # the decoder goes on learning
+            model.decoder[-1].bias.normal_()
+    assert seen == [2, 2] * 3
