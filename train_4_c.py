@@ -33,7 +33,7 @@ def main():
     # The classifier has to grow its logits from nearly nothing, so it takes larger steps than the layers below.
     layers = {"params": model.layers.parameters(), "lr": 5e-4}
     classifier = {"params": model.classifier.parameters(), "lr": 1e-2}
-    optimizer = torch.optim.Adam([layers, classifier])
+    optimizer = torch.optim.Adam([layers, classifier], fused=True)
 
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 

@@ -28,7 +28,7 @@ def main():
     weight = voc.class_weights(train.split).to(args.device)
     criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2, fused=True)
 
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 
