@@ -115,7 +115,7 @@ def run_missing(args):
                 print(f"{script} seed {seed}: done before", flush=True)
                 continue
             line = [f"{script}.py", "--data", args.data, "--seed", seed, "--device", args.device, "--resume"]
-            line += ["--out", args.out / f"seed{seed}"] + ["--no-pretrained"] * random
+            line += ["--out", args.out / f"seed{seed}"] + ["--no-pretrained"] * random + ["--compile"] * args.compile
             for name in ("epochs", "batch_size", "limit"):
                 if getattr(args, name) is not None:
                     line += ["--" + name.replace("_", "-"), getattr(args, name)]
@@ -308,7 +308,7 @@ def report(dataset, limit, experiments, failures):
         )
     head = ["experiment", "seeds", "epochs", "batch"]
     head += [f"{split} {score}" for split in splits for score in ("pixel accuracy", "mean IoU")]
-    head += [f"{final}, the assignment's IoU", "published", "parameters", "multiply-adds", "time an epoch"]
+    head += [f"{final}, the assignment's IoU", "published, VOC2007", "parameters", "multiply-adds", "time an epoch"]
     machines = sorted({f"{one.figures['device']}, torch {one.figures['versions']['torch']}" for one in runs})
     images = "all images" if limit is None else f"the first {limit} images of each split"
 

@@ -144,7 +144,7 @@ def test_the_report_holds_every_run_and_nothing_typed_by_hand(tmp_path, monkeypa
         assert row[1] == "3" and row[head.index("parameters")] == "1.50 M"
         assert row[head.index("multiply-adds")] == "2.00 G"
         assert row[head.index("time an epoch")] == ("2.0" if row[0] == "train_4_a" else "1.0")
-    assert [row[head.index("published")] for row in rows[2:6]] == ["", "0.055", "0.0613", ""]
+    assert [row[head.index("published, VOC2007")] for row in rows[2:6]] == ["", "0.055", "0.0613", ""]
     changes = {row[0]: row for row in rows[8:]}
     expected = np.mean(values["train_4_a"]) - np.mean(values["train"])
     assert changes["train_4_a"][1:3] == ["train", f"{expected:+.4f}"] and changes["train_mine"][1] == "train"
@@ -276,7 +276,7 @@ def test_no_pretrained_reaches_the_one_script_that_has_it(tiny, tmp_path, monkey
 
     monkeypatch.setattr(subprocess, "Popen", Done)
     with pytest.raises(util.UserError, match="no finished run"):
-        report(tmp_path / "out", monkeypatch, "--data", tiny, "--seeds", 3, 4, "--no-pretrained")
+        report(tmp_path / "out", monkeypatch, "--data", tiny, "--seeds", 3, 4, "--no-pretrained", "--compile")
     assert len(lines) == 14
     assert [line[1].split("/")[-1] for line in lines if "--no-pretrained" in line] == ["train_5_b.py"] * 2
-    assert all("--epochs" not in line and "--limit" not in line for line in lines)
+    assert all("--compile" in line and "--epochs" not in line and "--limit" not in line for line in lines)
