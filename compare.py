@@ -5,9 +5,10 @@
 
 Each run is the command that a user would type, into OUT/seed0, OUT/seed1 and so on; one that was stopped is resumed,
 one that is done is not done again, and one that fails is reported while the rest goes on. Runs in OUT itself count too.
-Writes OUT/RESULTS.md, OUT/plots/comparison.png and OUT/plots/classes.png.
+Writes OUT/RESULTS.md and, in OUT/plots, comparison.png, classes.png and curves.png.
 """
 
+import csv
 import json
 import math
 import shlex
@@ -41,21 +42,24 @@ ENOUGH_SEEDS = 3  # from here on, seeds tell more about the next run than images
 
 @dataclass
 class Run:
-    """A finished run: the figures of its JSON, and per split the counts of each image, int64 [N, 3, C]."""
+    """A finished run: the figures of its JSON, its epochs, and per split the counts of each image, int64 [N, 3, C]."""
 
     figures: dict
+    history: list
     images: dict
 
     @classmethod
     def read(cls, path):
         try:
             figures = json.loads(path.read_text(encoding="utf-8"))
+            with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
+                history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
             with np.load(path.with_suffix(".npz")) as file:
                 images = {name: file[name] for name in file}
             figures["experiment"], figures["val"]["miou"], figures["flags"]["limit"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: is not what a run wrote ({error!r}): delete it and run again") from None
-        return cls(figures, images)
+        return cls(figures, history, images)
 
     @property
     def splits(self):
@@ -341,13 +345,14 @@ they say nothing about other seeds. Clear means that the interval excludes 0. Th
 {table(head, changes)}
 """
     text += f"\n## Classes\n\n![IoU of each class on {final}](plots/classes.png)\n"
+    text += "\n## Epochs\n\n![loss and mean IoU of each epoch](plots/curves.png)\n"
     if failures:
         text += "\n## Failed\n\n" + "\n".join(f"- `{line}`" for line in failures) + "\n"
     return text
 
 
 def draw(out, dataset, experiments):
-    """The two pictures of a comparison."""
+    """The pictures of a comparison."""
     run = next(iter(next(iter(experiments.values())).values()))
     split, first = run.splits[-1], run.figures
     scores = {
@@ -364,6 +369,9 @@ def draw(out, dataset, experiments):
     plotting.classes_by_experiment(
         out / "plots" / "classes.png", title, list(experiments), list(first[split]["iou"]), ious
     )
+    histories = {name: [one.history for one in seeds.values()] for name, seeds in experiments.items()}
+    constant = (run.constant, run.figures["val"]["background"]["miou"])
+    plotting.histories(out / "plots" / "curves.png", dataset, histories, constant)
 
 
 def main():

@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
@@ -193,7 +194,7 @@ def comparison(path, title, scores, background):
     axis.invert_yaxis()
     axis.set_xlim(left=0)
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(loc="lower right")
+    figure.legend(loc="outside lower center")
     _finish(figure, path)
 
 
@@ -216,6 +217,36 @@ def classes_by_experiment(path, title, experiments, classes, ious):
     axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
     axis.set_yticks(range(len(experiments)), experiments)
     figure.colorbar(image, label="IoU (figures: percent)")
+    _finish(figure, path)
+
+
+def histories(path, title, runs, background):
+    """Draw loss and mean IoU of each epoch: a column for each experiment, a line for each seed.
+
+    Args:
+        runs: dict from an experiment to a list with the history of each seed, as ``curves`` takes it.
+        background: name and mean IoU of a constant prediction on val, drawn as the line to beat.
+    """
+    figure = _figure(2.1 * len(runs) + 1, 4.6)
+    figure.suptitle(title)
+    axes = figure.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False)
+    for (loss, miou), (name, seeds) in zip(axes.T, runs.items()):
+        for history in seeds:
+            epochs = [row["epoch"] for row in history]
+            loss.plot(epochs, [row["train_loss"] for row in history], "--", color=ORANGE, linewidth=1)
+            loss.plot(epochs, [row["val_loss"] for row in history], "-", color=BLUE, linewidth=1)
+            miou.plot(epochs, [row["val_miou"] for row in history], "-", color=BLUE, linewidth=1)
+        miou.axhline(background[1], color=GREY, linestyle=":")
+        loss.set_title(name, fontsize=10)
+        miou.set_xlabel("epoch")
+        miou.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axis in (loss, miou):
+            axis.grid(alpha=0.3)
+    axes[0, 0].set(ylabel="loss", yscale="log")  # one epoch gone astray would press the others flat
+    axes[1, 0].set(ylabel="val mean IoU", ylim=(0, None))
+    styles = (("train", ORANGE, "--"), ("val", BLUE, "-"), (f"{background[0]} everywhere", GREY, ":"))
+    lines = [Line2D([], [], color=colour, linestyle=style, label=label) for label, colour, style in styles]
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
     _finish(figure, path)
 
 

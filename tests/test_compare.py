@@ -33,6 +33,7 @@ def write_run(out, experiment, seed, images, limit=None, test=True, seconds=6.0)
     path = out / "results" / f"{experiment}_seed{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures))
+    path.with_suffix(".csv").write_text("epoch,train_loss,val_loss,val_miou\n1,2.5,2.0,0.1\n2,1.5,1.75,0.2\n")
     np.savez_compressed(path.with_suffix(".npz"), **{name: images for name in (("val", "test") if test else ("val",))})
     return compare.Run.read(path)
 
@@ -148,7 +149,7 @@ def test_the_report_holds_every_run_and_nothing_typed_by_hand(tmp_path, monkeypa
     changes = {row[0]: row for row in rows[8:]}
     expected = np.mean(values["train_4_a"]) - np.mean(values["train"])
     assert changes["train_4_a"][1:3] == ["train", f"{expected:+.4f}"] and changes["train_mine"][1] == "train"
-    for name in ("comparison", "classes"):
+    for name in ("comparison", "classes", "curves"):
         picture = np.array(Image.open(tmp_path / "plots" / f"{name}.png").convert("L"))
         assert min(picture.shape) > 250 and picture.std() > 10
 

@@ -125,3 +125,22 @@ def test_samples_stand_beside_their_masks(tmp_path, drawn):
     assert all(np.array_equal(picture, voc.PALETTE[mask]) for picture, mask in zip(shown[1::2], masks))
     names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert names == ["background", "person", "void"]
+
+
+def test_every_epoch_of_every_run_lies_within_its_panel(tmp_path, drawn):
+    def history(scale):
+        return [
+            {"epoch": k, "train_loss": scale / k, "val_loss": 2 * scale / k, "val_miou": 0.1 * scale * k}
+            for k in (1, 2)
+        ]
+
+    runs = {"small": [history(1)], "large": [history(3), history(4)]}
+    plotting.histories(tmp_path / "a.png", "title", runs, ("background", 0.05))
+    axes = drawn[0].axes
+    assert [len(axis.lines) for axis in axes] == [2, 4, 2, 3]  # loss, loss, mean IoU and the line to beat
+    assert [axis.get_title() for axis in axes[:2]] == ["small", "large"]
+    for axis in axes:
+        bottom, top = axis.get_ylim()
+        assert all(bottom <= value <= top for line in axis.lines for value in line.get_ydata())
+    assert axes[3].get_ylim()[0] == 0
+    assert axes[3].lines[1].get_ydata().tolist() == pytest.approx([0.4, 0.8])
