@@ -2,6 +2,7 @@
 
     python download.py                        VOC2007, train, val and test, into data/VOCdevkit/VOC2007
     python download.py --year 2012            VOC2012, train and val, into data/VOCdevkit/VOC2012
+    python download.py --sbd                  VOC2012 with SBD's 10,582 training masks, into data/VOCdevkit/VOC2012-SBD
     python download.py --tar FILE --tar FILE  the same from archives on disk
     python download.py --toy                  the toy set, into data/VOCdevkit/Toy; needs no network
     python download.py --verify               open every photo and mask of the splits and list what is wrong
@@ -13,7 +14,9 @@ its MD5 before it is unpacked; a data set appears under its name only when it is
 import argparse
 import hashlib
 import http.client
+import io
 import os
+import re
 import shutil
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from PIL import Image
 from tqdm import tqdm
 
 import toy
@@ -35,13 +39,17 @@ MIRRORS = (
     "http://d2l-data.s3-accelerate.amazonaws.com/{name}",
 )
 
-# The archives of a year and their MD5. VOC2012's test masks were never published.
+# Where SBD is (Hariharan et al., 2011: masks for more of VOC2012's photos), as torchvision has it.
+SBD_MIRRORS = ("https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/{name}",)
+
+# The archives of a data set and their MD5. VOC2012's test masks were never published.
 ARCHIVES = {
     2007: {
         "VOCtrainval_06-Nov-2007.tar": "c52e279531787c972589f7e41ab4ae64",
         "VOCtest_06-Nov-2007.tar": "b6e924de25625d8de591ea690078ad9f",
     },
     2012: {"VOCtrainval_11-May-2012.tar": "6cd6e144f989b92b3379bac3b3de84fd"},
+    "SBD": {"benchmark.tgz": "82b4d87ceb2ed10f6038a1cba92111cb"},
 }
 
 SPLITS = {2007: ("train", "val", "test"), 2012: ("train", "val")}
@@ -190,17 +198,22 @@ def _unpack_into(archive, folder, prefix):
         raise _cannot_write(folder, error) from None
 
 
-def identify(path, year):
-    """The name of the archive that the file ``path`` is, by its MD5. UserError where it is none of that year's."""
+def identify(path, *sets):
+    """The data set, a key of ARCHIVES, and the name of the archive that the file ``path`` is, by its MD5.
+
+    Raises:
+        UserError: it is none of the given sets'.
+    """
     try:
         found = md5(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}): correct the path after --tar") from None
-    for name, checksum in ARCHIVES[year].items():
+    known = [(key, name, checksum) for key in sets for name, checksum in ARCHIVES[key].items()]
+    for key, name, checksum in known:
         if found == checksum:
-            return name
-    expected = ", ".join(f"{name} ({checksum})" for name, checksum in ARCHIVES[year].items())
-    raise UserError(f"{path}: has MD5 {found}, but VOC{year} needs {expected}: get the archive again, or set --year")
+            return key, name
+    expected = ", ".join(f"{name} ({checksum})" for _, name, checksum in known)
+    raise UserError(f"{path}: has MD5 {found}, but needed is {expected}: get the archive again, or set --year")
 
 
 def get_voc(year, out, mirrors=(), tars=()):
@@ -217,7 +230,7 @@ def get_voc(year, out, mirrors=(), tars=()):
         root.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_write(root.parent, error) from None
-    at_hand = {identify(path, year): path for path in tars}
+    at_hand = {identify(path, year)[1]: path for path in tars}
     urls = [f"{mirror.rstrip('/')}/{{name}}" for mirror in mirrors] + list(MIRRORS)
     archives = [
         at_hand.get(name) or download(name, checksum, [url.format(year=year, name=name) for url in urls], out)
@@ -226,6 +239,84 @@ def get_voc(year, out, mirrors=(), tars=()):
     unpack(archives, root)
     kept = [str(path) for path in archives if path not in at_hand.values()]
     print(f"{root} is ready." + (f" No longer needed: {', '.join(kept)}" if kept else ""))
+
+
+def get_sbd(out, mirrors=(), tars=()):
+    """Bring VOC2012 with SBD's masks into ``out/VOCdevkit/VOC2012-SBD``, and VOC2012 itself beside it; see ``join``."""
+    root = out / "VOCdevkit" / "VOC2012-SBD"
+    if root.exists():
+        print(f"{root} is there already: nothing to do (--verify checks it)")
+        return
+    at_hand = {path: identify(path, 2012, "SBD") for path in tars}
+    get_voc(2012, out, mirrors, [path for path, (key, _) in at_hand.items() if key == 2012])
+    ((name, checksum),) = ARCHIVES["SBD"].items()
+    urls = [f"{mirror.rstrip('/')}/{{name}}" for mirror in mirrors] + list(SBD_MIRRORS)
+    brought = [path for path, (key, _) in at_hand.items() if key == "SBD"]
+    archive = brought[0] if brought else download(name, checksum, [url.format(name=name) for url in urls], out)
+    train = join(archive, out / "VOCdevkit" / "VOC2012", root)
+    print(f"{root} is ready, {train} photos to train on: python train.py --data {root}")
+
+
+def join(archive, voc2012, root):
+    """Make a folder in VOC layout of VOC2012 and SBD's masks; it appears whole or not at all.
+
+    Its train split holds VOC2012's train and all that SBD has a mask for, without VOC2012's val; val stays VOC2012's.
+    Where both have a mask, it is VOC2012's, whose edges are void. Photos are hard links where the disk can do that.
+
+    Args:
+        archive: SBD's ``benchmark.tgz``. voc2012: the folder of VOC2012. root: the folder to make.
+
+    Returns:
+        the number of photos in train.
+
+    Raises:
+        UserError: the archive is damaged, SciPy is missing, which reads SBD's MATLAB files, or the disk is full.
+    """
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise UserError("--sbd: SBD's masks are MATLAB files, which SciPy reads: python -m pip install scipy") from None
+    train, val = (voc.Split(voc2012, name).ids for name in ("train", "val"))
+    unfinished = root.with_name(root.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    masks, lists = unfinished / "SegmentationClass", unfinished / "ImageSets" / "Segmentation"
+    known = {*train, *val}
+    try:
+        for folder in (masks, lists, unfinished / "JPEGImages"):
+            folder.mkdir(parents=True)
+        for name in known:
+            _link(voc2012 / "SegmentationClass" / f"{name}.png", masks / f"{name}.png")
+        with tarfile.open(archive) as tar:
+            for member in tqdm(tar, f"reading {archive.name}", unit=" files", disable=None):
+                found = re.fullmatch(r"benchmark_RELEASE/dataset/cls/(\d{4}_\d{6})\.mat", member.name)
+                if not found or not member.isfile() or found[1] in known:
+                    continue
+                content = loadmat(io.BytesIO(tar.extractfile(member).read()))
+                mask = Image.fromarray(content["GTcls"][0]["Segmentation"][0])
+                mask.putpalette(voc.PALETTE.tobytes())
+                mask.save(masks / f"{found[1]}.png")
+                train.append(found[1])
+        for name in {*train, *val}:
+            _link(voc2012 / "JPEGImages" / f"{name}.jpg", unfinished / "JPEGImages" / f"{name}.jpg")
+        for name, ids in (("train", train), ("val", val)):
+            (lists / f"{name}.txt").write_text("".join(f"{one}\n" for one in sorted(ids)))
+        unfinished.rename(root)
+    except (tarfile.TarError, EOFError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{archive}: is not SBD's archive, or torn ({error!r}): get it again") from None
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: is missing from VOC2012: python download.py --year 2012 --verify") from None
+    except OSError as error:
+        raise _cannot_write(unfinished, error) from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return len(train)
+
+
+def _link(source, target):
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(source, target)
 
 
 def verify(root):
@@ -264,20 +355,25 @@ def _url(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--year", type=int, choices=sorted(ARCHIVES), default=2007, help="default: %(default)s")
+    parser.add_argument("--year", type=int, choices=sorted(SPLITS), default=2007, help="default: %(default)s")
     parser.add_argument(
         "--out", type=Path, default="data", metavar="DIR", help="gets VOCdevkit/ (default: %(default)s)"
     )
     parser.add_argument("--mirror", type=_url, action="append", default=[], metavar="URL", help="a folder to try first")
     parser.add_argument("--tar", type=Path, action="append", default=[], metavar="FILE", help="an archive you have")
-    parser.add_argument("--toy", action="store_true", help="render the toy set instead")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--sbd", action="store_true", help="VOC2012 with SBD's masks instead; needs SciPy")
+    instead.add_argument("--toy", action="store_true", help="render the toy set instead")
     parser.add_argument("--verify", action="store_true", help="check what is there instead")
     args = parser.parse_args()
-    root = args.out / "VOCdevkit" / ("Toy" if args.toy else f"VOC{args.year}")
+    name = "Toy" if args.toy else "VOC2012-SBD" if args.sbd else f"VOC{args.year}"
+    root = args.out / "VOCdevkit" / name
     if args.verify:
         faults = verify(root)
         if faults:
             raise UserError(f"{root}: {faults} faults, listed above")
+    elif args.sbd:
+        get_sbd(args.out, args.mirror, args.tar)
     elif not args.toy:
         get_voc(args.year, args.out, args.mirror, args.tar)
     elif root.exists():

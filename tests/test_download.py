@@ -10,8 +10,11 @@ import tarfile
 import threading
 import time
 
+import numpy as np
 import pytest
-from conftest import ROOT, make_tiny
+import scipy.io
+from conftest import ROOT, make_tiny, write_split
+from PIL import Image
 
 import download
 import voc
@@ -316,3 +319,68 @@ def test_bad_flags_end_with_exit_code_2_and_no_traceback(tmp_path, flags):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert flags[-1] in result.stderr or "VOC2007" in result.stderr
+
+
+@pytest.fixture
+def sbd(tmp_path, monkeypatch):
+    """VOC2012's folder with three photos that it has no mask for, and an archive like SBD's with masks for some."""
+    root = make_tiny(tmp_path / "data" / "VOCdevkit" / "VOC2012", (("train", 2), ("val", 2)))
+    names = [f"2008_{number:06d}" for number in range(7)]
+    for old, new in zip(("000000", "000001", "000002", "000003"), names):
+        for path in root.rglob(f"{old}.*"):
+            path.rename(path.with_stem(new))
+    for split, ids in (("train", names[:2]), ("val", names[2:4])):
+        write_split(root, split, ids)
+    masks = {name: np.full((30, 40), 7 + number, np.uint8) for number, name in enumerate(names)}
+    for name in names[4:]:
+        Image.new("RGB", (40, 30)).save(root / "JPEGImages" / f"{name}.jpg")
+    archive = tmp_path / "any name.tgz"
+    with tarfile.open(archive, "w:gz") as tar:
+
+        def add(path, content):
+            info = tarfile.TarInfo(path)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+        for name in names[1:6]:  # one of VOC's train, both of val and two of the rest
+            file = io.BytesIO()
+            scipy.io.savemat(file, {"GTcls": {"Segmentation": masks[name], "CategoriesPresent": [1]}})
+            add(f"benchmark_RELEASE/dataset/cls/{name}.mat", file.getvalue())
+            add(f"benchmark_RELEASE/dataset/inst/{name}.mat", b"of no interest")
+        add("benchmark_RELEASE/dataset/cls/../../../../2008_000006.mat", b"outside")
+    monkeypatch.setitem(download.ARCHIVES, "SBD", {"benchmark.tgz": download.md5(archive)})
+    return root, names, masks, archive
+
+
+def test_sbd_adds_its_masks_to_train_and_leaves_val_alone(sbd, tmp_path):
+    original, names, masks, archive = sbd
+    download.get_sbd(tmp_path / "data", tars=[archive])
+    root = original.with_name("VOC2012-SBD")
+    train, val = voc.Split(root, "train"), voc.Split(root, "val")
+    assert train.ids == [*names[:2], *names[4:6]] and val.ids == names[2:4]
+    assert np.array_equal(train.mask(2), masks[names[4]]) and np.array_equal(train.mask(3), masks[names[5]])
+    for name in names[:4]:  # where both have a mask, VOC's is kept
+        file = f"SegmentationClass/{name}.png"
+        assert (root / file).read_bytes() == (original / file).read_bytes()
+    assert download.verify(root) == 0 and not list(tmp_path.glob("*.mat")) and not list(root.parent.glob("*.unf*"))
+    before = archive.stat()
+    download.get_sbd(tmp_path / "data")  # there already: no network, no archive
+    assert archive.stat() == before
+
+
+def test_sbd_that_is_torn_or_lacks_a_photo_leaves_nothing(sbd, tmp_path, monkeypatch):
+    original, names, _, archive = sbd
+    (original / "JPEGImages" / f"{names[4]}.jpg").unlink()
+    with pytest.raises(UserError, match=f"{names[4]}.jpg: is missing from VOC2012"):
+        download.get_sbd(tmp_path / "data", tars=[archive])
+    archive.write_bytes(archive.read_bytes()[:-200])
+    monkeypatch.setitem(download.ARCHIVES, "SBD", {"benchmark.tgz": download.md5(archive)})
+    with pytest.raises(UserError, match="any name.tgz: is not SBD's archive, or torn"):
+        download.get_sbd(tmp_path / "data", tars=[archive])
+    assert [path.name for path in original.parent.iterdir()] == ["VOC2012"]
+
+
+def test_without_scipy_sbd_says_so(sbd, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(UserError, match="pip install scipy"):
+        download.get_sbd(tmp_path / "data", tars=[sbd[3]])
