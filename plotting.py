@@ -5,7 +5,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 import util
 from voc import PALETTE, VOID
@@ -243,6 +243,7 @@ def histories(path, title, runs, background):
         for axis in (loss, miou):
             axis.grid(alpha=0.3)
     axes[0, 0].set(ylabel="loss", yscale="log")  # one epoch gone astray would press the others flat
+    axes[0, 0].yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
     axes[1, 0].set(ylabel="val mean IoU", ylim=(0, None))
     styles = (("train", ORANGE, "--"), ("val", BLUE, "-"), (f"{background[0]} everywhere", GREY, ":"))
     lines = [Line2D([], [], color=colour, linestyle=style, label=label) for label, colour, style in styles]
