@@ -374,10 +374,12 @@ def _warm_up(model, network, forward, train, val, criterion):
     """Take a step on made-up batches of every size to come, so that no epoch pays for compiling; change nothing."""
     began = time.perf_counter()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rank, processes = util.ranks()
     with torch.random.fork_rng():
         for loader in (train, val):
             model.train(loader.training)
-            for number in sorted({len(places) for places in loader.order()[0]}):
+            step = processes if loader.training else 1  # training shares out each batch, scoring whole batches
+            for number in sorted({len(places[rank % step :: step]) for places in loader.order()[0]}):
                 images = loader.normalise(loader.images[:1].expand(number, -1, -1, -1))
                 masks = torch.zeros(number, loader.size, loader.size, dtype=torch.int64, device=loader.device)
                 if loader.training:
