@@ -12,7 +12,6 @@ import csv
 import json
 import math
 import shlex
-import signal
 import statistics
 import subprocess
 import sys
@@ -378,7 +377,6 @@ def main():
     parser = engine.shared_flags(__doc__)
     parser.add_argument("--seeds", type=engine.whole(0), nargs="+", default=[], metavar="N", help="seeds to run")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     failures = run_missing(args)
     dataset, limit, experiments = choose(collect(args.out), args)
     text = report(dataset, limit, experiments, failures)

@@ -6,6 +6,7 @@ processes add up, so the figures do not depend on how a split was cut into piece
 
 import contextlib
 import random
+import signal
 import sys
 
 import numpy as np
@@ -20,7 +21,11 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call ``main()`` as a command: a UserError ends it with one line and exit code 2, Ctrl-C with 130."""
+    """Call ``main()`` as a command: a UserError ends it with one line and exit code 2, Ctrl-C with 130, SIGTERM 143.
+
+    Both signals surface in ``main`` as an exception, so that it can keep what it has.
+    """
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
         if ranks()[1] > 1:

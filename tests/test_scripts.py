@@ -145,15 +145,18 @@ def test_an_experiment_fits_on_one_screen_and_does_no_work_itself(script):
         assert word not in text.split('"""')[2], word
 
 
-def test_ctrl_c_in_training_keeps_plots_and_checkpoint_and_resume_goes_on(tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "code", "said"), [(signal.SIGINT, 130, "stopped by Ctrl-C\n"), (signal.SIGTERM, 143, "")]
+)
+def test_a_signal_in_training_keeps_plots_and_checkpoint_and_resume_goes_on(tiny, tmp_path, number, code, said):
     line = command("train.py", "--data", tiny, "--epochs", 400, *CPU)
     process = subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for text in process.stdout:
         if text.startswith("epoch"):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "stopped by Ctrl-C\n"
+    assert process.returncode == code and err == said
     assert "stopped after epoch" in out and "best_train.pt" in out
     engine.load(tmp_path / "best_train.pt")
     assert len(list((tmp_path / "plots").glob("train_*.png"))) == 4
