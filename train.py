@@ -3,6 +3,7 @@
     python train.py
 
 Writes best_train.pt, last_train.pt, plots/train_*.png and results/train_seed*.csv and .json.
+Test mean IoU on the toy set: 0.0909 ± 0.0225 (3 seeds, 12 epochs of 96 images, CPU, PyTorch 2.15; REPORT.md).
 """
 
 import torch

@@ -5,6 +5,7 @@ Differs from train_4_a.py only in the augmentation.
     python train_4_b.py
 
 Writes best_train_4_b.pt, last_train_4_b.pt, plots/train_4_b_*.png and results/train_4_b_seed*.csv and .json.
+Test mean IoU on the toy set: 0.1501 ± 0.0247 (3 seeds, 12 epochs of 96 images, CPU, PyTorch 2.15; REPORT.md).
 """
 
 import torch

@@ -5,6 +5,7 @@ Differs from train_4_b.py only in the weights of the classes in the loss.
     python train_4_c.py
 
 Writes best_train_4_c.pt, last_train_4_c.pt, plots/train_4_c_*.png and results/train_4_c_seed*.csv and .json.
+Test mean IoU on the toy set: 0.2672 ± 0.0223 (3 seeds, 12 epochs of 96 images, CPU, PyTorch 2.15; REPORT.md).
 """
 
 import torch

@@ -4,6 +4,8 @@
 
 The pretrained weights (45 MB) are downloaded once; --no-pretrained does without them, for a try-out.
 Writes best_train_5_b.pt, last_train_5_b.pt, plots/train_5_b_*.png and results/train_5_b_seed*.csv and .json.
+Test mean IoU on the toy set: 0.2206 ± 0.0160 (3 seeds, 12 epochs of 96 images, CPU, PyTorch 2.15; REPORT.md)
+with ResNet-18 weights near to torchvision's, which are not the same file.
 """
 
 import torch
