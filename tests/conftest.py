@@ -1,5 +1,6 @@
 """Small data sets in VOC layout, and the real files where they lie beside the project."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -7,7 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import voc
+# Before torch is imported, here and in what the tests start: on tensors this small, threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import voc  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
