@@ -12,6 +12,7 @@ its MD5 before it is unpacked; a data set appears under its name only when it is
 """
 
 import argparse
+import contextlib
 import hashlib
 import http.client
 import io
@@ -164,12 +165,19 @@ def unpack(archives, root):
         UserError: an archive is damaged, or holds anything but plain files and folders below that place; or the disk is
             full.
     """
+    with _appearing(root) as unfinished:
+        for archive in archives:
+            _unpack_into(archive, unfinished, ("VOCdevkit", root.name))
+
+
+@contextlib.contextmanager
+def _appearing(root):
+    """A new folder to fill, which becomes ``root`` at the end, or vanishes where that is not reached."""
     unfinished = root.with_name(root.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        for archive in archives:
-            _unpack_into(archive, unfinished, ("VOCdevkit", root.name))
+        yield unfinished
         unfinished.rename(root)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -277,38 +285,34 @@ def join(archive, voc2012, root):
     except ImportError:
         raise UserError("--sbd: SBD's masks are MATLAB files, which SciPy reads: python -m pip install scipy") from None
     train, val = (voc.Split(voc2012, name).ids for name in ("train", "val"))
-    unfinished = root.with_name(root.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    masks, lists = unfinished / "SegmentationClass", unfinished / "ImageSets" / "Segmentation"
     known = {*train, *val}
     try:
-        for folder in (masks, lists, unfinished / "JPEGImages"):
-            folder.mkdir(parents=True)
-        for name in known:
-            _link(voc2012 / "SegmentationClass" / f"{name}.png", masks / f"{name}.png")
-        with tarfile.open(archive) as tar:
-            for member in tqdm(tar, f"reading {archive.name}", unit=" files", disable=None):
-                found = re.fullmatch(r"benchmark_RELEASE/dataset/cls/(\d{4}_\d{6})\.mat", member.name)
-                if not found or not member.isfile() or found[1] in known:
-                    continue
-                content = loadmat(io.BytesIO(tar.extractfile(member).read()))
-                mask = Image.fromarray(content["GTcls"][0]["Segmentation"][0])
-                mask.putpalette(voc.PALETTE.tobytes())
-                mask.save(masks / f"{found[1]}.png")
-                train.append(found[1])
-        for name in {*train, *val}:
-            _link(voc2012 / "JPEGImages" / f"{name}.jpg", unfinished / "JPEGImages" / f"{name}.jpg")
-        for name, ids in (("train", train), ("val", val)):
-            (lists / f"{name}.txt").write_text("".join(f"{one}\n" for one in sorted(ids)))
-        unfinished.rename(root)
+        with _appearing(root) as unfinished:
+            masks, lists = unfinished / "SegmentationClass", unfinished / "ImageSets" / "Segmentation"
+            for folder in (masks, lists, unfinished / "JPEGImages"):
+                folder.mkdir(parents=True)
+            for name in known:
+                _link(voc2012 / "SegmentationClass" / f"{name}.png", masks / f"{name}.png")
+            with tarfile.open(archive) as tar:
+                for member in tqdm(tar, f"reading {archive.name}", unit=" files", disable=None):
+                    found = re.fullmatch(r"benchmark_RELEASE/dataset/cls/(\d{4}_\d{6})\.mat", member.name)
+                    if not found or not member.isfile() or found[1] in known:
+                        continue
+                    content = loadmat(io.BytesIO(tar.extractfile(member).read()))
+                    mask = Image.fromarray(content["GTcls"][0]["Segmentation"][0])
+                    mask.putpalette(voc.PALETTE.tobytes())
+                    mask.save(masks / f"{found[1]}.png")
+                    train.append(found[1])
+            for name in {*train, *val}:
+                _link(voc2012 / "JPEGImages" / f"{name}.jpg", unfinished / "JPEGImages" / f"{name}.jpg")
+            for name, ids in (("train", train), ("val", val)):
+                (lists / f"{name}.txt").write_text("".join(f"{one}\n" for one in sorted(ids)))
     except (tarfile.TarError, EOFError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{archive}: is not SBD's archive, or torn ({error!r}): get it again") from None
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: is missing from VOC2012: python download.py --year 2012 --verify") from None
     except OSError as error:
-        raise _cannot_write(unfinished, error) from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        raise _cannot_write(root, error) from None
     return len(train)
 
 

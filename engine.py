@@ -24,7 +24,7 @@ from torch import distributed
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 import plotting
 import util
@@ -187,9 +187,9 @@ def _plain(number):
     return number if math.isfinite(number) else None
 
 
-def _bar(iterable, total, name):
-    """A progress bar on stderr that vanishes at its end and is silent where stderr is no terminal."""
-    return tqdm(iterable, name, total, leave=False, disable=True if util.ranks()[0] else None, unit="batch")
+def _bar(iterable, total, name, unit="batch"):
+    """A progress bar on stderr, one for all processes, that vanishes at its end; none where stderr is no terminal."""
+    return tqdm(iterable, name, total, leave=False, disable=True if util.ranks()[0] else None, unit=unit)
 
 
 def _autocast(device):
@@ -333,8 +333,8 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
     features = {}
 
     try:
-        hidden = True if util.ranks()[0] else None
-        for epoch in trange(len(history) + 1, args.epochs + 1, desc=files.stem, leave=False, disable=hidden):
+        epochs = range(len(history) + 1, args.epochs + 1)
+        for epoch in _bar(epochs, len(epochs), files.stem, unit="epoch"):
             if history and len(history) - _best(history)["epoch"] >= patience:
                 _say(f"no better mean IoU for {patience} epochs: stopping early")
                 break

@@ -192,7 +192,7 @@ class Split:
         if photo.size != mask.size:
             raise UserError(
                 f"{self.paths(index)[1]}: is {mask.width}x{mask.height}, but its photo is "
-                f" {photo.width}x{photo.height}: a mask needs the size of its photo"
+                f"{photo.width}x{photo.height}: a mask needs the size of its photo"
             )
         return squeeze(photo, size), squeeze(mask, size, Image.Resampling.NEAREST)
 

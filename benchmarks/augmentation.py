@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import voc
+from speed import v2_transforms
+
 from transforms import Augmentation
 
 BATCH, SIZE, ROUNDS = 16, 224, 15
@@ -27,14 +27,7 @@ def main():
     masks = torch.randint(21, (BATCH, SIZE, SIZE), dtype=torch.uint8)
     ours = Augmentation(flip=0.5, degrees=15, scale=(0.5, 1.0))
     generator = torch.Generator().manual_seed(0)
-    fill = {tv_tensors.Image: [round(255 * value) for value in voc.MEAN], tv_tensors.Mask: voc.VOID}
-    theirs = v2.Compose(
-        [
-            v2.RandomHorizontalFlip(),
-            v2.RandomRotation(15, v2.InterpolationMode.BILINEAR, fill=fill),
-            v2.RandomResizedCrop(SIZE, scale=(0.25, 1), ratio=(1, 1), antialias=False),
-        ]
-    )
+    theirs = v2_transforms(ours, SIZE)
 
     def with_v2():
         for image, mask in zip(images, masks):  # v2 draws once a call: one call an image, or all are turned alike
