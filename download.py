@@ -25,7 +25,6 @@ from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from PIL import Image
 from tqdm import tqdm
 
 import toy
@@ -299,9 +298,7 @@ def join(archive, voc2012, root):
                     if not found or not member.isfile() or found[1] in known:
                         continue
                     content = loadmat(io.BytesIO(tar.extractfile(member).read()))
-                    mask = Image.fromarray(content["GTcls"][0]["Segmentation"][0])
-                    mask.putpalette(voc.PALETTE.tobytes())
-                    mask.save(masks / f"{found[1]}.png")
+                    voc.picture(content["GTcls"][0]["Segmentation"][0]).save(masks / f"{found[1]}.png")
                     train.append(found[1])
             for name in {*train, *val}:
                 _link(voc2012 / "JPEGImages" / f"{name}.jpg", unfinished / "JPEGImages" / f"{name}.jpg")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 import engine
 import plotting
@@ -79,10 +79,8 @@ def main():
         name = path.stem if path.stem not in names else f"{path.stem}_{len(names)}"
         names.add(name)
         labels = segment(model, photo, args.device)
-        mask = Image.fromarray(labels)
-        mask.putpalette(voc.PALETTE.tobytes())
         with engine.writing(args.out):
-            mask.save(args.out / f"{name}_mask.png")
+            voc.picture(labels).save(args.out / f"{name}_mask.png")
             plotting.overlay(args.out / f"{name}_overlay.png", path.name, model.classes, np.asarray(photo), labels)
         shares = np.bincount(labels.ravel(), minlength=len(model.classes)) / labels.size
         found = ", ".join(

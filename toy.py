@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from voc import CLASSES, PALETTE, VOID
+from voc import CLASSES, VOID, picture
 
 SPLITS = {"train": 209, "val": 213, "test": 210}
 SIZES = (
@@ -388,9 +388,7 @@ def render(root, seed=2007):
     def draw(name):
         photo, mask = render_image(seed, name)
         Image.fromarray(photo).save(unfinished / "JPEGImages" / f"{name}.jpg", quality=90)
-        picture = Image.fromarray(mask)
-        picture.putpalette(PALETTE.tobytes())
-        picture.save(unfinished / "SegmentationClass" / f"{name}.png")
+        picture(mask).save(unfinished / "SegmentationClass" / f"{name}.png")
 
     names = [f"{index:06d}" for index in range(1, sum(SPLITS.values()) + 1)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -53,6 +53,13 @@ def _palette():
 PALETTE = _palette()  # uint8 [256, 3], RGB; row 255 is the colour of void
 
 
+def picture(mask):
+    """A mask, uint8 array [H, W] of class indices and VOID, as a PIL image in VOC's palette."""
+    image = Image.fromarray(mask)
+    image.putpalette(PALETTE.tobytes())
+    return image
+
+
 def _find_root(root):
     """Return ``root`` as a Path if it is a folder in VOC layout, else raise a UserError that says where data is."""
     root = Path(root)
