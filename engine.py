@@ -23,10 +23,8 @@ import torch
 from torch import distributed
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import plotting
 import util
 from util import VOID, UserError
 
@@ -210,9 +208,17 @@ def _loss(criterion, logits, masks):
         total = (masks != VOID).sum().float()
     else:
         total = functional.pad(weight, (0, VOID + 1 - len(weight)))[masks].sum()
+    logits = logits.float()
+    if type(criterion) is torch.nn.CrossEntropyLoss and criterion.reduction == "mean":
+        # The same sum, as lists of pixels without copies, and on a CPU one image at a time, which stays in its cache.
+        parts = len(masks) if masks.device.type == "cpu" else 1
+        parts = zip(logits.movedim(1, -1).flatten(0, 2).chunk(parts), masks.flatten().chunk(parts))
+        options = {"ignore_index": criterion.ignore_index, "label_smoothing": criterion.label_smoothing}
+        sums = [functional.cross_entropy(*part, weight, reduction="sum", **options) for part in parts]
+        return torch.stack(sums).sum() / total.clamp(min=1e-12), total
     masks = masks.clone()
     masks[:1, 0, 0].masked_fill_(total == 0, 0)  # a mean over no pixel would be NaN, and so would its gradients be
-    return criterion(logits.float(), masks), total
+    return criterion(logits, masks), total
 
 
 def _mean(losses, device):
@@ -273,7 +279,7 @@ def evaluate(model, loader, criterion, native=True, features=None):
     return Scores(loss, matrix, loader.classes, assignment.mean().item(), counts)
 
 
-def _logits(model, images, features, key):
+def _logits(model, images, features=None, key=None):
     """The logits of a batch; what a frozen backbone gave for it is kept in ``features``, see ``evaluate``."""
     with _autocast(images.device):
         if features is None or not hasattr(model, "encode"):
@@ -316,6 +322,8 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
     """
     stem = Path(script).stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
     files = _Files(args.out, stem, args.seed)
+    if args.device.type == "cpu":
+        util.keep_memory()
     model.to(memory_format=torch.channels_last)
     about = _about(script, stem, args, model, train)
     history, seconds = [], 0.0
@@ -397,18 +405,19 @@ def _warm_up(model, network, forward, train, val, criterion):
 def _train(network, loader, epoch, criterion, optimizer):
     """Take one step a batch; return the mean loss over the epoch's labelled pixels."""
     network.train()
-    losses, processes = [], util.ranks()[1]
-    for images, masks in _bar(loader.batches(epoch), len(loader), f"epoch {epoch}"):
-        with _autocast(images.device):
-            logits = network(images)
-        loss, total = _loss(criterion, logits, masks)
-        losses.append((loss.detach(), total))
-        # Processes average their gradients: so weighted, the average is the gradient of the whole batch's mean.
-        share = processes * total / util.add_up(total, loader.device).clamp(min=1e-12)
-        optimizer.zero_grad()
-        (loss * share).backward()
-        optimizer.step()
-    return _mean(losses, loader.device)
+    batches = _bar(loader.batches(epoch), len(loader), f"epoch {epoch}")
+    return _mean([_step(network, images, masks, criterion, optimizer) for images, masks in batches], loader.device)
+
+
+def _step(network, images, masks, criterion, optimizer):
+    """Train on one batch; return what ``_loss`` does. A function of its own, so that no tensor outlives its step."""
+    optimizer.zero_grad()
+    loss, total = _loss(criterion, _logits(network, images), masks)
+    # Processes average their gradients: so weighted, the average is the gradient of the whole batch's mean.
+    share = util.ranks()[1] * total / util.add_up(total, images.device).clamp(min=1e-12)
+    (loss * share).backward()
+    optimizer.step()
+    return loss.detach(), total
 
 
 def _best(history):
@@ -627,6 +636,8 @@ def _parameters(model):
 
 def _multiply_adds(model):
     """Multiplications with an addition that one image of the model's size takes, as PyTorch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode  # as above
+
     image = torch.zeros(1, 3, model.size, model.size, device=next(model.parameters()).device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(image)
@@ -653,6 +664,8 @@ def _plot(files, history, train, val, model, best, scores):
         best: the number of that epoch.
         scores: dict from a name, such as "val" or "test", to the model's Scores, that of val first.
     """
+    import plotting  # only here: it takes time and memory that no training should wait or pay for
+
     name, val_scores = next(iter(scores.items()))
     title = f"{files.stem} on {_dataset(val)}"
     chosen = torch.linspace(0, len(val.split) - 1, min(5, len(val.split))).round().long()

@@ -363,7 +363,7 @@ class Loader:
         self.copies = self.plain + (0 if augment is None else getattr(augment, "augmented", 1))
         with first_process_first():
             self.data = squeezed(split, size)
-        if (self.data[..., 3] == VOID).all():
+        if not any((mask != VOID).any() for mask in self.data[..., 3]):  # the first is enough as a rule
             raise UserError(f"{split.root}: no mask of the split {split.name} labels any pixel: all of it is void")
         smallest, processes = len(split) * self.copies // len(self), ranks()[1]
         if training and smallest < processes:

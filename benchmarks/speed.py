@@ -3,19 +3,23 @@
     python benchmarks/speed.py --data data/VOCdevkit/Toy                     the baseline at VOC2007's size
     python benchmarks/speed.py --data data/VOCdevkit/Toy --limit 48 --all    all seven, on a part of it
 
-For each experiment, an epoch of training and validation is timed in turn, ROUNDS times over: ours; (a) a plain loop,
-which decodes each picture when its turn comes and counts IoU with NumPy image by image and class by class; (b) the
-same loop fed by DataLoader's worker processes and torchvision's v2 transforms; and with --compile, ours compiled. All
-see the same images in the same order and start from the same weights; without augmentation, they end at the same
-weights. Then: how soon a second run takes its first step and its peak memory, beside ``import torch`` alone, and how an
-epoch grows with images and pixels.
+For each experiment, an epoch of training and validation is timed in turn, ROUNDS times over, each way in a process of
+its own: ours; ours with glibc's malloc as it comes (see ``util.keep_memory``); (a) a plain loop, which decodes each
+picture when its turn comes and counts IoU with NumPy image by image and class by class; (b) the same loop fed by
+DataLoader's worker processes and torchvision's v2 transforms; and with --compile, ours compiled. All see the same
+images in the same order and start from the same weights; without augmentation, they end at nearly the same weights
+(Adam's first steps go by a gradient's sign, which rounding may turn where it is nearly 0; an epoch of plain gradient
+descent tells how near the two ways are). Then: how soon a second run takes its first step and its peak memory, beside
+``import torch`` alone, and how an epoch grows with images and pixels.
 """
 
 import argparse
 import copy
 import functools
 import importlib
+import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -137,8 +141,10 @@ class Plain:
 class Ours:
     """An experiment as engine.fit runs it."""
 
-    def __init__(self, parts, compiled=False):
+    def __init__(self, parts, compiled=False, keep_memory=True):
         self.train, self.val, self.criterion = parts["train"], parts["val"], parts["criterion"]
+        if keep_memory and self.train.device.type == "cpu":
+            util.keep_memory()
         self.model = copy.deepcopy(parts["model"]).to(memory_format=torch.channels_last)
         self.optimizer = optimizer_of(parts, self.model)
         self.network, self.features = self.model, {}
@@ -154,6 +160,19 @@ class Ours:
         scores = engine.evaluate(self.network, self.val, self.criterion, native=False, features=self.features)
         self.miou = scores.miou
         return middle - began, time.perf_counter() - middle
+
+    def facts(self):
+        """What a training epoch and a validation consist of, beside their times."""
+        masks = self.val.masks.long()
+        scored = masks.masked_fill(masks == voc.VOID, 0)
+        return {
+            "train": len(self.train.split) * self.train.copies,
+            "val": len(self.val.split),
+            "augmented": self.train.augment is not None,
+            "data": seconds(lambda: list(self.train.batches(1))),
+            "metric": seconds(lambda: util.confusion_matrix(masks, scored, len(self.val.classes)).sum().item()),
+            "flops": step_flops(self),
+        }
 
 
 def parts_of(script, flags):
@@ -174,19 +193,19 @@ def optimizer_of(parts, model):
 
 
 def apart(one, other):
-    """How far two models' weights are apart, as a share of how large they are."""
-    pairs = list(zip(one.parameters(), other.parameters()))
-    return (sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)).sqrt().item()
+    """How far two lists of weights are apart, as a share of how large they are."""
+    pairs = list(zip(one, other))
+    return (sum(np.square(a - b).sum() for a, b in pairs) / sum(np.square(b).sum() for _, b in pairs)) ** 0.5
 
 
 def step_flops(ours):
-    """Floating-point operations of one training step, counted by PyTorch, and the images in it."""
+    """Floating-point operations of a training step on one image, counted by PyTorch."""
     images, masks = next(ours.train.batches(1))
     ours.model.train()
     with FlopCounterMode(display=False) as counter:
         engine._loss(ours.criterion, ours.model(images), masks)[0].backward()
     ours.model.zero_grad()
-    return counter.get_total_flops(), len(images)
+    return counter.get_total_flops() / len(images)
 
 
 def product_rate(device):
@@ -208,43 +227,88 @@ def seconds(work):
     return time.perf_counter() - began
 
 
+WAYS = {
+    "ours": Ours,
+    "malloc": functools.partial(Ours, keep_memory=False),
+    "a": functools.partial(Plain, workers=None),
+    "b": functools.partial(Plain, workers=os.cpu_count()),
+    "compiled": functools.partial(Ours, compiled=True),
+}
+
+
+def serve(pipe, way, script, flags):
+    """In a process of its own: run an epoch whenever asked for its number; in the end, tell the facts of ours."""
+    parts = parts_of(script, flags)
+    runner = WAYS[way](parts)
+    pipe.send("ready")
+    while number := pipe.recv():
+        took = runner.epoch(number)
+        weights = [one.detach().cpu().numpy() for one in runner.model.parameters()] if number == 1 else None
+        pipe.send((took, runner.miou, weights, peak()))
+    pipe.send(runner.facts() if way == "ours" else None)
+
+
 def measure(script, args):
     """A row of the table for one experiment."""
-    parts = parts_of(script, args.flags)
-    train, val = parts["train"], parts["val"]
-    ways = {"ours": Ours(parts), "a": Plain(parts, None), "b": Plain(parts, os.cpu_count())}
-    if args.compile:
-        ways["compiled"] = Ours(parts, compiled=True)
-    flops, images = step_flops(Ours(parts))
-    rates = [product_rate(train.device)]
-    times = {name: [] for name in ways}
+    processes = multiprocessing.get_context("spawn")
+    pipes, times, mious, weights, peaks = {}, {}, set(), {}, {}
+    for way in [way for way in WAYS if way != "compiled" or args.compile]:
+        pipes[way], theirs = processes.Pipe()
+        processes.Process(target=serve, args=(theirs, way, script, args.flags)).start()
+        pipes[way].recv()  # one after the other, since the first decodes what the others find
+        times[way] = []
+    device = engine.device("auto")
+    rates = [product_rate(device)]
     for number in range(1, ROUNDS + 1):
-        for name, way in ways.items():
-            times[name].append(way.epoch(number))
-        rates.append(product_rate(train.device))
-        if number == 1:
-            distances = [apart(way.model, ways["a"].model) for name, way in ways.items() if name != "a"]
-            mious = {f"{way.miou:.4f}" for way in ways.values()}
-    whole = {name: statistics.median(map(sum, pairs)) for name, pairs in times.items()}
+        for way, pipe in pipes.items():
+            pipe.send(number)
+            took, miou, arrays, peaks[way] = pipe.recv()
+            times[way].append(took)
+            if number == 1:
+                mious.add(f"{miou:.4f}")
+                weights[way] = arrays
+        rates.append(product_rate(device))
+    for pipe in pipes.values():
+        pipe.send(0)
+    facts = [pipe.recv() for pipe in pipes.values()][0]
+    whole = {way: statistics.median(map(sum, pairs)) for way, pairs in times.items()}
     train_time, val_time = (statistics.median(pair[index] for pair in times["ours"]) for index in (0, 1))
-    number = len(train.split) * train.copies
-    masks = val.masks.long()
-    scored = masks.masked_fill(masks == voc.VOID, 0)
-    metric = seconds(lambda: util.confusion_matrix(masks, scored, len(val.classes)).sum().item())
+    distance = max(apart(arrays, weights["a"]) for arrays in weights.values())
     return [
         script,
-        *(f"{whole[name] / whole['ours']:.2f}" for name in ("a", "b")),
+        *(f"{whole[way] / whole['ours']:.2f}" for way in ("a", "b", "malloc")),
         f"{whole['a'] / whole['compiled']:.2f}" if args.compile else "-",
-        f"{len(val.split) / val_time / (number / train_time):.1f}",
-        f"{seconds(lambda: list(train.batches(1))) / train_time:.1%}",
-        f"{metric / val_time:.1%}",
-        f"{flops * number / images / train_time / statistics.median(rates):.0%}",
-        "-" if train.augment else f"{max(distances):.0e}, {' '.join(sorted(mious))}",
+        f"{facts['val'] / val_time / (facts['train'] / train_time):.1f}",
+        f"{facts['data'] / train_time:.1%}",
+        f"{facts['metric'] / val_time:.1%}",
+        f"{facts['flops'] * facts['train'] / train_time / statistics.median(rates):.0%}",
+        " / ".join(f"{peaks[way]:.1f}" for way in ("ours", "malloc", "a", "b")),
+        "-" if facts["augmented"] else f"{distance:.0e}, {' '.join(sorted(mious))}",
     ]
 
 
-HEAD = ["experiment", "a / ours", "b / ours", "a / compiled", "images a second, val / train", "data", "metric"]
-HEAD += ["FLOP/s / product's", "weights apart, mean IoU"]
+def same_mathematics(args):
+    """Print how far (a) is from ours after an epoch of plain gradient descent, as a share of how far both went."""
+    parts = parts_of("train", [*args.flags, "--limit", "48"])
+    parts["optimizer"] = torch.optim.SGD(parts["model"].parameters(), lr=0.01)
+    start = [one.detach().numpy(force=True).copy() for one in parts["model"].parameters()]
+    changes = []
+    for runner in (Ours(parts, keep_memory=False), Plain(parts, None)):
+        runner.epoch(1)
+        changes.append([now.detach().numpy(force=True) - one for now, one in zip(runner.model.parameters(), start)])
+    print(f"\nAn epoch of gradient descent on 48 images: changes of the weights {apart(*changes):.0e} apart.")
+
+
+HEAD = ["experiment", "a / ours", "b / ours", "malloc / ours", "a / compiled", "images a second, val / train", "data"]
+HEAD += ["metric", "FLOP/s / product's", "peak GB: ours / malloc / a / b", "weights apart, mean IoU"]
+
+
+def peak():
+    """The most memory that this process held at once, in GB; 0 where the system does not tell."""
+    try:  # resource.getrusage calls so what may be that of the process which started this one
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e6
+    except OSError:
+        return 0.0
 
 
 def child(code, *flags):
@@ -255,10 +319,10 @@ def child(code, *flags):
     return float(now) - began, int(kilobytes) / 1e6
 
 
-# Linux's own peak: what resource.getrusage calls so may be that of the process which started this one.
 PRINT = r"""
     import os, re, time
-    print(time.time(), re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1], flush=True)
+    now = time.time()
+    print(now, re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1], flush=True)
     os._exit(0)
 """
 FIRST_STEP = f"""
@@ -270,6 +334,10 @@ sys.argv[0] = "train.py"
 train.main()
 """
 ALONE = f"if True:\n    import torch\n{PRINT}"
+GIVEN = """
+import util
+util.keep_memory = lambda: None
+"""
 WHOLE = f"""
 import sys, train
 if True:
@@ -287,8 +355,10 @@ def start_and_memory(args, folder):
     print(
         f"\nA second run's first step comes {later:.1f} s after `import torch` alone would be done ({ratio:.2f} times)."
     )
-    memory = child(WHOLE, *flags, "--epochs", "1")[1] - child(ALONE)[1]
-    print(f"Peak memory of train.py: {memory:.2f} GB above that of `import torch` alone.")
+    alone = child(ALONE)[1]
+    kept, given = (child(start + WHOLE, *flags, "--epochs", "1")[1] - alone for start in ("", GIVEN))
+    print(f"Peak memory of train.py: {kept:.2f} GB above that of `import torch` alone.")
+    print(f"With glibc's malloc as it comes: {given:.2f} GB above it.")
 
 
 def growth(args):
@@ -296,6 +366,8 @@ def growth(args):
     device = engine.device("auto")
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
     rows, unit = [], None
+    if device.type == "cpu":
+        util.keep_memory()
     for size in (112, 224, 448):
         rows.append([f"{size} x {size}"])
         for images in (13, 52, 208):
@@ -327,6 +399,7 @@ def main():
     rows = [measure(script, args) for script in (compare.EXPERIMENTS if args.all else ["train"])]
     print(compare.table(HEAD, rows))
     if not args.all:
+        same_mathematics(args)
         with tempfile.TemporaryDirectory() as folder:
             start_and_memory(args, folder)
         growth(args)
