@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import toy
 import voc
-from util import UserError, run
+from util import Parser, UserError, run
 
 # Tried in this order. To mend a mirror, change its line here; for one run, --mirror goes before them all.
 MIRRORS = (
@@ -355,7 +355,7 @@ def _url(text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--year", type=int, choices=sorted(SPLITS), default=2007, help="default: %(default)s")
     parser.add_argument(
         "--out", type=Path, default="data", metavar="DIR", help="gets VOCdevkit/ (default: %(default)s)"

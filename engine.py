@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import importlib
+import itertools
 import json
 import math
 import os
@@ -43,8 +44,8 @@ def arguments(doc, epochs, batch_size=16, pretrained=False):
     Returns:
         argparse.Namespace with data (str), epochs, batch_size, seed (int), device (torch.device), out (Path),
         resume, compile (bool), limit (int or None) and, for an experiment with pretrained weights, pretrained (bool). A
-        flag that is out of range ends the program with exit code 2. Under torchrun, this process has joined the others,
-        and device is its own.
+        flag that is out of range raises a UserError. Under torchrun, this process has joined the others, and device is
+        its own.
     """
     parser = shared_flags(doc, epochs, batch_size, pretrained)
     parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: %(default)s")
@@ -73,7 +74,7 @@ def _join(device):
 def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):
     """An argparse parser with the flags that serve one run as well as several; see ``arguments``."""
     own = "default: the experiment's own" if epochs is None else "default: %(default)s"
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = util.Parser(doc)
     data = "data/VOCdevkit/VOC2007"
     parser.add_argument("--data", default=data, metavar="DIR", help="folder in VOC layout (default: %(default)s)")
     parser.add_argument("--epochs", type=whole(1), default=epochs, metavar="N", help=own)
@@ -105,10 +106,10 @@ def fetching(weights):
     try:
         yield
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         name = Path(urlsplit(weights.url).path).name
         raise UserError(
-            f"{Path(torch.hub.get_dir()) / 'checkpoints' / name}: pretrained weights cannot be loaded ({reason}): "
+            f"{Path(torch.hub.get_dir()) / 'checkpoints' / name}: pretrained weights cannot be loaded "
+            f"({_reason(error)}): "
             f"get {weights.url} and put it there (or into hub/checkpoints of a folder named by TORCH_HOME), or try "
             "the script out with --no-pretrained"
         ) from None
@@ -349,8 +350,6 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
             began = time.perf_counter()
             rate = optimizer.param_groups[0]["lr"]
             train_loss = _train(network, train, epoch, criterion, optimizer)
-            if not math.isfinite(train_loss):
-                raise UserError(f"the loss is {train_loss} in epoch {epoch}: lower the learning rate in {script}")
             scores = evaluate(forward, val, criterion, native=False, features=features)
             row = {
                 "epoch": epoch,
@@ -403,21 +402,52 @@ def _warm_up(model, network, forward, train, val, criterion):
 
 
 def _train(network, loader, epoch, criterion, optimizer):
-    """Take one step a batch; return the mean loss over the epoch's labelled pixels."""
+    """Take one step a batch; return the mean loss over the epoch's labelled pixels.
+
+    Raises:
+        UserError: the loss or the gradient of a batch is not finite. No weight that comes of it outlives this: the
+            caller has the epochs before on disk.
+    """
     network.train()
     batches = _bar(loader.batches(epoch), len(loader), f"epoch {epoch}")
-    return _mean([_step(network, images, masks, criterion, optimizer) for images, masks in batches], loader.device)
+    steps = [_step(network, images, masks, criterion, optimizer) for images, masks in batches]
+    _check(steps, loader, epoch)
+    return _mean([step[:2] for step in steps], loader.device)
 
 
 def _step(network, images, masks, criterion, optimizer):
-    """Train on one batch; return what ``_loss`` does. A function of its own, so that no tensor outlives its step."""
+    """Train on one batch; return what ``_loss`` does and the gradient's norm.
+
+    A function of its own, so that no large tensor outlives its step.
+    """
     optimizer.zero_grad()
     loss, total = _loss(criterion, _logits(network, images), masks)
     # Processes average their gradients: so weighted, the average is the gradient of the whole batch's mean.
     share = util.ranks()[1] * total / util.add_up(total, images.device).clamp(min=1e-12)
     (loss * share).backward()
+    norm = torch.nn.utils.get_total_norm(
+        [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    )
     optimizer.step()
-    return loss.detach(), total
+    return loss.detach(), total, norm
+
+
+def _check(steps, loader, epoch):
+    """Raise a UserError that names the first of an epoch's batches whose loss or gradient is not finite, if any."""
+    losses, _, norms = torch.stack([torch.stack(step) for step in steps]).cpu().T
+    finite = losses.isfinite() & norms.isfinite()
+    if finite.all():
+        return
+    batch = int(finite.int().argmin())
+    what, value = ("gradient", norms[batch]) if losses[batch].isfinite() else ("loss", losses[batch])
+    places = loader.order(epoch)[0][batch] % len(loader.split)
+    ids = ", ".join(loader.split.ids[place] for place in places[:8]) + (", ..." if len(places) > 8 else "")
+    before = losses[:batch]
+    if batch and before.max() > 10 * before[0].abs():
+        hint = f"the losses before grew from {before[0]:.3g} to {before.max():.3g}: lower the learning rate"
+    else:
+        hint = "the losses before did not grow: look at these images, at the network and at the loss"
+    raise UserError(f"the {what} is {value} in epoch {epoch}, batch {batch + 1} of {len(steps)} (images {ids}): {hint}")
 
 
 def _best(history):
@@ -525,28 +555,45 @@ def _progress(history, seconds, model, optimizer, scheduler):
 def _restore(files, about, model, optimizer, scheduler):
     """Put the state of ``last_*.pt`` back; return its history and seconds. UserError where it is from another run."""
     state = _read(files.last, "history")
-    flags = ["seed", "batch_size", "limit"] + ["epochs"] * (scheduler is not None)
+    try:
+        _compare(files, state, about, schedule=scheduler is not None)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        if scheduler is not None:
+            scheduler.load_state_dict(state["scheduler"])
+        streams = state["random"]
+        random.setstate(streams["python"])
+        np.random.set_state(streams["numpy"])
+        torch.set_rng_state(streams["torch"])
+        if torch.cuda.is_available() and len(streams["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(streams["cuda"])
+        return list(state["history"]), float(state["seconds"])
+    except UserError:
+        raise
+    except Exception as error:  # what is missing or of another kind surfaces as one of many types
+        raise UserError(f"{files.last}: is of another model or optimizer ({_reason(error)}): start anew") from None
+
+
+def _compare(files, state, about, schedule):
+    """Raise a UserError that names the first thing in which a run differs from the one that it is to continue."""
+    flags = ["seed", "batch_size", "limit"] + ["epochs"] * schedule
     for name in [*flags, "dataset", "classes", "size"]:
         before, now = (source["flags"][name] if name in flags else source[name] for source in (state, about))
         if before != now:
             raise UserError(f"{files.last}: its run had {name} {before}, not {now}: resume with the same or start anew")
+    for before, now in itertools.zip_longest(state["script"].splitlines(), about["script"].splitlines()):
+        if before != now:
+            raise UserError(f"{files.last}: its script had {before!r}, not {now!r}: resume with the same or start anew")
+    done, epochs = len(state["history"]), about["flags"]["epochs"]
+    if done > epochs:
+        raise UserError(f"{files.last}: its run has {done} epochs, more than {epochs}: raise --epochs or start anew")
     if not files.best.exists():
         raise UserError(f"{files.best}: is gone, so {files.last} cannot be continued: start anew without --resume")
-    try:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{files.last}: is of another model or optimizer ({reason}): start anew") from None
-    if scheduler is not None:
-        scheduler.load_state_dict(state["scheduler"])
-    streams = state["random"]
-    random.setstate(streams["python"])
-    np.random.set_state(streams["numpy"])
-    torch.set_rng_state(streams["torch"])
-    if torch.cuda.is_available() and len(streams["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(streams["cuda"])
-    return state["history"], state["seconds"]
+
+
+def _reason(error):
+    """The first line of what an error says, or else its kind."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _read(path, key):
@@ -556,8 +603,8 @@ def _read(path, key):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: train a model first, or correct the path") from None
     except Exception as error:  # a broken archive surfaces as one of many types
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: is no readable checkpoint ({reason}): give a best_*.pt of this project") from None
+        text = f"is no readable checkpoint ({_reason(error)}): give a best_*.pt of this project"
+        raise UserError(f"{path}: {text}") from None
     if not isinstance(state, dict) or not {"module", "class", "arguments", "model", "classes", key} <= state.keys():
         raise UserError(f"{path}: was not written by this project: give a best_*.pt of this project")
     return state
@@ -588,11 +635,12 @@ def load(path, device="cpu"):
         with torch.device("meta"):  # the weights come from the file: nothing to draw or to allocate
             model = model_class(**state["arguments"])
         model.load_state_dict(state["model"], assign=True)
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: does not fit {kind} in {name}.py ({reason}): was that file changed since?") from None
-    model.classes, model.size = tuple(state["classes"]), state["size"]
-    model.mean, model.std = tuple(state["mean"]), tuple(state["std"])
+        model.classes, model.size = tuple(state["classes"]), state["size"]
+        model.mean, model.std = tuple(state["mean"]), tuple(state["std"])
+    except Exception as error:  # what is missing or of another kind surfaces as one of many types
+        raise UserError(
+            f"{path}: does not fit {kind} in {name}.py ({_reason(error)}): was that file changed since?"
+        ) from None
     return model.eval().to(device, memory_format=torch.channels_last)
 
 

@@ -6,7 +6,6 @@ Writes for each photo NAME_mask.png, a VOC palette PNG of the photo's own size w
 NAME_overlay.png to look at; prints the share of each class.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from PIL import ImageOps
 import engine
 import plotting
 import voc
-from util import UserError, run
+from util import Parser, UserError, run
 
 
 def find(paths):
@@ -57,7 +56,7 @@ def segment(model, photo, device="cpu"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="a best_*.pt")
     parser.add_argument("photos", nargs="+", metavar="photo", help="photos, or folders of photos")
     parser.add_argument("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")

@@ -4,6 +4,7 @@ Every figure that is reported comes from one int64 confusion matrix per split. M
 processes add up, so the figures do not depend on how a split was cut into pieces.
 """
 
+import argparse
 import contextlib
 import ctypes
 import random
@@ -19,6 +20,16 @@ VOID = 255
 
 class UserError(Exception):
     """Something the user can mend. Its text is one line: which file or flag, what is wrong, what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, which shows a description as it was written, and raises a UserError for a bad flag."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help explains the flags)")
 
 
 def run(main):
@@ -115,16 +126,21 @@ def confusion_matrix(truth, prediction, num_classes):
     """
     if truth.shape != prediction.shape:
         raise ValueError(f"truth has shape {tuple(truth.shape)}, prediction {tuple(prediction.shape)}")
-    pairs = torch.where(truth == VOID, num_classes**2, truth.long() * num_classes + prediction.long())
-    if truth.is_cuda:  # bincount and a look at the values would wait for the GPU
-        counts = pairs.new_zeros(num_classes**2 + 1)
-        counts.scatter_add_(0, pairs.flatten(), torch.ones_like(pairs).flatten())
-    else:
-        for name, labels in (("truth", truth[truth != VOID]), ("prediction", prediction)):
-            if labels.numel() and not 0 <= labels.min() <= labels.max() < num_classes:
-                raise ValueError(f"{name} holds values outside 0 .. {num_classes - 1}")
-        counts = torch.bincount(pairs.flatten(), minlength=num_classes**2 + 1)
-    return counts[:-1].view(num_classes, num_classes)
+    values = VOID + 1  # of truth: a row for each, of which only the classes' are kept
+    pairs = (truth.long() * num_classes + prediction.long()).flatten()
+    if pairs.is_cuda:  # bincount and a look at the values would wait for the GPU
+        counts = pairs.new_zeros(values * num_classes).scatter_add_(0, pairs, torch.ones_like(pairs))
+        return counts.view(values, num_classes)[:num_classes]
+    if pairs.numel() == 0:
+        return pairs.new_zeros(num_classes, num_classes)
+    for name, labels, largest in (("truth", truth, VOID), ("prediction", prediction, num_classes - 1)):
+        low, high = (bound.item() for bound in labels.aminmax())
+        if not 0 <= low <= high <= largest:
+            raise ValueError(f"{name} holds values outside 0 .. {num_classes - 1}")
+    counts = torch.bincount(pairs, minlength=values * num_classes).view(values, num_classes)
+    if counts[num_classes:VOID].any():
+        raise ValueError(f"truth holds values outside 0 .. {num_classes - 1}")
+    return counts[:num_classes]
 
 
 def pixel_accuracy(matrix):

@@ -10,7 +10,6 @@ Print how often each class occurs, void left out:
     python voc.py --data data/VOCdevkit/VOC2007 --split train
 """
 
-import argparse
 import functools
 import hashlib
 import os
@@ -24,7 +23,7 @@ import PIL
 import torch
 from PIL import Image
 
-from util import VOID, UserError, first_process_first, ranks, run
+from util import VOID, Parser, UserError, first_process_first, ranks, run
 
 CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -70,12 +69,19 @@ def _find_root(root):
         if (folder / "ImageSets" / "Segmentation").is_dir():
             raise UserError(f"{root} is not in VOC layout, but {folder} is: use --data {folder}")
     raise UserError(
-        f"no data in {root} (a folder with JPEGImages, SegmentationClass and ImageSets/Segmentation). Get some:\n"
-        "  python download.py                                  downloads VOC2007 into data/VOCdevkit/VOC2007\n"
-        "  python download.py --tar FILE --tar FILE            unpacks the two VOC2007 archives that you already have\n"
-        "  python download.py --toy                            renders a toy set, without network: then train with\n"
-        "                                                      --data data/VOCdevkit/Toy"
+        f"no data in {root}, which would have JPEGImages, SegmentationClass and ImageSets/Segmentation: "
+        "python download.py gets VOC2007 (from archives that you have, with --tar FILE --tar FILE), and "
+        "python download.py --toy renders a toy set without network, for --data data/VOCdevkit/Toy"
     )
+
+
+def _lines(path, use):
+    """The lines of a text file that are not blank; UserError, which ends with what to do, where it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}): {use}") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def open_picture(path):
@@ -124,15 +130,14 @@ class Split:
         self.root = _find_root(root)
         self.name = split
         path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such split: write one image id a line into it") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as text ({error}): write one image id a line into it") from None
-        self.ids = [line.strip() for line in lines if line.strip()]
+        if not path.exists():
+            raise UserError(f"{path}: no such split: write one image id a line into it")
+        self.ids = _lines(path, "write one image id a line into it")
         if not self.ids:
             raise UserError(f"{path}: the split is empty: write one image id a line into it")
+        for name in self.ids:
+            if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise UserError(f"{path}: lists {name!r}, which names no file of the folder: correct the line")
         name, times = Counter(self.ids).most_common(1)[0]
         if times > 1:
             raise UserError(f"{path}: lists {name} {times} times: keep one")
@@ -143,7 +148,7 @@ class Split:
         path = self.root / "classes.txt"
         if not path.exists():
             return CLASSES
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+        names = tuple(_lines(path, "write one class name a line into it"))
         if not 2 <= len(names) <= VOID or len(set(names)) < len(names):
             raise UserError(f"{path}: needs 2 to {VOID} different class names, one a line; it has {len(names)}")
         return names
@@ -155,7 +160,7 @@ class Split:
         """The paths of a photo and of its mask; where there is no photo, the one that it would have as a JPEG."""
         stem = self.root / "JPEGImages" / self.ids[index]
         candidates = [stem.with_name(stem.name + suffix) for suffix in PHOTO_SUFFIXES]
-        photo = next((path for path in candidates if path.exists()), candidates[0])
+        photo = next((path for path in candidates if os.path.exists(path)), candidates[0])  # false for any bad name
         return photo, self.root / "SegmentationClass" / f"{self.ids[index]}.png"
 
     def photo(self, index):
@@ -460,7 +465,7 @@ def loaders(root, batch_size, size, augment=None, limit=None, seed=0, device="cp
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print how often each class occurs in a split, void left out.")
+    parser = Parser("Print how often each class occurs in a split, void left out.")
     parser.add_argument("--data", default="data/VOCdevkit/VOC2007", metavar="DIR", help="folder in VOC layout")
     parser.add_argument("--split", default="train", help="name of a list in ImageSets/Segmentation (default: train)")
     args = parser.parse_args()

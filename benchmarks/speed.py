@@ -7,10 +7,10 @@ For each experiment, an epoch of training and validation is timed in turn, ROUND
 its own: ours; ours with glibc's malloc as it comes (see ``util.keep_memory``); (a) a plain loop, which decodes each
 picture when its turn comes and counts IoU with NumPy image by image and class by class; (b) the same loop fed by
 DataLoader's worker processes and torchvision's v2 transforms; and with --compile, ours compiled. All see the same
-images in the same order and start from the same weights; without augmentation, they end at nearly the same weights
-(Adam's first steps go by a gradient's sign, which rounding may turn where it is nearly 0; an epoch of plain gradient
-descent tells how near the two ways are). Then: how soon a second run takes its first step and its peak memory, beside
-``import torch`` alone, and how an epoch grows with images and pixels.
+images in the same order and start from the same weights; without augmentation, they end at nearly the same weights: a
+last bit that is rounded otherwise turns single ReLUs on or off, which an epoch in float64 shows to be all. Then: how
+soon a second run takes its first step and its peak memory, beside ``import torch`` alone, and how an epoch grows with
+images and pixels.
 """
 
 import argparse
@@ -289,14 +289,16 @@ def measure(script, args):
 
 def same_mathematics(args):
     """Print how far (a) is from ours after an epoch of plain gradient descent, as a share of how far both went."""
-    parts = parts_of("train", [*args.flags, "--limit", "48"])
-    parts["optimizer"] = torch.optim.SGD(parts["model"].parameters(), lr=0.01)
-    start = [one.detach().numpy(force=True).copy() for one in parts["model"].parameters()]
-    changes = []
-    for runner in (Ours(parts, keep_memory=False), Plain(parts, None)):
-        runner.epoch(1)
-        changes.append([now.detach().numpy(force=True) - one for now, one in zip(runner.model.parameters(), start)])
-    print(f"\nAn epoch of gradient descent on 48 images: changes of the weights {apart(*changes):.0e} apart.")
+    for kind in (torch.float32, torch.float64):
+        parts = parts_of("train", [*args.flags, "--limit", "48"])
+        parts["model"].to(kind).register_forward_pre_hook(lambda model, given, kind=kind: (given[0].to(kind),))
+        parts["optimizer"] = torch.optim.SGD(parts["model"].parameters(), lr=0.01)
+        start = [one.detach().numpy(force=True).copy() for one in parts["model"].parameters()]
+        changes = []
+        for runner in (Ours(parts, keep_memory=False), Plain(parts, None)):
+            runner.epoch(1)
+            changes.append([now.detach().numpy(force=True) - one for now, one in zip(runner.model.parameters(), start)])
+        print(f"\nAn epoch of gradient descent in {kind}: changes of the weights {apart(*changes):.0e} apart.")
 
 
 HEAD = ["experiment", "a / ours", "b / ours", "malloc / ours", "a / compiled", "images a second, val / train", "data"]

@@ -218,6 +218,24 @@ def test_one_seed_gives_the_same_bytes_and_another_does_not(finished, tmp_path):
     assert other["val"]["loss"] != figures["val"]["loss"]
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"weight": torch.tensor([1.0, 3.0, 0.5])}, {"label_smoothing": 0.1}, {"reduction": "sum"}]
+)
+def test_the_loss_is_the_criterions_own(options):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, 6, 5, generator=generator).to(memory_format=torch.channels_last).requires_grad_()
+    masks = torch.randint(0, 3, (4, 6, 5), generator=generator)
+    masks[0, :4], masks[2] = voc.VOID, voc.VOID
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID, **options)
+    loss, total = engine._loss(criterion, logits, masks)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    expected = criterion(logits, masks)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
+    weight = options.get("weight", torch.ones(3))
+    assert total == pytest.approx(sum(weight[label].item() for label in masks[masks != voc.VOID]))
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_batch_that_is_void_all_over_moves_no_weight_and_counts_in_no_mean(tiny, weighted):
     train, _, _ = voc.loaders(tiny, 2, SIZE)
@@ -378,18 +396,44 @@ def test_data_without_a_background_class_is_held_against_its_commonest(tmp_path,
     assert "the score to beat, class0 everywhere" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best(tiny, tmp_path):
-    class Explodes(torch.nn.CrossEntropyLoss):
-        steps = 0
+class Fails(torch.nn.CrossEntropyLoss):
+    """Gives the loss of one training step a factor; with ``backward``, only its gradient."""
 
-        def forward(self, logits, masks):
-            Explodes.steps += logits.requires_grad
-            return super().forward(logits, masks) * (math.nan if Explodes.steps > 2 else 1)
+    def __init__(self, step, factor, backward=False):
+        super().__init__(ignore_index=voc.VOID)
+        self.left, self.factor, self.backward = step, factor, backward
 
-    with pytest.raises(UserError, match="loss is nan in epoch 2"):
-        fit(tiny, tmp_path, epochs=3, criterion=Explodes(ignore_index=255))
-    assert torch.load(tmp_path / "best_train.pt", weights_only=True)["epoch"] == 1
+    def forward(self, logits, masks):
+        self.left -= logits.requires_grad
+        loss = super().forward(logits, masks)
+        if self.left or not logits.requires_grad:
+            return loss
+        return loss + (loss - loss.detach()) * self.factor if self.backward else loss * self.factor
+
+
+@pytest.mark.parametrize(
+    "criterion, words",
+    [
+        (Fails(3, math.nan), "the loss is nan in epoch 2, batch 1 of 2"),
+        (Fails(4, math.inf), "the loss is inf in epoch 2, batch 2 of 2"),
+        (Fails(4, math.inf, backward=True), "the gradient is (inf|nan) in epoch 2, batch 2 of 2"),
+    ],
+)
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(tiny, tmp_path, criterion, words):
+    with pytest.raises(UserError, match=words + ".*did not grow") as error:
+        fit(tiny, tmp_path, epochs=3, criterion=criterion)
+    train = voc.loaders(tiny, 3, SIZE)[0]
+    batch = int(words.split("batch ")[1][0]) - 1
+    assert f"(images {', '.join(train.split.ids[place] for place in train.order(2)[0][batch])})" in str(error.value)
+    for name in ("best", "last"):
+        state = torch.load(tmp_path / f"{name}_train.pt", weights_only=True)
+        assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
     assert len(list((tmp_path / "plots").glob("*.png"))) == 4
+
+
+def test_a_loss_that_explodes_is_told_apart_from_bad_data(tiny, tmp_path):
+    with pytest.raises(UserError, match="grew from .*: lower the learning rate"):
+        fit(tiny, tmp_path, epochs=20, batch_size=1, rate=1e36)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tiny, tmp_path):

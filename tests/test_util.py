@@ -1,11 +1,15 @@
 """The metrics against a loop over pixels, against torchmetrics and scikit-learn, and against cases counted by hand."""
 
 import math
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import sklearn.metrics
 import torch
+from conftest import ROOT
 from torchmetrics.classification import MulticlassJaccardIndex
 
 import util
@@ -144,3 +148,17 @@ def test_a_user_error_ends_a_command_with_one_line_and_exit_code_2(capsys):
         util.run(main)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: file.txt: is empty: fill it\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="is about glibc's malloc")
+def test_freed_memory_is_kept_for_the_next_batch():
+    code = """
+import re, torch, util
+util.keep_memory()
+del (block := [torch.ones(64 << 18)])[0]  # 64 MiB
+print(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
+"""
+    kilobytes = {}
+    for name, line in (("kept", code), ("given back", code.replace("util.keep_memory()", ""))):
+        kilobytes[name] = int(subprocess.check_output([sys.executable, "-c", line], cwd=ROOT, text=True))
+    assert kilobytes["kept"] > kilobytes["given back"] + 32 * 1024  # runs differ by a few MiB

@@ -1,0 +1,297 @@
+"""Bad input of every kind: exit code 2 within 10 seconds, and one line that names the culprit."""
+
+import os
+import shutil
+import struct
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny, write_pair
+from PIL import Image
+
+import compare
+import download
+import engine
+import predict
+import train
+import train_5_a
+import util
+import voc
+
+LISTS, PHOTOS, MASKS = "ImageSets/Segmentation", "JPEGImages", "SegmentationClass"
+FIRST = "000000"  # of train
+SECONDS = 10
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a data set and a run of train.py on it."""
+    folder = tmp_path_factory.mktemp("finished")
+    make_tiny(folder / "Tiny")
+    call(folder, train, "--data Tiny --epochs 2 --limit 2 --batch-size 2 --device cpu")
+    return folder
+
+
+def call(folder, program, line):
+    """Run a program's main in a folder, as a shell would; return its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [Path(program.__file__).name, *line.split()])
+        try:
+            util.run(program.main)
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+def refused(capsys, folder, program, line, *words):
+    """Check that a program ends as it should: in time, with exit code 2 and one line that holds the words."""
+    capsys.readouterr()
+    began = time.monotonic()
+    code = call(folder, program, line)
+    took = time.monotonic() - began
+    said = capsys.readouterr().err.splitlines()
+    assert (code, len(said)) == (2, 1), said
+    assert all(word in said[0] for word in ("error: ", *words)), said
+    assert took < SECONDS
+
+
+@pytest.mark.parametrize(
+    ("program", "line", "word"),
+    [
+        (train, "--epochs 0", "--epochs"),
+        (train, "--epochs two", "--epochs"),
+        (train, "--epochs -1", "--epochs"),
+        (train, "--epochs 1e3", "--epochs"),
+        (train, "--epochs", "--epochs"),
+        (train, "--batch-size 0", "--batch-size"),
+        (train, "--batch-size -4", "--batch-size"),
+        (train, "--batch-size all", "--batch-size"),
+        (train, "--seed -1", "--seed"),
+        (train, "--seed 4294967296", "--seed"),
+        (train, "--seed 0x10", "--seed"),
+        (train, "--limit 0", "--limit"),
+        (train, "--limit 1.5", "--limit"),
+        (train, "--device gpu", "--device"),
+        (train, "--device cuda:99", "--device"),
+        (train, "--device cpu:1", "--device"),
+        (train, "--device cuda:x", "--device"),
+        (train, "--unknown", "--unknown"),
+        (train, "stray", "stray"),
+        (train, "--no-pretrained", "--no-pretrained"),  # has no pretrained weights to do without
+        (train, "--out afile --data Tiny", "afile/plots"),
+        (train, "--out afile/below --data Tiny", "afile/below/plots"),
+        (compare, "--seeds", "--seeds"),
+        (compare, "--seeds x", "--seeds"),
+        (download, "--year 1999", "--year"),
+        (download, "--tar none.tar", "none.tar"),
+        (download, "--tar afile", "afile"),
+        (download, "--mirror ftp", "--mirror"),
+        (voc, "--data Tiny --split none", "none.txt"),
+        (predict, "", "checkpoint"),
+        (predict, "none.pt Tiny/JPEGImages", "none.pt"),
+        (predict, "Tiny Tiny/JPEGImages", "Tiny"),
+        (predict, "afile Tiny/JPEGImages", "afile"),
+        (predict, "best_train.pt none.jpg", "none.jpg"),
+        (predict, "best_train.pt Tiny", "Tiny: holds no photo"),
+        (predict, "best_train.pt afile", "afile"),
+        (predict, "best_train.pt Tiny/JPEGImages --out afile", "afile"),
+        (predict, "best_train.pt Tiny/JPEGImages --device gpu", "--device"),
+    ],
+)
+def test_a_bad_flag_or_path(finished, capsys, program, line, word):
+    (finished / "afile").write_text("neither a picture nor a checkpoint")
+    refused(capsys, finished, program, line, word)
+
+
+def header_of_png(width, height):
+    """A PNG that tells its size, and has no pixels."""
+    facts = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + facts + struct.pack(">I", zlib.crc32(facts))
+
+
+def write(path, content):
+    """A fault: a file of a data set, or what it says of itself, is replaced."""
+
+    def spoil(root):
+        target = root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content(target.read_bytes()) if callable(content) else content)
+
+    return spoil
+
+
+def remove(path):
+    return lambda root: shutil.rmtree(root / path) if (root / path).is_dir() else (root / path).unlink()
+
+
+def folder_at(path):
+    def spoil(root):
+        (root / path).unlink(missing_ok=True)
+        (root / path).mkdir()
+
+    return spoil
+
+
+def mask(array, mode=None):
+    def spoil(root):
+        image = Image.fromarray(array)
+        (image.convert(mode) if mode else image).save(root / MASKS / f"{FIRST}.png")
+
+    return spoil
+
+
+def void(split):
+    def spoil(root):
+        for name in (root / LISTS / f"{split}.txt").read_text().split():
+            with Image.open(root / PHOTOS / f"{name}.jpg") as photo:
+                write_pair(root, name, np.asarray(photo), np.full((photo.height, photo.width), voc.VOID, np.uint8))
+
+    return spoil
+
+
+def half(content):
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "word"),
+    [
+        (remove(LISTS), "Tiny"),
+        (remove(f"{LISTS}/train.txt"), "train.txt"),
+        (remove(f"{LISTS}/val.txt"), "val.txt"),
+        (write(f"{LISTS}/train.txt", b""), "train.txt"),
+        (write(f"{LISTS}/train.txt", b" \n\n"), "train.txt"),
+        (write(f"{LISTS}/val.txt", b""), "val.txt"),
+        (write(f"{LISTS}/test.txt", b""), "test.txt"),
+        (write(f"{LISTS}/train.txt", b"\xff\xfe\x00\x01"), "train.txt"),
+        (folder_at(f"{LISTS}/train.txt"), "train.txt"),
+        (write(f"{LISTS}/train.txt", b"000000\n000001\n000000\n"), "000000 2 times"),
+        (write(f"{LISTS}/train.txt", b"../../secret\n"), "../../secret"),
+        (write(f"{LISTS}/train.txt", b"/etc/passwd\n"), "/etc/passwd"),
+        (write(f"{LISTS}/train.txt", b"a\x00b\n"), r"a\x00b"),
+        (write(f"{LISTS}/train.txt", b"a\x1bb\n"), r"a\x1bb"),
+        (write(f"{LISTS}/train.txt", b"a" * 400), "aaaa.jpg"),
+        (write(f"{LISTS}/train.txt", "füchse und 'hunde'\n".encode()), "füchse und 'hunde'.jpg"),
+        (write(f"{LISTS}/train.txt", b"000000  1\n"), "000000  1.jpg"),
+        (remove(PHOTOS), f"{FIRST}.jpg"),
+        (remove(MASKS), f"{FIRST}.png"),
+        (remove(f"{PHOTOS}/{FIRST}.jpg"), f"{FIRST}.jpg"),
+        (write(f"{PHOTOS}/{FIRST}.jpg", half), f"{FIRST}.jpg"),
+        (write(f"{PHOTOS}/{FIRST}.jpg", b""), f"{FIRST}.jpg"),
+        (write(f"{PHOTOS}/{FIRST}.jpg", b"<html>404</html>"), f"{FIRST}.jpg"),
+        (write(f"{PHOTOS}/{FIRST}.jpg", header_of_png(60000, 60000)), f"{FIRST}.jpg"),
+        (write(f"{PHOTOS}/{FIRST}.jpg", header_of_png(12000, 9000)), f"{FIRST}.jpg"),
+        (write(f"{PHOTOS}/{FIRST}.jpg", header_of_png(0, 5)), f"{FIRST}.jpg"),
+        (folder_at(f"{PHOTOS}/{FIRST}.jpg"), f"{FIRST}.jpg"),
+        (remove(f"{MASKS}/{FIRST}.png"), f"{FIRST}.png"),
+        (write(f"{MASKS}/{FIRST}.png", half), f"{FIRST}.png"),
+        (write(f"{MASKS}/{FIRST}.png", b""), f"{FIRST}.png"),
+        (write(f"{MASKS}/{FIRST}.png", header_of_png(60000, 60000)), f"{FIRST}.png"),
+        (mask(np.zeros((40, 40, 3), np.uint8)), f"{FIRST}.png"),
+        (mask(np.zeros((40, 40, 4), np.uint8)), f"{FIRST}.png"),
+        (mask(np.zeros((40, 40), np.uint16)), f"{FIRST}.png"),
+        (mask(np.full((40, 40), 99, np.uint8)), "value 99"),
+        (mask(np.zeros((7, 9), np.uint8)), "9x7"),
+        (void("train"), "train"),
+        (void("val"), "val"),
+        (write("classes.txt", b"one\n"), "classes.txt"),
+        (write("classes.txt", b"same\nsame\n"), "classes.txt"),
+        (write("classes.txt", b"\n".join(b"%d" % number for number in range(256))), "classes.txt"),
+        (write("classes.txt", b"\xff\xfe\x00\x01"), "classes.txt"),
+        (write("classes.txt", b"a\nb\n"), "classes.txt"),
+        (folder_at("classes.txt"), "classes.txt"),
+    ],
+)
+def test_bad_data(tiny, capsys, spoil, word):
+    spoil(tiny)
+    refused(capsys, tiny.parent, train, "--data Tiny --epochs 1 --device cpu", word)
+    assert not list(tiny.parent.glob("*.pt"))
+
+
+@pytest.mark.parametrize("given", ["none", "", ".", "Tiny/JPEGImages", "Tiny/classes.txt"])
+def test_a_data_folder_at_the_wrong_level(tiny, capsys, given):
+    (tiny / "classes.txt").write_text("\n".join(voc.CLASSES))
+    words = [] if given == "none" else [f"use --data {'Tiny' if given in ('', '.') else 'Tiny'}"]
+    refused(capsys, tiny.parent, train, f"--data={given} --device cpu", *words)
+
+
+def change(**values):
+    """A fault: a checkpoint's entries are replaced, or with None taken out."""
+
+    def spoil(path):
+        state = torch.load(path, weights_only=True) | values
+        torch.save({name: value for name, value in state.items() if value is not None}, path)
+
+    return spoil
+
+
+class Evil:
+    def __reduce__(self):
+        return (exec, ("import engine; engine.ran = True",))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "word"),
+    [
+        (lambda path: path.write_bytes(half(path.read_bytes())), "", "no readable checkpoint"),
+        (lambda path: path.write_bytes(b""), "", "no readable checkpoint"),
+        (lambda path: path.write_text("text"), "", "no readable checkpoint"),
+        (lambda path: torch.save(Evil(), path), "", "no readable checkpoint"),
+        (lambda path: torch.save([1], path), "", "not written by this project"),
+        (change(history=None), "", "not written by this project"),
+        (change(random=None), "", "'random'"),
+        (change(random={"python": 3}), "", "another model"),
+        (change(optimizer={}), "", "another model"),
+        (change(optimizer=None), "", "'optimizer'"),
+        (change(model={}), "", "another model"),
+        (change(flags=5), "", "another model"),
+        (change(seconds="long"), "", "another model"),
+        (change(script="print()"), "", "its script had 'print()'"),
+        (change(dataset="Other"), "", "dataset Other"),
+        (change(classes=["a", "b"]), "", "classes"),
+        (lambda path: None, "--seed 1", "seed 0, not 1"),
+        (lambda path: None, "--limit 1", "limit 2, not 1"),
+        (lambda path: None, "--batch-size 1", "batch_size 2, not 1"),
+        (lambda path: None, "--epochs 1", "2 epochs, more than 1"),
+        (lambda path: path.with_name("best_train.pt").unlink(), "", "best_train.pt: is gone"),
+    ],
+)
+def test_a_run_that_cannot_be_continued(finished, tmp_path, capsys, spoil, flags, word):
+    (tmp_path / "Tiny").symlink_to(finished / "Tiny")
+    for name in ("best", "last"):
+        shutil.copy(finished / f"{name}_train.pt", tmp_path)
+    spoil(tmp_path / "last_train.pt")
+    line = f"--data Tiny --epochs 3 --limit 2 --batch-size 2 --device cpu --resume {flags}"
+    refused(capsys, tmp_path, train, line, "_train.pt", word)
+    assert not hasattr(engine, "ran")
+
+
+def test_a_run_of_another_experiment_is_not_continued(finished, tmp_path, capsys):
+    (tmp_path / "Tiny").symlink_to(finished / "Tiny")
+    for name in ("best", "last"):
+        shutil.copy(finished / f"{name}_train.pt", tmp_path / f"{name}_train_5_a.pt")
+    line = "--data Tiny --epochs 3 --limit 2 --batch-size 2 --device cpu --resume"
+    refused(capsys, tmp_path, train_5_a, line, "last_train_5_a.pt")
+
+
+def test_what_is_unusual_but_right_is_taken(tmp_path, capsys):
+    """A single image of one pixel, a large one, names with spaces, quotes and other letters."""
+    root = make_tiny(tmp_path / "with space", splits=(("train", 1), ("val", 1)))
+    sizes = {"it's 1x1": (1, 1), 'ein "großes"': (3000, 5000)}
+    for name, (height, width) in sizes.items():
+        write_pair(root, name, np.zeros((height, width, 3), np.uint8), np.ones((height, width), np.uint8))
+    for split, name in zip(("train", "val"), sizes):
+        (root / LISTS / f"{split}.txt").write_text(name, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        flags = ["--data", str(root), "--epochs", "1", "--batch-size", "1", "--device", "cpu"]
+        patch.setattr(sys, "argv", ["train.py", *flags])
+        train.main()
+    assert "train seed 0: val mean IoU" in capsys.readouterr().out
+    assert os.path.exists(tmp_path / "plots" / "train_predictions.png")
