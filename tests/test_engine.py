@@ -416,7 +416,7 @@ class Fails(torch.nn.CrossEntropyLoss):
     [
         (Fails(3, math.nan), "the loss is nan in epoch 2, batch 1 of 2"),
         (Fails(4, math.inf), "the loss is inf in epoch 2, batch 2 of 2"),
-        (Fails(4, math.inf, backward=True), "the gradient is (inf|nan) in epoch 2, batch 2 of 2"),
+        (Fails(4, 3e38, backward=True), "the gradient is inf in epoch 2, batch 2 of 2"),
     ],
 )
 def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(tiny, tmp_path, criterion, words):
@@ -431,9 +431,17 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(
     assert len(list((tmp_path / "plots").glob("*.png"))) == 4
 
 
+class Explodes(torch.nn.CrossEntropyLoss):
+    steps = 0
+
+    def forward(self, logits, masks):
+        self.steps += logits.requires_grad
+        return super().forward(logits, masks) * 1e5**self.steps
+
+
 def test_a_loss_that_explodes_is_told_apart_from_bad_data(tiny, tmp_path):
-    with pytest.raises(UserError, match="grew from .*: lower the learning rate"):
-        fit(tiny, tmp_path, epochs=20, batch_size=1, rate=1e36)
+    with pytest.raises(UserError, match="the (loss|gradient) is inf in epoch 1, batch [45] of 5.* grew from .*: lower the learning rate"):
+        fit(tiny, tmp_path, epochs=2, batch_size=1, criterion=Explodes(ignore_index=voc.VOID))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tiny, tmp_path):
@@ -494,28 +502,6 @@ def test_a_torn_checkpoint_is_named(finished, tmp_path):
     (tmp_path / "torn.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="torn.pt: is no readable checkpoint"):
         engine.load(tmp_path / "torn.pt")
-
-
-@pytest.mark.parametrize(
-    ("line", "word"),
-    [
-        (["--epochs", "0"], "--epochs"),
-        (["--epochs", "two"], "--epochs"),
-        (["--batch-size", "-1"], "--batch-size"),
-        (["--seed", "-1"], "--seed"),
-        (["--seed", "4294967296"], "--seed"),
-        (["--limit", "1.5"], "--limit"),
-        (["--device", "gpu"], "--device"),
-        (["--device", "cuda:99"], "--device"),
-        (["--device", "cpu:1"], "--device"),
-        (["--unknown"], "--unknown"),
-    ],
-)
-def test_a_flag_out_of_range_is_named_with_exit_code_2(monkeypatch, capsys, line, word):
-    monkeypatch.setattr(sys, "argv", ["train.py", *line])
-    with pytest.raises(SystemExit) as stop:
-        engine.arguments("An experiment.", epochs=3)
-    assert stop.value.code == 2 and word in capsys.readouterr().err
 
 
 def test_flags_and_their_defaults(monkeypatch):
