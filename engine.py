@@ -30,6 +30,7 @@ import util
 from util import VOID, UserError
 
 ROOT = Path(__file__).resolve().parent
+LARGEST = 1 << 13  # side of a network's input in pixels that a checkpoint may ask for
 PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 
 
@@ -628,15 +629,19 @@ def load(path, device="cpu"):
     missing = UserError(f"{path}: holds a model {kind} of {name}.py, which is not in {ROOT}: put that file there")
     if not str(name).isidentifier() or not (ROOT / f"{name}.py").is_file():
         raise missing
-    model_class = getattr(importlib.import_module(name), kind, None)
+    model_class = getattr(importlib.import_module(name), str(kind), None)
     if not (isinstance(model_class, type) and issubclass(model_class, torch.nn.Module)):
         raise missing
     try:
         with torch.device("meta"):  # the weights come from the file: nothing to draw or to allocate
             model = model_class(**state["arguments"])
         model.load_state_dict(state["model"], assign=True)
-        model.classes, model.size = tuple(state["classes"]), state["size"]
-        model.mean, model.std = tuple(state["mean"]), tuple(state["std"])
+        model.classes, model.size = tuple(map(str, state["classes"])), state["size"]
+        model.mean, model.std = (tuple(map(float, state[name])) for name in ("mean", "std"))
+        if len(model.classes) != state["arguments"]["num_classes"] or not len(model.mean) == len(model.std) == 3:
+            raise ValueError("classes, mean or std do not fit the network")
+        if not 0 < model.size <= LARGEST:
+            raise ValueError(f"its size is {model.size}")
     except Exception as error:  # what is missing or of another kind surfaces as one of many types
         raise UserError(
             f"{path}: does not fit {kind} in {name}.py ({_reason(error)}): was that file changed since?"

@@ -7,6 +7,7 @@ processes add up, so the figures do not depend on how a split was cut into piece
 import argparse
 import contextlib
 import ctypes
+import os
 import random
 import signal
 import sys
@@ -40,8 +41,8 @@ def run(main):
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
-        if ranks()[1] > 1 and distributed.get_backend() == "nccl":  # gloo of torch 2.6 waits here for ever
-            distributed.destroy_process_group()
+        if ranks()[1] > 1:
+            _leave()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -54,6 +55,18 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
+
+def _leave():
+    """End one of several processes, all of which have done their work."""
+    if distributed.get_backend() == "nccl":
+        distributed.destroy_process_group()
+        return
+    # gloo's teardown waits for ever (torch 2.6) or, where another process went first, now and then aborts.
+    distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def ranks():

@@ -117,7 +117,7 @@ def main():
                     continue
                 break
             if process.returncode:
-                mismatches.append(f"run {runs} failed: {text.decode()[-300:]}")
+                mismatches.append(f"run {runs} failed: {text.decode()[-3000:]}")
             else:
                 found = result(out)
                 mismatches += [f"run {runs}: {name}" for name in expected if found.get(name) != expected[name]]

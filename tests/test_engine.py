@@ -440,7 +440,10 @@ class Explodes(torch.nn.CrossEntropyLoss):
 
 
 def test_a_loss_that_explodes_is_told_apart_from_bad_data(tiny, tmp_path):
-    with pytest.raises(UserError, match="the (loss|gradient) is inf in epoch 1, batch [45] of 5.* grew from .*: lower the learning rate"):
+    with pytest.raises(
+        UserError,
+        match="the (loss|gradient) is inf in epoch 1, batch [45] of 5.* grew from .*: lower the learning rate",
+    ):
         fit(tiny, tmp_path, epochs=2, batch_size=1, criterion=Explodes(ignore_index=voc.VOID))
 
 
