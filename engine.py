@@ -391,12 +391,10 @@ def _warm_up(model, network, forward, train, val, criterion):
                 images = loader.normalise(loader.images[:1].expand(number, -1, -1, -1))
                 masks = torch.zeros(number, loader.size, loader.size, dtype=torch.int64, device=loader.device)
                 if loader.training:
-                    with _autocast(images.device):
-                        logits = network(images)
-                    _loss(criterion, logits, masks)[0].backward()
+                    _loss(criterion, _logits(network, images), masks)[0].backward()
                 else:
-                    with torch.inference_mode(), _autocast(images.device):
-                        forward(images)
+                    with torch.inference_mode():
+                        _logits(forward, images)
     model.zero_grad()
     model.load_state_dict(state)
     _say(f"compiled in {time.perf_counter() - began:.1f} s, which the times of the epochs leave out")

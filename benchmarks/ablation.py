@@ -10,7 +10,6 @@ the mean IoU on val and the paired difference to the script as it is, as compare
 that are done are not done again.
 """
 
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -82,7 +81,7 @@ STUDIES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = util.Parser(__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("ablation"))

@@ -9,7 +9,6 @@ figures and weights are compared, byte for byte, with those of the run that nobo
 checkpoint that lies there under its real name is read. Ends with exit code 1 where anything differs.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -88,7 +87,7 @@ def undisturbed(args, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = util.Parser(__doc__)
     parser.add_argument("--data", default="data/VOCdevkit/Toy")
     parser.add_argument("--kills", type=engine.whole(1), default=60)
     parser.add_argument("--processes", type=engine.whole(1), default=1)

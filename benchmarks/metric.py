@@ -6,7 +6,6 @@ Scores the first class everywhere (VOC's background), the truth itself and the c
 that nothing but the counting differs. Without checkpoints, masks are enough.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -57,7 +56,7 @@ def predictions(path, split):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = util.Parser(__doc__)
     parser.add_argument("checkpoints", nargs="*", type=Path)
     parser.add_argument("--data", default="data/VOCdevkit/VOC2007")
     parser.add_argument("--split", default="test")

@@ -13,7 +13,6 @@ soon a second run takes its first step and its peak memory, beside ``import torc
 images and pixels.
 """
 
-import argparse
 import copy
 import functools
 import importlib
@@ -397,7 +396,7 @@ def growth(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = util.Parser(__doc__)
     parser.add_argument("--data", default="data/VOCdevkit/Toy")
     parser.add_argument("--limit", type=engine.whole(1))
     parser.add_argument("--all", action="store_true", help="all seven experiments, not the baseline alone")

@@ -76,3 +76,10 @@ def make_tiny(root, splits=(("train", 5), ("val", 4), ("test", 3))):
             number += 1
         write_split(root, split, ids)
     return root
+
+
+class Evil:
+    """Runs code of its own where it is unpickled."""
+
+    def __reduce__(self):
+        return (exec, ("import engine; engine.ran = True",))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_tiny
+from conftest import ROOT, Evil, make_tiny
 from PIL import Image
 from tiny_net import TinyNet
 
@@ -463,11 +463,6 @@ def test_a_write_that_fails_leaves_the_earlier_checkpoint(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="last.pt: cannot be written .No space left on device"):
         engine._save({"whole": 2}, tmp_path / "last.pt")
     assert torch.load(tmp_path / "last.pt", weights_only=True) == {"whole": 1}
-
-
-class Evil:
-    def __reduce__(self):
-        return (exec, ("import engine; engine.ran = True",))
 
 
 @pytest.mark.parametrize(
