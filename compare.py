@@ -23,7 +23,7 @@ import torch
 
 import engine
 import plotting
-from util import UserError, run
+from util import UserError, replacing, run, writing
 
 # Each experiment, what it builds on, and the IoU published for it: one run, counted in the assignment's own way.
 EXPERIMENTS = {
@@ -360,7 +360,8 @@ def draw(out, dataset, experiments):
     }
     ious = [[list(one.figures[split]["iou"].values()) for one in seeds.values()] for seeds in experiments.values()]
     ious = torch.stack([torch.tensor(np.array(seeds, float)).nanmean(0) for seeds in ious]).numpy()  # None is NaN
-    (out / "plots").mkdir(parents=True, exist_ok=True)
+    with writing(out / "plots"):
+        (out / "plots").mkdir(parents=True, exist_ok=True)
     title = f"{dataset}, {split}"
     plotting.comparison(
         out / "plots" / "comparison.png", title, scores, (run.constant, first[split]["background"]["miou"])
@@ -380,9 +381,9 @@ def main():
     failures = run_missing(args)
     dataset, limit, experiments = choose(collect(args.out), args)
     text = report(dataset, limit, experiments, failures)
-    with engine.writing(args.out / "RESULTS.md"):
-        draw(args.out, dataset, experiments)
-        (args.out / "RESULTS.md").write_text(text, encoding="utf-8")
+    draw(args.out, dataset, experiments)
+    with replacing(args.out / "RESULTS.md") as file:
+        file.write(text.encode())
     print(text)
     if failures:
         raise UserError(f"{len(failures)} runs failed; the same command tries them again: {'; '.join(failures)}")

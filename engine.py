@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import importlib
+import io
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import pickle
 import platform
 import random
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -462,9 +464,10 @@ class _Files:
         self.best, self.last = out / f"best_{stem}.pt", out / f"last_{stem}.pt"
         results = (out / "results" / f"{stem}_seed{seed}.{kind}" for kind in ("csv", "json", "npz"))
         self.rows, self.figures, self.images = results
-        for folder in (self.plots, self.figures.parent):
-            with writing(folder):
+        for folder in (self.plots, self.figures.parent, out):
+            with util.writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()  # rather now than after the first epoch
 
     def plot(self, name):
         return self.plots / f"{self.stem}_{name}.png"
@@ -472,37 +475,21 @@ class _Files:
     def write_rows(self, history):
         if util.ranks()[0] > 0:
             return
-        with writing(self.rows), open(self.rows, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, history[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(history)
-
-
-@contextlib.contextmanager
-def writing(path):
-    """Turn a failure to write ``path`` into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}): free some space or choose another --out"
-        ) from None
+        text = io.StringIO()
+        writer = csv.DictWriter(text, history[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        with util.replacing(self.rows) as file:
+            file.write(text.getvalue().encode())
 
 
 def _save(state, path):
-    """Write a checkpoint so that ``path`` always holds a whole one: to a file beside it, synced, then renamed.
-
-    Of several processes, the first writes.
-    """
-    if util.ranks()[0] > 0:
-        return
-    unfinished = path.with_name(path.name + ".unfinished")
-    with writing(path):
-        with open(unfinished, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+    """Write a checkpoint; of several processes, the first does."""
+    if util.ranks()[0] == 0:
+        whole = io.BytesIO()  # given a file, torch.save tells of a full disk in other ways than OSError
+        torch.save(state, whole)
+        with util.replacing(path) as file:
+            file.write(whole.getbuffer())
 
 
 def _about(script, stem, args, model, loader):
@@ -727,17 +714,16 @@ def _plot(files, history, train, val, model, best, scores):
         truth = val.split.mask(index)
         prediction = predict(image_logits, truth.shape).cpu().numpy()
         rows.append((val.split.ids[index], np.asarray(val.split.photo(index)), truth, prediction))
-    with writing(files.plots):
-        plotting.curves(
-            files.plot("curves"), f"{title}, val at {val.size}x{val.size}", history, best, val_scores.background
-        )
-        plotting.class_iou(files.plot("iou"), f"{title}, epoch {best}", val.classes, scores)
-        plotting.confusion(files.plot("confusion"), f"{title}, {name}, epoch {best}", val.classes, val_scores.matrix)
-        plotting.predictions(files.plot("predictions"), f"{title}, val, epoch {best}", val.classes, rows)
-        if train.augment is not None:
-            images, masks = train.augmented(16)
-            images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
-            plotting.samples(files.plot("augmentation"), f"{title}, train", train.classes, images, masks)
+    plotting.curves(
+        files.plot("curves"), f"{title}, val at {val.size}x{val.size}", history, best, val_scores.background
+    )
+    plotting.class_iou(files.plot("iou"), f"{title}, epoch {best}", val.classes, scores)
+    plotting.confusion(files.plot("confusion"), f"{title}, {name}, epoch {best}", val.classes, val_scores.matrix)
+    plotting.predictions(files.plot("predictions"), f"{title}, val, epoch {best}", val.classes, rows)
+    if train.augment is not None:
+        images, masks = train.augmented(16)
+        images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
+        plotting.samples(files.plot("augmentation"), f"{title}, train", train.classes, images, masks)
 
 
 def _keep(files, history, train, val):
@@ -747,15 +733,16 @@ def _keep(files, history, train, val):
     if not history:
         _say(f"{files.stem}: stopped before its first epoch ended, so there is nothing to keep")
         return
-    best = _read(files.best, "val_matrix")
-    scores = {f"val at {val.size}x{val.size}": Scores(math.nan, best["val_matrix"], val.classes)}
     try:
+        best = _read(files.best, "val_matrix")
+        scores = {f"val at {val.size}x{val.size}": Scores(math.nan, best["val_matrix"], val.classes)}
         _plot(files, history, train, val, load(files.best, val.device), best["epoch"], scores)
     except UserError as error:  # the reason for the stop, such as a full disk, matters more
         _say(str(error))
+    kept = [str(path) for path in (files.best, files.last) if path.exists()]
     _say(
-        f"{files.stem}: stopped after epoch {len(history)}; kept {files.best} (epoch {best['epoch']}), {files.last} "
-        f"and {files.plot('*')}: the same command with --resume continues"
+        f"{files.stem}: stopped after epoch {len(history)}; kept {' and '.join(kept) or 'nothing'}"
+        + (f", drew {files.plot('*')}: the same command with --resume continues" if len(kept) == 2 else "")
     )
 
 
@@ -781,10 +768,10 @@ def _finish(files, about, device, history, seconds, train, val, test, criterion)
         "val": scores["val"].as_dict(),
         "test": scores["test"].as_dict() if test is not None else None,
     }
-    with writing(files.images):
-        np.savez_compressed(files.images, **{name: result.images.numpy() for name, result in scores.items()})
-    with writing(files.figures):
-        files.figures.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    with util.replacing(files.images) as file:
+        np.savez_compressed(file, **{name: result.images.numpy() for name, result in scores.items()})
+    with util.replacing(files.figures) as file:
+        file.write(json.dumps(figures, indent=2, allow_nan=False).encode() + b"\n")
     _plot(files, history, train, val, model, figures["best_epoch"], scores)
     _say(_table(scores, val.classes))
     for name, result in scores.items():

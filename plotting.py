@@ -24,7 +24,8 @@ def _figure(width, height):
 
 
 def _finish(figure, path):
-    figure.savefig(path, dpi=130)
+    with util.replacing(path) as file:
+        figure.savefig(file, format="png", dpi=130)
 
 
 def curves(path, title, history, best_epoch, background):

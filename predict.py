@@ -15,7 +15,7 @@ from PIL import ImageOps
 import engine
 import plotting
 import voc
-from util import Parser, UserError, run
+from util import Parser, UserError, replacing, run, writing
 
 
 def find(paths):
@@ -65,7 +65,7 @@ def main():
 
     photos = find(args.photos)
     model = engine.load(args.checkpoint, args.device)
-    with engine.writing(args.out):
+    with writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
 
     names, failures = set(), []
@@ -78,9 +78,9 @@ def main():
         name = path.stem if path.stem not in names else f"{path.stem}_{len(names)}"
         names.add(name)
         labels = segment(model, photo, args.device)
-        with engine.writing(args.out):
-            voc.picture(labels).save(args.out / f"{name}_mask.png")
-            plotting.overlay(args.out / f"{name}_overlay.png", path.name, model.classes, np.asarray(photo), labels)
+        with replacing(args.out / f"{name}_mask.png") as file:
+            voc.picture(labels).save(file, format="png")
+        plotting.overlay(args.out / f"{name}_overlay.png", path.name, model.classes, np.asarray(photo), labels)
         shares = np.bincount(labels.ravel(), minlength=len(model.classes)) / labels.size
         found = ", ".join(
             f"{model.classes[label]} {shares[label]:.1%}" for label in np.argsort(-shares) if shares[label]

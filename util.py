@@ -11,12 +11,14 @@ import os
 import random
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import distributed
 
 VOID = 255
+REMEDY = "free some space or choose another --out"
 
 
 class UserError(Exception):
@@ -36,9 +38,11 @@ class Parser(argparse.ArgumentParser):
 def run(main):
     """Call ``main()`` as a command: a UserError ends it with one line and exit code 2, Ctrl-C with 130, SIGTERM 143.
 
-    Both signals surface in ``main`` as an exception, so that it can keep what it has.
+    Both signals surface in ``main`` as an exception, so that it can keep what it has; a second one ends it at once.
     """
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores Ctrl-C
+        signal.signal(signal.SIGINT, _stop)
     try:
         main()
         if ranks()[1] > 1:
@@ -55,6 +59,50 @@ def run(main):
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # who read the output has gone, as ``head`` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would complain at its end
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _stop(number, frame):
+    """Handle a signal: the first raises an exception, the next one kills."""
+    signal.signal(number, signal.SIG_DFL)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn a failure to write ``path`` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}): {REMEDY}") from None
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a file to write bytes to, which becomes ``path`` in the end, so that ``path`` is always whole.
+
+    Until then the file lies beside it, ended by ``.unfinished``. Where writing fails, it is taken away, and what was
+    at ``path`` before stays.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    unfinished = Path(f"{path}.unfinished")
+    with writing(path):
+        try:
+            with open(unfinished, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise
 
 
 def _leave():

@@ -10,10 +10,13 @@ Print how often each class occurs, void left out:
     python voc.py --data data/VOCdevkit/VOC2007 --split train
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import tempfile
+import time
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +40,10 @@ STD = (0.229, 0.224, 0.225)
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
 CHUNK = 256  # so many images are decoded ahead at most
 DIGEST = 16  # characters of a digest in a file's name
+ABANDONED = 3600  # seconds after which nobody is still writing a file that has not grown since
+
+# Pillow warns of pictures above 89 million pixels and refuses them from 179 million on; ours are small: refuse both.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 
 def _palette():
@@ -92,7 +99,7 @@ def open_picture(path):
             return image
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, but a split lists it: add the file or take its id out") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path}: cannot be read as a picture ({error}): replace the file") from None
 
 
@@ -317,6 +324,10 @@ def squeezed(split, size):
         for old in path.parent.glob(f"{name}_{'?' * DIGEST}.npy"):
             if old != path:
                 old.unlink(missing_ok=True)
+        for left in path.parent.glob("*.unfinished"):
+            with contextlib.suppress(FileNotFoundError):  # its writer has just finished
+                if left.stat().st_mtime < time.time() - ABANDONED:  # its writer was killed
+                    left.unlink()
         return torch.from_numpy(np.load(path, mmap_mode="c"))
     except OSError:
         return torch.from_numpy(np.stack(list(split.pixels(size))))

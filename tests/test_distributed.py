@@ -149,6 +149,7 @@ def test_killing_one_process_ends_the_other_with_a_message(runs, tmp_path, envir
                 pids[rank] = int(number)
             if text.startswith("epoch ") and len(pids) == 2:
                 break
+        assert launch.poll() is None and len(pids) == 2, launch.communicate()
         began = time.monotonic()
         os.kill(pids["1"], signal.SIGKILL)
         _, said = launch.communicate(timeout=60)

@@ -1,0 +1,235 @@
+"""Faults of the machine: a full disk, folders that cannot be written or vanish, signals at a bad moment."""
+
+import contextlib
+import ctypes
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, make_tiny
+
+import engine
+import train
+import util
+import voc
+
+FLAGS = ["--data", "Tiny", "--limit", "2", "--batch-size", "2", "--device", "cpu"]
+FILES = [
+    "best_train.pt",
+    "last_train.pt",
+    *(f"plots/train_{name}.png" for name in ("curves", "iou", "confusion", "predictions")),
+    *(f"results/train_seed0.{kind}" for kind in ("csv", "json", "npz")),
+]
+
+
+def call(folder, *flags):
+    """Run train.py on small pictures in a folder, as a shell would, but in this process; return its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(voc, "loaders", lambda *given, size, real=voc.loaders, **named: real(*given, size=32, **named))
+        patch.setattr(sys, "argv", ["train.py", *FLAGS, *flags])
+        try:
+            util.run(train.main)
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with the tiny set and two runs of train.py in folders of their own, of two epochs and of three."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_tiny(folder / "Tiny")
+    assert call(folder, "--epochs", "2", "--out", "two") == call(folder, "--epochs", "3", "--out", "three") == 0
+    return folder
+
+
+@pytest.fixture
+def stopped(runs, tmp_path):
+    """A folder with a run of two epochs, to be continued."""
+    shutil.copytree(runs / "two", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "Tiny").symlink_to(runs / "Tiny")
+    return tmp_path
+
+
+def contents(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def is_whole_run(folder, runs):
+    """Whether a folder holds what the undisturbed run of three epochs left."""
+    rows, _, _ = names = [f"results/train_seed0.{kind}" for kind in ("csv", "json", "npz")]
+    assert (folder / rows).read_bytes() == (runs / "three" / rows).read_bytes() and all(
+        (folder / name).exists() for name in names
+    )
+    for name in ("best_train.pt", "last_train.pt"):
+        ours, theirs = (torch.load(path / name, weights_only=True)["model"] for path in (folder, runs / "three"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def refusing(name):
+    """An ``os.fsync`` that finds the disk full where it is to sync the file that becomes ``name``."""
+    real = os.fsync
+
+    def fsync(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"/{name}.unfinished"):
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    return fsync
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux to know an open file's name")
+@pytest.mark.parametrize("name", FILES)
+def test_a_full_disk_leaves_every_file_whole_and_the_run_continues(runs, stopped, monkeypatch, capsys, name):
+    before = contents(stopped)
+    if name == "best_train.pt":  # let the third epoch be the best
+        state = torch.load(stopped / "last_train.pt", weights_only=True)
+        for row in state["history"]:
+            row["val_miou"] -= 1
+        torch.save(state, stopped / "last_train.pt")
+        before["last_train.pt"] = (stopped / "last_train.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refusing(name))
+        assert call(stopped, "--epochs", "3", "--resume") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and f"{name}: cannot be written (No space left on device)" in said[0]
+    assert (stopped / name).read_bytes() == before[name]
+    assert not list(stopped.rglob("*.unfinished"))
+    assert call(stopped, "--epochs", "3", "--resume") == 0
+    if name != "best_train.pt":
+        is_whole_run(stopped, runs)
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size):
+    """Let the system refuse to write any file beyond a size in bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100, 5_000, 300_000, 5_000_000])
+def test_a_write_that_breaks_off_leaves_the_earlier_files(stopped, capsys, size):
+    """At these sizes break: the CSV, a picture's pixels kept in .cache, and checkpoints near start and middle."""
+    before = contents(stopped)
+    (stopped / "Tiny").unlink()
+    make_tiny(stopped / "Tiny")
+    with files_no_larger_than(size):
+        code = call(stopped, "--epochs", "3", "--resume")
+    said = capsys.readouterr().err.splitlines()
+    assert code == 2 and len(said) == 1 and "cannot be written (File too large)" in said[0], said
+    assert {name: before[name] for name in FILES[:2]} == {name: (stopped / name).read_bytes() for name in FILES[:2]}
+    assert not list(stopped.rglob("*.unfinished"))
+
+
+def test_a_folder_that_cannot_be_made_is_named(stopped, capsys):
+    (stopped / "file").write_text("")
+    assert call(stopped, "--epochs", "1", "--out", "file") == 2
+    assert "file/plots: cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def without_power():
+    """In a process to come: take from root the power to write where modes forbid it (Linux: CAP_DAC_OVERRIDE)."""
+    if os.geteuid() == 0 and ctypes.CDLL(None).prctl(24, 1, 0, 0, 0):  # PR_CAPBSET_DROP
+        os._exit(77)
+
+
+def process(folder, *flags, code=None, **options):
+    line = [sys.executable, *(["-c", code] if code else [str(ROOT / "train.py")]), *FLAGS, *flags]
+    return subprocess.Popen(
+        line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes root's powers away as Linux does")
+def test_a_folder_made_read_only_is_named_before_the_training_and_data_there_is_only_read(stopped):
+    before = contents(stopped)
+    (stopped / "Tiny").unlink()
+    make_tiny(stopped / "Tiny").chmod(0o555)
+    (stopped / "results").chmod(0o555)
+    ends = []
+    for flags in (("--resume", "--epochs", "3"), ("--epochs", "1", "--out", "elsewhere")):
+        running = process(stopped, *flags, preexec_fn=without_power)
+        ends.append((*running.communicate(timeout=60), running.returncode))
+    if ends[0][2] == 77:
+        pytest.skip("root here may not give up its powers")
+    (said, error, code), whole = ends
+    assert (code, said) == (2, "")
+    assert error == "error: results: cannot be written (Permission denied): free some space or choose another --out\n"
+    assert contents(stopped) == before
+    assert whole[1:] == ("", 0) and "train seed 0: val mean IoU" in whole[0]
+    assert not (stopped / "Tiny" / ".cache").exists()
+
+
+def test_a_folder_that_vanishes_is_named(stopped, monkeypatch, capsys):
+    real = engine._train
+
+    def vanish(*given):
+        shutil.rmtree(stopped / "out")
+        return real(*given)
+
+    shutil.copytree(stopped, stopped / "out", symlinks=True)
+    monkeypatch.setattr(engine, "_train", vanish)
+    assert call(stopped, "--epochs", "3", "--resume", "--out", "out") == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and "cannot be written (No such file or directory)" in said.err
+    assert "stopped after epoch 2; kept nothing" in said.out
+
+
+SLOW = """
+import sys, time
+import engine, plotting, train, util, voc
+def slow(what):
+    return lambda *given: (print(what, flush=True), time.sleep(60))
+engine._train, plotting.class_iou = slow("training"), slow("drawing")
+real = voc.loaders
+voc.loaders = lambda *given, size, **named: real(*given, size=32, **named)
+sys.argv[0] = "train.py"
+util.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_run_at_once_with_all_files_whole(stopped, number):
+    """The first one comes in the third epoch, the second one while the plots are drawn, which here takes a minute."""
+    before = contents(stopped)
+    running = process(stopped, "--epochs", "3", "--resume", code=SLOW)
+    for line in running.stdout:
+        if line in ("training\n", "drawing\n"):
+            running.send_signal(number)
+            began = time.monotonic()
+        if line == "drawing\n":
+            break
+    assert (running.communicate(timeout=60)[1], running.returncode) == ("", -number)
+    assert time.monotonic() - began < 5  # of the minute that drawing takes
+    now = contents(stopped)
+    assert [name for name in FILES if now[name] != before[name]] == ["plots/train_curves.png"]  # drawn anew, whole
+    assert not list(stopped.rglob("*.unfinished"))
+
+
+def test_who_reads_the_output_may_go(stopped):
+    running = process(stopped, "--epochs", "1", "--out", "elsewhere")
+    running.stdout.close()
+    assert running.stderr.read() == "" and running.wait() == 128 + signal.SIGPIPE
+
+
+def test_what_a_killed_process_left_in_the_cache_is_taken_away_but_not_what_another_writes(runs, tmp_path):
+    data = make_tiny(tmp_path / "Tiny")
+    (data / ".cache").mkdir()
+    old, new = (data / ".cache" / f"train_32_{name}.unfinished" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (time.time() - 2 * voc.ABANDONED,) * 2)
+    voc.squeezed(voc.Split(data, "train"), 32)
+    assert new.exists() and not old.exists()
