@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -187,6 +188,12 @@ def test_real_photos(tmp_path, name):
     figures = json.loads((tmp_path / "results" / "train_seed0.json").read_text())
     assert (figures["dataset"], figures["test"]) == (name, None)
     assert len(figures["val"]["iou"]) == (11 if name == "CamVid" else 21)
+
+
+def test_what_the_readme_promises_is_held_by_tests_that_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "README.md").read_text(encoding="utf-8")))
+    defined = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 5 and all(f"def {name}(" in defined for name in named)
 
 
 def test_make_demo_and_test_use_only_what_is_tracked():
