@@ -226,12 +226,9 @@ def _loss(criterion, logits, masks):
 
 
 def _mean(losses, device):
-    """The mean over all processes of a list of pairs from ``_loss``; NaN for an empty list."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    if losses:
-        means, totals = (torch.stack(values).cpu().double() for values in zip(*losses))
-        sums = torch.stack(((means * totals).sum(), totals.sum()))
-    total, weight = util.add_up(sums, device).tolist()
+    """The mean over all processes of what ``_loss`` gave for their batches, [N, 2] on the CPU; NaN without any."""
+    means, totals = losses.double().T
+    total, weight = util.add_up(torch.stack(((means * totals).sum(), totals.sum())), device).tolist()
     return total / weight if weight else math.nan
 
 
@@ -263,7 +260,7 @@ def evaluate(model, loader, criterion, native=True, features=None):
     with ThreadPoolExecutor() as pool:
         for places, (images, masks) in _bar(batches, -(-len(loader) // processes), f"scoring {loader.split.name}"):
             logits = _logits(model, images, features, places[0].item())
-            losses.append(_loss(criterion, logits, masks))
+            losses.append(torch.stack(_loss(criterion, logits, masks)))
             if not native:
                 matrix += util.confusion_matrix(masks, logits.argmax(1), number)
                 continue
@@ -275,6 +272,7 @@ def evaluate(model, loader, criterion, native=True, features=None):
                 one = util.confusion_matrix(truth, predict(image_logits, truth.shape), number)
                 counts[place] = torch.stack((one.diagonal(), one.sum(1), one.sum(0)))
                 matrix += one
+    losses = torch.stack(losses).cpu() if losses else torch.zeros(0, 2)  # a process may have no batch
     matrix, loss = util.add_up(matrix, device).cpu(), _mean(losses, device)
     if not native:
         return Scores(loss, matrix, loader.classes)
@@ -326,8 +324,7 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
     """
     stem = Path(script).stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
     files = _Files(args.out, stem, args.seed)
-    if args.device.type == "cpu":
-        util.keep_memory()
+    util.keep_memory(args.device)
     model.to(memory_format=torch.channels_last)
     about = _about(script, stem, args, model, train)
     history, seconds = [], 0.0
@@ -411,9 +408,10 @@ def _train(network, loader, epoch, criterion, optimizer):
     """
     network.train()
     batches = _bar(loader.batches(epoch), len(loader), f"epoch {epoch}")
-    steps = [_step(network, images, masks, criterion, optimizer) for images, masks in batches]
+    steps = [torch.stack(_step(network, images, masks, criterion, optimizer)) for images, masks in batches]
+    steps = torch.stack(steps).cpu()  # only now, so that no step waits for a GPU
     _check(steps, loader, epoch)
-    return _mean([step[:2] for step in steps], loader.device)
+    return _mean(steps[:, :2], loader.device)
 
 
 def _step(network, images, masks, criterion, optimizer):
@@ -434,8 +432,11 @@ def _step(network, images, masks, criterion, optimizer):
 
 
 def _check(steps, loader, epoch):
-    """Raise a UserError that names the first of an epoch's batches whose loss or gradient is not finite, if any."""
-    losses, _, norms = torch.stack([torch.stack(step) for step in steps]).cpu().T
+    """Raise a UserError that names the first of an epoch's batches whose loss or gradient is not finite, if any.
+
+    ``steps`` [N, 3] holds what ``_step`` returned for each.
+    """
+    losses, _, norms = steps.T
     finite = losses.isfinite() & norms.isfinite()
     if finite.all():
         return

@@ -157,12 +157,14 @@ def seed_everything(seed):
     torch.backends.cudnn.deterministic = True
 
 
-def keep_memory():
-    """Let malloc keep what is freed for the next batch, where it is glibc's; elsewhere, change nothing.
+def keep_memory(device):
+    """For work on a CPU, let malloc keep what is freed for the next batch, where it is glibc's; else, change nothing.
 
     As it comes, glibc gives every large block back to the system, which then clears and maps each page anew, batch
     after batch. ``python benchmarks/speed.py`` measures what that costs a CPU, and how much memory this costs instead.
     """
+    if device.type != "cpu":
+        return
     no_trimming, no_mapping = (-1, -1), (-4, 0)  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):
         libc = ctypes.CDLL(None)

@@ -42,8 +42,9 @@ CHUNK = 256  # so many images are decoded ahead at most
 DIGEST = 16  # characters of a digest in a file's name
 ABANDONED = 3600  # seconds after which nobody is still writing a file that has not grown since
 
-# Pillow warns of pictures above 89 million pixels and refuses them from 179 million on; ours are small: refuse both.
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+# A picture with more pixels is not decoded. Pillow refuses only twice as many, and up to there warns.
+MOST_PIXELS = 89_478_485
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def _palette():
@@ -95,11 +96,13 @@ def open_picture(path):
     """Decode the picture at ``path`` as a PIL image; whatever is wrong with the file becomes a UserError."""
     try:
         with Image.open(path) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise UserError(f"{path}: its {image.width}x{image.height} pixels are too many: shrink the picture")
             image.load()
             return image
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, but a split lists it: add the file or take its id out") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as a picture ({error}): replace the file") from None
 
 

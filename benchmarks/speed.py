@@ -142,8 +142,8 @@ class Ours:
 
     def __init__(self, parts, compiled=False, keep_memory=True):
         self.train, self.val, self.criterion = parts["train"], parts["val"], parts["criterion"]
-        if keep_memory and self.train.device.type == "cpu":
-            util.keep_memory()
+        if keep_memory:
+            util.keep_memory(self.train.device)
         self.model = copy.deepcopy(parts["model"]).to(memory_format=torch.channels_last)
         self.optimizer = optimizer_of(parts, self.model)
         self.network, self.features = self.model, {}
@@ -346,7 +346,7 @@ train.main()
 ALONE = f"if True:\n    import torch\n{PRINT}"
 GIVEN = """
 import util
-util.keep_memory = lambda: None
+util.keep_memory = lambda device: None
 """
 WHOLE = f"""
 import sys, train
@@ -376,8 +376,7 @@ def growth(args):
     device = engine.device("auto")
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
     rows, unit = [], None
-    if device.type == "cpu":
-        util.keep_memory()
+    util.keep_memory(device)
     for size in (112, 224, 448):
         rows.append([f"{size} x {size}"])
         for images in (13, 52, 208):
