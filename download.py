@@ -12,7 +12,6 @@ its MD5 before it is unpacked; a data set appears under its name only when it is
 """
 
 import argparse
-import contextlib
 import hashlib
 import http.client
 import io
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 import toy
 import voc
-from util import Parser, UserError, run
+from util import Parser, UserError, appearing, run, writing
 
 # Tried in this order. To mend a mirror, change its line here; for one run, --mirror goes before them all.
 MIRRORS = (
@@ -92,26 +91,15 @@ def _fetch(url, partial):
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         bar = tqdm(total=total, initial=start, desc=partial.stem, unit="B", unit_scale=True, disable=None)
-        with _open_to_write(partial, "ab" if continued else "wb") as file, bar:
+        with writing(partial):
+            file = open(partial, "ab" if continued else "wb", buffering=0)
+        with file, bar:
             while block := response.read1(1 << 16):  # read would lose what came before a stall
-                try:
+                with writing(partial):
                     file.write(block)
-                except OSError as error:
-                    raise _cannot_write(partial, error) from None
                 bar.update(len(block))
     if total is not None and _size(partial) < total:
         raise ConnectionError(f"broke off after {_size(partial)} of {total} bytes")
-
-
-def _open_to_write(path, mode):
-    try:
-        return open(path, mode, buffering=0)
-    except OSError as error:
-        raise _cannot_write(path, error) from None
-
-
-def _cannot_write(path, error):
-    return UserError(f"{path}: cannot be written ({error.strerror}): make room or choose another --out")
 
 
 def download(name, checksum, urls, folder):
@@ -164,27 +152,14 @@ def unpack(archives, root):
         UserError: an archive is damaged, or holds anything but plain files and folders below that place; or the disk is
             full.
     """
-    with _appearing(root) as unfinished:
+    with appearing(root) as unfinished:
         for archive in archives:
             _unpack_into(archive, unfinished, ("VOCdevkit", root.name))
 
 
-@contextlib.contextmanager
-def _appearing(root):
-    """A new folder to fill, which becomes ``root`` at the end, or vanishes where that is not reached."""
-    unfinished = root.with_name(root.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(root)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def _unpack_into(archive, folder, prefix):
     try:
-        with tarfile.open(archive) as tar:
+        with writing(folder), tarfile.open(archive) as tar:
             for member in tqdm(tar, f"unpacking {archive.name}", unit=" files", disable=None):
                 parts = PurePosixPath(member.name).parts
                 inside = parts[: len(prefix)] == prefix[: len(parts)] and not any(
@@ -197,12 +172,10 @@ def _unpack_into(archive, folder, prefix):
                     target.mkdir(parents=True, exist_ok=True)
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with _open_to_write(target, "wb") as file:
+                with writing(target), open(target, "wb") as file:
                     shutil.copyfileobj(tar.extractfile(member), file)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(f"{archive}: is no whole tar archive ({error}): get it again") from None
-    except OSError as error:
-        raise _cannot_write(folder, error) from None
 
 
 def identify(path, *sets):
@@ -233,10 +206,8 @@ def get_voc(year, out, mirrors=(), tars=()):
         return
     if root.exists():
         raise UserError(f"{root}: is there, but without {missing[0].relative_to(root)}: move it away and start again")
-    try:
+    with writing(root.parent):
         root.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(root.parent, error) from None
     at_hand = {identify(path, year)[1]: path for path in tars}
     urls = [f"{mirror.rstrip('/')}/{{name}}" for mirror in mirrors] + list(MIRRORS)
     archives = [
@@ -286,7 +257,7 @@ def join(archive, voc2012, root):
     train, val = (voc.Split(voc2012, name).ids for name in ("train", "val"))
     known = {*train, *val}
     try:
-        with _appearing(root) as unfinished:
+        with appearing(root) as unfinished:
             masks, lists = unfinished / "SegmentationClass", unfinished / "ImageSets" / "Segmentation"
             for folder in (masks, lists, unfinished / "JPEGImages"):
                 folder.mkdir(parents=True)
@@ -309,7 +280,8 @@ def join(archive, voc2012, root):
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: is missing from VOC2012: python download.py --year 2012 --verify") from None
     except OSError as error:
-        raise _cannot_write(root, error) from None
+        with writing(root):
+            raise error
     return len(train)
 
 

@@ -9,7 +9,6 @@ IEEE 754 rounds alike everywhere (+, -, *, /, comparison). Photos go through JPE
 import colorsys
 import os
 import random
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from util import appearing, writing
 from voc import CLASSES, VOID, picture
 
 SPLITS = {"train": 209, "val": 213, "test": 210}
@@ -376,25 +376,24 @@ def render_image(seed, name):
 def render(root, seed=2007):
     """Render the toy set into the folder ``root``, in VOC layout.
 
-    All is drawn into a folder beside it that takes the name ``root`` at the end, so that a rendering which was stopped
-    never looks like a finished one.
+    A rendering that was stopped never looks like a finished one.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
-    root = Path(root)
-    unfinished = root.with_name(root.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (unfinished / folder).mkdir(parents=True)
 
     def draw(name):
         photo, mask = render_image(seed, name)
-        Image.fromarray(photo).save(unfinished / "JPEGImages" / f"{name}.jpg", quality=90)
-        picture(mask).save(unfinished / "SegmentationClass" / f"{name}.png")
+        Image.fromarray(photo).save(folder / "JPEGImages" / f"{name}.jpg", quality=90)
+        picture(mask).save(folder / "SegmentationClass" / f"{name}.png")
 
     names = [f"{index:06d}" for index in range(1, sum(SPLITS.values()) + 1)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(draw, names), "rendering", len(names), unit=" images", disable=None):
-            pass
-    for split, number in SPLITS.items():
-        chosen, names = names[:number], names[number:]
-        (unfinished / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(chosen) + "\n")
-    unfinished.rename(root)
+    with writing(root), appearing(Path(root)) as folder:
+        for inner in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+            (folder / inner).mkdir(parents=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in tqdm(pool.map(draw, names), "rendering", len(names), unit=" images", disable=None):
+                pass
+        for split, number in SPLITS.items():
+            chosen, names = names[:number], names[number:]
+            (folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(chosen) + "\n")

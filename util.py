@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -64,6 +65,19 @@ def run(main):
         sys.exit(128 + signal.SIGPIPE)
 
 
+@contextlib.contextmanager
+def appearing(folder):
+    """Yield a folder to fill, which becomes ``folder`` in the end, or vanishes where that is not reached."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def _stop(number, frame):
     """Handle a signal: the first raises an exception, the next one kills."""
     signal.signal(number, signal.SIG_DFL)
@@ -78,7 +92,7 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}): {REMEDY}") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}): {REMEDY}") from None
 
 
 @contextlib.contextmanager

@@ -8,13 +8,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
 import torch
 from conftest import ROOT, make_tiny
 
+import download
 import engine
+import toy
 import train
 import util
 import voc
@@ -132,6 +135,15 @@ def test_a_write_that_breaks_off_leaves_the_earlier_files(stopped, capsys, size)
     assert not list(stopped.rglob("*.unfinished"))
 
 
+def test_a_data_set_that_finds_no_room_is_named_and_leaves_nothing(runs, tmp_path):
+    with tarfile.open(tmp_path / "archive.tar", "w") as tar:
+        tar.add(runs / "Tiny", "VOCdevkit/Small")
+    for make in (toy.render, lambda root: download.unpack([tmp_path / "archive.tar"], root)):
+        with files_no_larger_than(1000), pytest.raises(util.UserError, match="cannot be written .File too large"):
+            make(tmp_path / "data" / "Small")
+        assert not list((tmp_path / "data").iterdir())
+
+
 def test_a_folder_that_cannot_be_made_is_named(stopped, capsys):
     (stopped / "file").write_text("")
     assert call(stopped, "--epochs", "1", "--out", "file") == 2
@@ -148,7 +160,7 @@ def process(folder, *flags, code=None, **options):
     line = [sys.executable, *(["-c", code] if code else [str(ROOT / "train.py")]), *FLAGS, *flags]
     return subprocess.Popen(
         line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, **options,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}, **options,
     )  # fmt: skip
 
 
