@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from PIL import Image
 # Before torch is imported, here and in what the tests start: on tensors this small, threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import engine  # noqa: E402
+import util  # noqa: E402
 import voc  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +79,26 @@ def make_tiny(root, splits=(("train", 5), ("val", 4), ("test", 3))):
             number += 1
         write_split(root, split, ids)
     return root
+
+
+def call(folder, program, line):
+    """Run a program's main in a folder, as a shell would, but in this process; return its exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [Path(program.__file__).name, *line.split()])
+        try:
+            util.run(program.main)
+        except SystemExit as stop:
+            return stop.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def models_of_the_tests():
+    """Let engine.load find tiny_net.py, which lies beside this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "ROOT", Path(__file__).resolve().parent)
+        yield
 
 
 class Evil:

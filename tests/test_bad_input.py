@@ -6,12 +6,11 @@ import struct
 import sys
 import time
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Evil, make_tiny, write_pair
+from conftest import Evil, call, make_tiny, write_pair
 from PIL import Image
 
 import compare
@@ -20,7 +19,6 @@ import engine
 import predict
 import train
 import train_5_a
-import util
 import voc
 
 LISTS, PHOTOS, MASKS = "ImageSets/Segmentation", "JPEGImages", "SegmentationClass"
@@ -35,18 +33,6 @@ def finished(tmp_path_factory):
     make_tiny(folder / "Tiny")
     call(folder, train, "--data Tiny --epochs 2 --limit 2 --batch-size 2 --device cpu")
     return folder
-
-
-def call(folder, program, line):
-    """Run a program's main in a folder, as a shell would; return its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", [Path(program.__file__).name, *line.split()])
-        try:
-            util.run(program.main)
-        except SystemExit as stop:
-            return stop.code
-    return 0
 
 
 def refused(capsys, folder, program, line, *words):

@@ -5,7 +5,6 @@ import json
 import math
 import sys
 from argparse import Namespace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,15 +19,9 @@ import util
 import voc
 from util import UserError
 
+pytestmark = pytest.mark.usefixtures("models_of_the_tests")
+
 SIZE = 32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_of_the_tests():
-    """Let engine.load find tiny_net.py, which lies beside this file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "ROOT", Path(__file__).resolve().parent)
-        yield
 
 
 def flags(data, out, **changes):

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, make_tiny
+from conftest import ROOT, call, make_tiny
 
 import download
 import engine
@@ -22,7 +22,7 @@ import train
 import util
 import voc
 
-FLAGS = ["--data", "Tiny", "--limit", "2", "--batch-size", "2", "--device", "cpu"]
+FLAGS = "--data Tiny --limit 2 --batch-size 2 --device cpu"
 FILES = [
     "best_train.pt",
     "last_train.pt",
@@ -31,17 +31,11 @@ FILES = [
 ]
 
 
-def call(folder, *flags):
-    """Run train.py on small pictures in a folder, as a shell would, but in this process; return its exit code."""
+def train_on(folder, flags):
+    """Run train.py on small pictures in a folder; return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
         patch.setattr(voc, "loaders", lambda *given, size, real=voc.loaders, **named: real(*given, size=32, **named))
-        patch.setattr(sys, "argv", ["train.py", *FLAGS, *flags])
-        try:
-            util.run(train.main)
-        except SystemExit as stop:
-            return stop.code
-    return 0
+        return call(folder, train, f"{FLAGS} {flags}")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +43,7 @@ def runs(tmp_path_factory):
     """A folder with the tiny set and two runs of train.py in folders of their own, of two epochs and of three."""
     folder = tmp_path_factory.mktemp("runs")
     make_tiny(folder / "Tiny")
-    assert call(folder, "--epochs", "2", "--out", "two") == call(folder, "--epochs", "3", "--out", "three") == 0
+    assert train_on(folder, "--epochs 2 --out two") == train_on(folder, "--epochs 3 --out three") == 0
     return folder
 
 
@@ -100,12 +94,12 @@ def test_a_full_disk_leaves_every_file_whole_and_the_run_continues(runs, stopped
         before["last_train.pt"] = (stopped / "last_train.pt").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refusing(name))
-        assert call(stopped, "--epochs", "3", "--resume") == 2
+        assert train_on(stopped, "--epochs 3 --resume") == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and f"{name}: cannot be written (No space left on device)" in said[0]
     assert (stopped / name).read_bytes() == before[name]
     assert not list(stopped.rglob("*.unfinished"))
-    assert call(stopped, "--epochs", "3", "--resume") == 0
+    assert train_on(stopped, "--epochs 3 --resume") == 0
     if name != "best_train.pt":
         is_whole_run(stopped, runs)
 
@@ -128,7 +122,7 @@ def test_a_write_that_breaks_off_leaves_the_earlier_files(stopped, capsys, size)
     (stopped / "Tiny").unlink()
     make_tiny(stopped / "Tiny")
     with files_no_larger_than(size):
-        code = call(stopped, "--epochs", "3", "--resume")
+        code = train_on(stopped, "--epochs 3 --resume")
     said = capsys.readouterr().err.splitlines()
     assert code == 2 and len(said) == 1 and "cannot be written (File too large)" in said[0], said
     assert {name: before[name] for name in FILES[:2]} == {name: (stopped / name).read_bytes() for name in FILES[:2]}
@@ -146,7 +140,7 @@ def test_a_data_set_that_finds_no_room_is_named_and_leaves_nothing(runs, tmp_pat
 
 def test_a_folder_that_cannot_be_made_is_named(stopped, capsys):
     (stopped / "file").write_text("")
-    assert call(stopped, "--epochs", "1", "--out", "file") == 2
+    assert train_on(stopped, "--epochs 1 --out file") == 2
     assert "file/plots: cannot be written (Not a directory)" in capsys.readouterr().err
 
 
@@ -157,7 +151,7 @@ def without_power():
 
 
 def process(folder, *flags, code=None, **options):
-    line = [sys.executable, *(["-c", code] if code else [str(ROOT / "train.py")]), *FLAGS, *flags]
+    line = [sys.executable, *(["-c", code] if code else [str(ROOT / "train.py")]), *FLAGS.split(), *flags]
     return subprocess.Popen(
         line, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}, **options,
@@ -193,7 +187,7 @@ def test_a_folder_that_vanishes_is_named(stopped, monkeypatch, capsys):
 
     shutil.copytree(stopped, stopped / "out", symlinks=True)
     monkeypatch.setattr(engine, "_train", vanish)
-    assert call(stopped, "--epochs", "3", "--resume", "--out", "out") == 2
+    assert train_on(stopped, "--epochs 3 --resume --out out") == 2
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1 and "cannot be written (No such file or directory)" in said.err
     assert "stopped after epoch 2; kept nothing" in said.out

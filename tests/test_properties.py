@@ -1,7 +1,6 @@
 """Whatever is broken in a data set or a checkpoint: it is read, or a UserError of one line says what is wrong."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,8 @@ from tiny_net import TinyNet
 import engine
 import voc
 from util import UserError
+
+pytestmark = pytest.mark.usefixtures("models_of_the_tests")
 
 # The same examples each time; those that write files take as long as the disk does.
 SETTINGS = settings(
@@ -103,11 +104,6 @@ def checkpoint():
         "mean": [0.5] * 3,
         "std": [0.2] * 3,
     }
-
-
-@pytest.fixture(autouse=True)
-def models_of_the_tests(monkeypatch):
-    monkeypatch.setattr(engine, "ROOT", Path(__file__).resolve().parent)
 
 
 def load_and_use(path):
