@@ -1,7 +1,9 @@
 """The metrics against a loop over pixels, against torchmetrics and scikit-learn, and against cases counted by hand."""
 
+import functools
 import math
 import platform
+import signal
 import subprocess
 import sys
 
@@ -162,3 +164,12 @@ print(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
     for name, line in (("kept", code), ("given back", code.replace('"cpu"', '"cuda"'))):
         kilobytes[name] = int(subprocess.check_output([sys.executable, "-c", line], cwd=ROOT, text=True))
     assert kilobytes["kept"] > kilobytes["given back"] + 32 * 1024  # runs differ by a few MiB
+
+
+@pytest.mark.parametrize(("ignored", "code", "said"), [(False, 130, ""), (True, 0, "went on\n")])
+def test_ctrl_c_is_ignored_where_a_shell_has_asked_for_that(ignored, code, said):
+    """As shells do for what they start in the background."""
+    line = "import os, signal, util; util.run(lambda: os.kill(os.getpid(), signal.SIGINT)); print('went on')"
+    before = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN) if ignored else None
+    done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=before)
+    assert (done.returncode, done.stdout) == (code, said)
