@@ -112,7 +112,7 @@ def fetching(weights):
         name = Path(urlsplit(weights.url).path).name
         raise UserError(
             f"{Path(torch.hub.get_dir()) / 'checkpoints' / name}: pretrained weights cannot be loaded "
-            f"({_reason(error)}): "
+            f"({util.reason(error)}): "
             f"get {weights.url} and put it there (or into hub/checkpoints of a folder named by TORCH_HOME), or try "
             "the script out with --no-pretrained"
         ) from None
@@ -558,7 +558,7 @@ def _restore(files, about, model, optimizer, scheduler):
     except UserError:
         raise
     except Exception as error:  # what is missing or of another kind surfaces as one of many types
-        raise UserError(f"{files.last}: is of another model or optimizer ({_reason(error)}): start anew") from None
+        raise UserError(f"{files.last}: is of another model or optimizer ({util.reason(error)}): start anew") from None
 
 
 def _compare(files, state, about, schedule):
@@ -578,11 +578,6 @@ def _compare(files, state, about, schedule):
         raise UserError(f"{files.best}: is gone, so {files.last} cannot be continued: start anew without --resume")
 
 
-def _reason(error):
-    """The first line of what an error says, or else its kind."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def _read(path, key):
     """The content of a checkpoint, which must hold ``key``; UserError for a file that is none of ours."""
     try:
@@ -590,7 +585,7 @@ def _read(path, key):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: train a model first, or correct the path") from None
     except Exception as error:  # a broken archive surfaces as one of many types
-        text = f"is no readable checkpoint ({_reason(error)}): give a best_*.pt of this project"
+        text = f"is no readable checkpoint ({util.reason(error)}): give a best_*.pt of this project"
         raise UserError(f"{path}: {text}") from None
     if not isinstance(state, dict) or not {"module", "class", "arguments", "model", "classes", key} <= state.keys():
         raise UserError(f"{path}: was not written by this project: give a best_*.pt of this project")
@@ -630,7 +625,7 @@ def load(path, device="cpu"):
             raise ValueError(f"its size is {model.size}")
     except Exception as error:  # what is missing or of another kind surfaces as one of many types
         raise UserError(
-            f"{path}: does not fit {kind} in {name}.py ({_reason(error)}): was that file changed since?"
+            f"{path}: does not fit {kind} in {name}.py ({util.reason(error)}): was that file changed since?"
         ) from None
     return model.eval().to(device, memory_format=torch.channels_last)
 
@@ -738,7 +733,7 @@ def _keep(files, history, train, val):
         best = _read(files.best, "val_matrix")
         scores = {f"val at {val.size}x{val.size}": Scores(math.nan, best["val_matrix"], val.classes)}
         _plot(files, history, train, val, load(files.best, val.device), best["epoch"], scores)
-    except UserError as error:  # the reason for the stop, such as a full disk, matters more
+    except (UserError, RuntimeError) as error:  # the reason for the stop, such as a full disk, matters more
         _say(str(error))
     kept = [str(path) for path in (files.best, files.last) if path.exists()]
     _say(

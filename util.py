@@ -51,7 +51,10 @@ def run(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):  # of a CPU
+            print(f"error: out of memory ({reason(error)}): lower --batch-size, or size in the script", file=sys.stderr)
+            sys.exit(2)
         rank, processes = ranks()
         if processes == 1 or not (isinstance(error, distributed.DistBackendError) or "gloo" in str(error)):
             raise
@@ -62,20 +65,12 @@ def run(main):
         sys.exit(130)
     except BrokenPipeError:  # who read the output has gone, as ``head`` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python would complain at its end
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(141)  # as a shell calls an end by SIGPIPE
 
 
-@contextlib.contextmanager
-def appearing(folder):
-    """Yield a folder to fill, which becomes ``folder`` in the end, or vanishes where that is not reached."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def reason(error):
+    """The first line of what an error says, or else its kind."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _stop(number, frame):
@@ -117,6 +112,19 @@ def replacing(path):
             with contextlib.suppress(OSError):
                 unfinished.unlink()
             raise
+
+
+@contextlib.contextmanager
+def appearing(folder):
+    """Yield a folder to fill, which becomes ``folder`` in the end, or vanishes where that is not reached."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _leave():
