@@ -152,7 +152,7 @@ def unpack(archives, root):
         UserError: an archive is damaged, or holds anything but plain files and folders below that place; or the disk is
             full.
     """
-    with appearing(root) as unfinished:
+    with writing(root), appearing(root) as unfinished:
         for archive in archives:
             _unpack_into(archive, unfinished, ("VOCdevkit", root.name))
 

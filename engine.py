@@ -729,16 +729,18 @@ def _keep(files, history, train, val):
     if not history:
         _say(f"{files.stem}: stopped before its first epoch ended, so there is nothing to keep")
         return
+    drawn = ""
     try:
         best = _read(files.best, "val_matrix")
         scores = {f"val at {val.size}x{val.size}": Scores(math.nan, best["val_matrix"], val.classes)}
         _plot(files, history, train, val, load(files.best, val.device), best["epoch"], scores)
+        drawn = f", drew {files.plot('*')}"
     except (UserError, RuntimeError) as error:  # the reason for the stop, such as a full disk, matters more
         _say(str(error))
     kept = [str(path) for path in (files.best, files.last) if path.exists()]
     _say(
-        f"{files.stem}: stopped after epoch {len(history)}; kept {' and '.join(kept) or 'nothing'}"
-        + (f", drew {files.plot('*')}: the same command with --resume continues" if len(kept) == 2 else "")
+        f"{files.stem}: stopped after epoch {len(history)}; kept {' and '.join(kept) or 'nothing'}{drawn}"
+        + (": the same command with --resume continues" if len(kept) == 2 else "")
     )
 
 

@@ -19,7 +19,6 @@ import torch
 from torch import distributed
 
 VOID = 255
-REMEDY = "free some space or choose another --out"
 
 
 class UserError(Exception):
@@ -87,7 +86,9 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}): {REMEDY}") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}): free some space or choose another --out"
+        ) from None
 
 
 @contextlib.contextmanager
