@@ -56,6 +56,8 @@ def curves(path, title, history, best_epoch, background):
             axis.legend()
         axis.set(title=name, xlabel="epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.update_datalim([(epochs[0], 0)])  # so that the margin above is a share of all that is shown
+        axis.autoscale_view()
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     _finish(figure, path)
