@@ -736,7 +736,7 @@ def _keep(files, history, train, val):
         _plot(files, history, train, val, load(files.best, val.device), best["epoch"], scores)
         drawn = f", drew {files.plot('*')}"
     except (UserError, RuntimeError) as error:  # the reason for the stop, such as a full disk, matters more
-        _say(str(error))
+        _say(util.reason(error))
     kept = [str(path) for path in (files.best, files.last) if path.exists()]
     _say(
         f"{files.stem}: stopped after epoch {len(history)}; kept {' and '.join(kept) or 'nothing'}{drawn}"
