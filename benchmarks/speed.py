@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
 from unittest import mock
 
@@ -162,14 +163,15 @@ class Ours:
 
     def facts(self):
         """What a training epoch and a validation consist of, beside their times."""
-        masks = self.val.masks.long()
-        scored = masks.masked_fill(masks == voc.VOID, 0)
+        masks = self.val.masks.long().split(self.val.batch_size)
+        pairs = [(truth, truth.masked_fill(truth == voc.VOID, 0)) for truth in masks]
+        number = len(self.val.classes)
         return {
             "train": len(self.train.split) * self.train.copies,
             "val": len(self.val.split),
             "augmented": self.train.augment is not None,
-            "data": seconds(lambda: list(self.train.batches(1))),
-            "metric": seconds(lambda: util.confusion_matrix(masks, scored, len(self.val.classes)).sum().item()),
+            "data": seconds(lambda: deque(self.train.batches(1), maxlen=0)),  # each is gone before the next, as in fit
+            "metric": seconds(lambda: sum(util.confusion_matrix(*pair, number) for pair in pairs).sum().item()),
             "flops": step_flops(self),
         }
 
@@ -219,11 +221,14 @@ def product_rate(device):
     return 2 * side**3 / min(times)
 
 
-def seconds(work):
-    """How long some work takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def seconds(work, rounds=ROUNDS):
+    """How long some work takes, the median of some rounds."""
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 WAYS = {
@@ -388,7 +393,7 @@ def growth(args):
                 functools.partial(engine._train, model, train, k, criterion, optimizer)
                 for k in range(ROUNDS if images < 208 else 1)
             ]
-            took = min(map(seconds, epochs))
+            took = min(seconds(epoch, rounds=1) for epoch in epochs)
             unit = unit or took
             rows[-1].append(f"{took / unit:.1f}")
     print("\n" + compare.table(["epoch's time", "13 images", "52 images", "208 images"], rows))
