@@ -166,13 +166,17 @@ class Ours:
         masks = self.val.masks.long().split(self.val.batch_size)
         pairs = [(truth, truth.masked_fill(truth == voc.VOID, 0)) for truth in masks]
         number = len(self.val.classes)
+        work = {
+            "data": lambda: deque(self.train.batches(1), maxlen=0),  # each is gone before the next, as in fit
+            "metric": lambda: sum(util.confusion_matrix(*pair, number) for pair in pairs).sum().item(),
+        }
+        took = {name: statistics.median(seconds(one) for _ in range(ROUNDS)) for name, one in work.items()}
         return {
             "train": len(self.train.split) * self.train.copies,
             "val": len(self.val.split),
             "augmented": self.train.augment is not None,
-            "data": seconds(lambda: deque(self.train.batches(1), maxlen=0)),  # each is gone before the next, as in fit
-            "metric": seconds(lambda: sum(util.confusion_matrix(*pair, number) for pair in pairs).sum().item()),
             "flops": step_flops(self),
+            **took,
         }
 
 
@@ -213,22 +217,14 @@ def product_rate(device):
     """FLOP/s of a large matrix product in the type that training computes in."""
     side, kind = (8192, torch.bfloat16) if device.type == "cuda" else (3000, torch.float32)
     one, other = torch.randn(2, side, side, device=device, dtype=kind)
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        (one @ other)[0, 0].item()
-        times.append(time.perf_counter() - began)
-    return 2 * side**3 / min(times)
+    return 2 * side**3 / min(seconds(lambda: (one @ other)[0, 0].item()) for _ in range(5))
 
 
-def seconds(work, rounds=ROUNDS):
-    """How long some work takes, the median of some rounds."""
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+def seconds(work):
+    """How long some work takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 WAYS = {
@@ -395,7 +391,7 @@ def growth(args):
                 functools.partial(engine._train, model, train, k, criterion, optimizer)
                 for k in range(ROUNDS if images < 208 else 1)
             ]
-            took = min(seconds(epoch, rounds=1) for epoch in epochs)
+            took = min(map(seconds, epochs))
             unit = unit or took
             rows[-1].append(f"{took / unit:.1f}")
     print("\n" + compare.table(["epoch's time", "13 images", "52 images", "208 images"], rows))
