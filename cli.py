@@ -1,0 +1,145 @@
+"""The shared command line: flags, signals and exit codes."""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+import processes
+from util import UserError, reason
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that shows the description as it is written and raises a UserError for a wrong flag."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help explains the flags)")
+
+
+def arguments(doc, epochs, batch_size=16, pretrained=False):
+    """Parse the flags of an experiment, and join the other processes if torchrun started several.
+
+    Args:
+        doc: the script's docstring, shown by ``--help``.
+        epochs, batch_size: the experiment's defaults.
+        pretrained: whether the experiment starts from pretrained weights; adds the flag ``--no-pretrained``.
+
+    Returns:
+        argparse.Namespace with data (str), epochs, batch_size, seed (int), device (torch.device), out (Path),
+        resume, compile (bool), limit (int or None) and, for an experiment with pretrained weights, pretrained (bool).
+
+    Raises:
+        UserError: a flag is unknown or out of range.
+    """
+    parser = shared_flags(doc, epochs, batch_size, pretrained)
+    parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--resume", action="store_true", help="continue from last_*.pt, or start if there is none")
+    args = parser.parse_args()
+    args.device = processes.join(args.device)
+    return args
+
+
+def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):
+    """A Parser with the flags that experiments and compare.py have in common; see ``arguments``."""
+    default = "default: the experiment's own" if epochs is None else "default: %(default)s"
+    parser = Parser(doc)
+    data = "data/VOCdevkit/VOC2007"
+    parser.add_argument("--data", default=data, metavar="DIR", help="folder in VOC layout (default: %(default)s)")
+    parser.add_argument("--epochs", type=integer(1), default=epochs, metavar="N", help=default)
+    parser.add_argument("--batch-size", type=integer(1), default=batch_size, metavar="N", help=default)
+    parser.add_argument("--device", type=parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--out", type=Path, default=".", metavar="DIR", help="output folder (default: this folder)")
+    parser.add_argument("--limit", type=integer(1), metavar="N", help="use only the first N images of each split")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network in the first epoch")
+    if pretrained:
+        text = "start ResNet-18 from random weights, to try the script; file names get _no_pretrained"
+        parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help=text)
+    return parser
+
+
+def integer(smallest, largest=2**32 - 1):  # NumPy takes no larger seed
+    """A parser of integers in a range, for argparse."""
+
+    def parse(text):
+        if not text.lstrip("+-").isdecimal() or not smallest <= int(text) <= largest:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {smallest} to {largest}")
+        return int(text)
+
+    return parse
+
+
+def parse_device(text):
+    """The torch.device of a ``--device`` flag, for argparse."""
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = text.partition(":")
+    usable = {
+        "cpu": not index,
+        "cuda": torch.cuda.is_available()
+        and (not index or index.isdecimal() and int(index) < torch.cuda.device_count()),
+        "mps": torch.backends.mps.is_available() and not index,
+    }
+    if kind not in usable:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N, mps")
+    if not usable[kind]:
+        raise argparse.ArgumentTypeError(f"PyTorch on this machine has no {text}: use --device cpu")
+    return torch.device(text)
+
+
+def run(main):
+    """Call ``main()`` as a command.
+
+    Exit code 2 and one line for a UserError or if memory runs out, 1 if another process of the run is gone, 130 for
+    Ctrl-C, 143 for SIGTERM. Both signals raise an exception in ``main``, so that it can save what it has; a second one
+    ends the process at once.
+    """
+    signal.signal(signal.SIGTERM, _handle_signal)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores Ctrl-C
+        signal.signal(signal.SIGINT, _handle_signal)
+    try:
+        main()
+        processes.leave()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if _out_of_memory(error):
+            print(f"error: out of memory ({reason(error)}): lower --batch-size, or size in the script", file=sys.stderr)
+            sys.exit(2)
+        if not _connection_lost(error):
+            raise
+        rank, world_size = processes.rank(), processes.world_size()
+        print(f"error: rank {rank} of {world_size} stopped because another process is gone: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, such as ``head``, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
+        sys.exit(141)  # a shell's exit code for SIGPIPE
+
+
+def _handle_signal(number, frame):
+    """Raise an exception for the first signal; let the next one kill the process."""
+    signal.signal(number, signal.SIG_DFL)
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
+def _out_of_memory(error):
+    # on a CPU, PyTorch raises a plain RuntimeError
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _connection_lost(error):
+    if processes.world_size() == 1:
+        return False
+    return isinstance(error, distributed.DistBackendError) or "gloo" in str(error)

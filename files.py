@@ -1,0 +1,69 @@
+"""Atomic writes of files and folders, and write errors as messages."""
+
+import contextlib
+import os
+import shutil
+import time
+from pathlib import Path
+
+from util import UserError
+
+STALE_AFTER = 3600  # seconds after which an unfinished file belongs to a process that was killed
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn a failure to write ``path`` into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}): free some space or choose another --out"
+        ) from None
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a binary file that replaces ``path`` when the block ends, so that ``path`` is always complete.
+
+    The data goes to ``<path>.<process id>.unfinished`` first. If writing fails, that file is deleted and ``path``
+    stays as it was. What a killed process left is deleted by a later write.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    unfinished = Path(f"{path}.{os.getpid()}.unfinished")
+    with writing(path):
+        _delete_stale(path)
+        try:
+            with open(unfinished, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise
+
+
+def _delete_stale(path):
+    """Delete what killed processes left of earlier writes of ``path``."""
+    path = Path(path)
+    for unfinished in path.parent.glob(f"{path.name}.*.unfinished"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just finished or deleted it
+            if time.time() - unfinished.stat().st_mtime > STALE_AFTER:
+                unfinished.unlink()
+
+
+@contextlib.contextmanager
+def atomic_folder(folder):
+    """Yield a new folder that becomes ``folder`` when the block ends; if the block fails, it is deleted."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,104 @@
+"""Rank and world size under torchrun, sums over all processes, and malloc settings."""
+
+import contextlib
+import ctypes
+import os
+import sys
+
+import torch
+from torch import distributed
+
+from util import UserError
+
+
+def join(device):
+    """Join the process group if torchrun started several processes.
+
+    Returns:
+        the torch.device of this process: ``device`` itself, or under torchrun on GPUs the one of its local rank.
+
+    Raises:
+        UserError: there are more processes than GPUs, or the device is neither cuda nor cpu.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "cuda":
+        local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise UserError(f"--nproc-per-node: this machine has {num_gpus} GPUs: start at most one process per GPU")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"--device {device}: several processes run on cuda or cpu only: choose one of these")
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def leave():
+    """End this process normally if it is one of several."""
+    if world_size() == 1:
+        return
+    if distributed.get_backend() == "nccl":
+        distributed.destroy_process_group()
+        return
+    # Destroying a gloo group hangs in torch 2.6, and sometimes aborts if another process has left before.
+    distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _initialized():
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def rank():
+    """The rank of this process; 0 unless torchrun started several."""
+    return distributed.get_rank() if _initialized() else 0
+
+
+def world_size():
+    """The number of processes; 1 unless torchrun started several."""
+    return distributed.get_world_size() if _initialized() else 1
+
+
+def is_main():
+    """Whether this is the process that prints and writes files."""
+    return rank() == 0
+
+
+def all_reduce(tensor, device):
+    """The sum of a tensor over all processes, on ``device``; every process has to call it.
+
+    A single process gets its own tensor back, on the device where it is.
+    """
+    if world_size() > 1:
+        tensor = tensor.to(device, copy=True)
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+@contextlib.contextmanager
+def main_process_first():
+    """Run the block in the main process before the others, for example to write a file that they read."""
+    if not is_main():
+        distributed.barrier()
+    yield
+    if is_main() and world_size() > 1:
+        distributed.barrier()
+
+
+def set_malloc_options(device):
+    """On a CPU with glibc, let malloc keep freed memory for the next batch; otherwise change nothing.
+
+    By default, glibc returns each large block to the system, which then clears and maps every page again for the next
+    batch. ``python benchmarks/speed.py`` measures the time that this saves and the memory that it costs.
+    """
+    if device.type != "cpu":
+        return
+    no_trimming, no_mapping = (-1, -1), (-4, 0)  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "gnu_get_libc_version"):
+            libc.mallopt(*no_trimming)
+            libc.mallopt(*no_mapping)
