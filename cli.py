@@ -54,7 +54,7 @@ def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):
     parser.add_argument("--data", default=data, metavar="DIR", help="folder in VOC layout (default: %(default)s)")
     parser.add_argument("--epochs", type=integer(1), default=epochs, metavar="N", help=default)
     parser.add_argument("--batch-size", type=integer(1), default=batch_size, metavar="N", help=default)
-    parser.add_argument("--device", type=parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--device", type=parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--out", type=Path, default=".", metavar="DIR", help="output folder (default: this folder)")
     parser.add_argument("--limit", type=integer(1), metavar="N", help="use only the first N images of each split")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network in the first epoch")

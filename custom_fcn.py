@@ -1,11 +1,11 @@
-"""A network of our own: a residual encoder, and a decoder that adds the encoder's finer features back in."""
+"""A network of our own: a residual encoder, and a decoder with skip connections from the encoder."""
 
 from torch import nn
 from torch.nn import functional
 
 
 def convolution(inputs, outputs, stride=1):
-    """A padded 3x3 convolution, batch norm, ReLU."""
+    """A padded 3x3 convolution, batch norm and ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(outputs),
@@ -14,7 +14,7 @@ def convolution(inputs, outputs, stride=1):
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions whose result is added to what they were given (He et al., 2016), unless without shortcut."""
+    """Two 3x3 convolutions, with a shortcut around them (He et al., 2016) if ``shortcut`` is true."""
 
     def __init__(self, channels, shortcut):
         super().__init__()
@@ -35,24 +35,17 @@ def upsample(features, shape):
 
 
 class CustomFCN(nn.Module):
-    """Halve an image five times, double the features three times again, and upsample the logits from 1/4.
+    """Downsample by 32 in five steps, upsample the features to 1/4 in three, and the logits to full resolution.
 
-    It takes fewer multiply-adds than the baseline, which spends most of its own on transposed convolutions. What each
-    departure gave, as val mean IoU without it, mean ± standard deviation over two seeds, on a CPU with PyTorch 2.15, by
-    ``python benchmarks/ablation.py network --data data/VOCdevkit/Toy --limit 96 --epochs 12 --seeds 0 1``:
-
-    - as it is: 0.3446 ± 0.0305;
-    - without skips: 0.0877 ± 0.0192;
-    - without shortcuts: 0.2928 ± 0.0271;
-    - without context: 0.3248 ± 0.0056, which two seeds cannot tell from the whole.
-
-    Batch norm before ReLU, and a classifier at 1/4 where the baseline's is at full size, were not measured apart.
+    It differs from the baseline by skip connections, residual blocks, a context vector and batch norm before ReLU, and
+    takes fewer multiply-adds: the baseline spends most of its own on transposed convolutions at full width.
+    ``python benchmarks/ablation.py network`` measures what each part contributes; REPORT.md has the results.
 
     Args:
         num_classes: channels of the logits.
-        skips: add the encoder's features of 1/4, 1/8 and 1/16 of the image's sides to the decoder's.
+        skips: add the encoder's features at 1/4, 1/8 and 1/16 of the image's size to the decoder's.
         residual: give each pair of convolutions in the encoder a shortcut.
-        context: add the features' mean over the whole image to the coarsest ones.
+        context: add the mean of the features over the whole image to the coarsest ones.
     """
 
     def __init__(self, num_classes, skips=True, residual=True, context=True):
@@ -75,16 +68,16 @@ class CustomFCN(nn.Module):
 
     def forward(self, images):
         """Map images, float32 [B, 3, H, W] of any size, to logits [B, num_classes, H, W]."""
-        levels, features = [], self.stem(images)
+        encoded, features = [], self.stem(images)
         for stage in self.encoder:
             features = stage(features)
-            levels.append(features)
-        result = self.narrow(features)
+            encoded.append(features)
+        decoded = self.narrow(features)
         if self.context is not None:
-            result = result + self.context(features.mean((2, 3), keepdim=True))
-        for number, (stage, level) in enumerate(zip(self.decoder, levels[-2::-1])):
-            result = upsample(result, level.shape[-2:])
+            decoded = decoded + self.context(features.mean((2, 3), keepdim=True))
+        for index, (stage, skip) in enumerate(zip(self.decoder, encoded[-2::-1])):
+            decoded = upsample(decoded, skip.shape[-2:])
             if self.skips is not None:
-                result = result + self.skips[number](level)
-            result = stage(result)
-        return upsample(self.classifier(result), images.shape[-2:])
+                decoded = decoded + self.skips[index](skip)
+            decoded = stage(decoded)
+        return upsample(self.classifier(decoded), images.shape[-2:])

@@ -1,8 +1,9 @@
-"""Atomic writes of files and folders, and write errors as messages."""
+"""Atomic writes of files and folders, write errors as messages, and the paths of a run."""
 
 import contextlib
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -67,3 +68,28 @@ def atomic_folder(folder):
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+class RunFiles:
+    """The paths of a run's files below the output folder; their folders are created.
+
+    Attributes:
+        experiment: the stem of all file names.
+        best, last: the checkpoints. history, metrics: the CSV and the JSON in ``results``. plots: a folder.
+
+    Raises:
+        UserError: a folder cannot be written; better found now than after the first epoch.
+    """
+
+    def __init__(self, out, experiment, seed):
+        self.experiment, self.plots = experiment, out / "plots"
+        self.best, self.last = out / f"best_{experiment}.pt", out / f"last_{experiment}.pt"
+        self.history = out / "results" / f"{experiment}_seed{seed}.csv"
+        self.metrics = self.history.with_suffix(".json")
+        for folder in (self.plots, self.metrics.parent, out):
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+
+    def plot(self, name):
+        return self.plots / f"{self.experiment}_{name}.png"

@@ -1,4 +1,4 @@
-"""Random flips, rotations and scaled crops of whole batches of photos together with their masks."""
+"""Random flips, rotations and scaled crops of batches of photos together with their masks."""
 
 import functools
 import math
@@ -6,60 +6,62 @@ import math
 import torch
 from torch.nn import functional
 
-from voc import MEAN, VOID
+from util import VOID
+from voc import MEAN
 
 
 class Augmentation:
     """Flip, rotate and crop each image of a batch at random, by one affine map and one resampling.
 
-    Photo and mask are sampled at the same places, the photo bilinearly, the mask at the nearest pixel. What comes in
-    from outside is void in the mask and, in the photo, the mean colour that the loader takes off. One resampling of the
-    batch is faster than torchvision's v2 transforms, which take each image by itself and resample it twice;
-    ``python benchmarks/augmentation.py`` prints the ratio.
+    Photo and mask are sampled at the same points, the photo bilinearly, the mask at the nearest pixel. Points outside
+    the image become void in the mask and the mean colour of the normalisation in the photo.
 
     Args:
-        flip: probability of a mirror image, left to right.
-        degrees: rotation by an angle drawn evenly from -degrees .. degrees.
-        scale: smallest and largest side of the crop, as shares of the image's; drawn evenly in logarithm, so that
-            halving is as likely as doubling. A crop lies anywhere within the image; one of more than 1 has the image
-            anywhere within it.
-        plain: how many times an epoch shows each image as it is.
-        augmented: how many times an epoch shows each image augmented, each time drawn anew.
+        flip: probability of a horizontal flip.
+        degrees: rotation by an angle from -degrees .. degrees, uniformly distributed.
+        scale: smallest and largest side of the crop relative to the image's side; its logarithm is uniformly
+            distributed, so that halving is as likely as doubling. A crop lies anywhere inside the image; if it is
+            larger than the image, the image lies anywhere inside the crop.
+        unchanged: how many times an epoch shows each image as it is.
+        augmented: how many times an epoch shows each image augmented, each time with new random parameters.
     """
 
-    def __init__(self, flip=0.0, degrees=0.0, scale=(1.0, 1.0), plain=0, augmented=1):
+    def __init__(self, flip=0.0, degrees=0.0, scale=(1.0, 1.0), unchanged=0, augmented=1):
         self.flip, self.degrees, self.scale = flip, degrees, scale
-        self.plain, self.augmented = plain, augmented
+        self.unchanged, self.augmented = unchanged, augmented
 
-    def draw(self, number, generator):
-        """Draw affine maps, float32 [number, 2, 3], from places in the result to places in the image, in -1..1."""
-        mirror, turn, zoom, across, down = torch.rand(5, number, generator=generator)
-        angle = (2 * turn - 1) * math.radians(self.degrees)
-        side = self.scale[0] * (self.scale[1] / self.scale[0]) ** zoom
-        sign = torch.where(mirror < self.flip, -1.0, 1.0)
-        cosine, sine, room = side * angle.cos(), side * angle.sin(), (1 - side).abs()
-        rows = (sign * cosine, -sine, room * (2 * across - 1), sign * sine, cosine, room * (2 * down - 1))
-        return torch.stack(rows, 1).view(number, 2, 3)
+    def draw(self, count, generator):
+        """Draw affine maps from output to input coordinates in -1..1: float32 [count, 2, 3]."""
+        flip, angle, scale, x, y = torch.rand(5, count, generator=generator)
+        sign = torch.where(flip < self.flip, -1.0, 1.0)
+        angle = math.radians(self.degrees) * (2 * angle - 1)
+        scale = self.scale[0] * (self.scale[1] / self.scale[0]) ** scale
+        margin = (1 - scale).abs()
+        x, y = margin * (2 * x - 1), margin * (2 * y - 1)
+        cos, sin = scale * angle.cos(), scale * angle.sin()
+        first_row = torch.stack((sign * cos, -sin, x), 1)
+        second_row = torch.stack((sign * sin, cos, y), 1)
+        return torch.stack((first_row, second_row), 1)
 
-    def __call__(self, images, masks, maps):
+    def __call__(self, images, masks, params):
         """Augment a batch.
 
         Args:
             images: uint8 [B, 3, S, S].
             masks: uint8 [B, S, S], class indices and VOID.
-            maps: float32 [B, 2, 3], from ``draw``, on the same device.
+            params: float32 [B, 2, 3], from ``draw``, on the same device.
 
         Returns:
             images and masks, new tensors of the same shapes and type.
         """
-        grid = functional.affine_grid(maps, images.shape, align_corners=False)
-        # Outside, grid_sample finds zeros: as differences from them, zeros are the mean colour and void.
-        mean = _mean(images.device)
-        photos = functional.grid_sample(images - mean, grid, "bilinear", "zeros", align_corners=False) + mean
-        labels = functional.grid_sample(masks[:, None] - float(VOID), grid, "nearest", "zeros", align_corners=False)
-        return photos.round().to(torch.uint8), (labels[:, 0] + VOID).to(torch.uint8)
+        grid = functional.affine_grid(params, images.shape, align_corners=False)
+        # grid_sample fills with 0, which is made to mean the mean colour and void by subtracting them beforehand
+        mean = _mean_colour(images.device)
+        images = functional.grid_sample(images - mean, grid, "bilinear", "zeros", align_corners=False) + mean
+        masks = functional.grid_sample(masks[:, None] - float(VOID), grid, "nearest", "zeros", align_corners=False)
+        return images.round().to(torch.uint8), (masks[:, 0] + VOID).to(torch.uint8)
 
 
 @functools.cache
-def _mean(device):
+def _mean_colour(device):
     return 255 * torch.tensor(MEAN, device=device).view(3, 1, 1)
