@@ -36,7 +36,7 @@ def metadata(script, experiment, args, model, loader):
         "script": Path(script).read_text(encoding="utf-8"),
         "flags": flags,
         "seed": args.seed,
-        "dataset": loader.split.root.resolve().name,
+        "dataset": loader.split.dataset,
         "classes": list(loader.classes),
         "size": loader.size,
         "mean": list(loader.mean),
@@ -134,7 +134,7 @@ def _check_same_run(run_files, state, metadata, has_schedule):
     if done > epochs:
         raise UserError(f"{run_files.last}: its run has {done} epochs, more than {epochs}: raise --epochs")
     if not run_files.best.exists():
-        raise UserError(f"{run_files.best}: is missing, so {run_files.last} cannot be continued: start without --resume")
+        raise UserError(f"{run_files.best}: is missing, so the run cannot be continued: start without --resume")
 
 
 def _code(script):
@@ -181,7 +181,7 @@ def load(path, device="cpu"):
     """
     state = _read(path, "size")
     module, class_name = state["module"], state["class"]
-    missing = UserError(f"{path}: holds a model {class_name} of {module}.py, which is not in {ROOT}: put the file there")
+    missing = UserError(f"{path}: its model {class_name} of {module}.py is not in {ROOT}: put the file there")
     if not str(module).isidentifier() or not (ROOT / f"{module}.py").is_file():
         raise missing
     model_class = getattr(importlib.import_module(module), str(class_name), None)

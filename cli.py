@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):
     parser.add_argument("--data", default=data, metavar="DIR", help="folder in VOC layout (default: %(default)s)")
     parser.add_argument("--epochs", type=integer(1), default=epochs, metavar="N", help=default)
     parser.add_argument("--batch-size", type=integer(1), default=batch_size, metavar="N", help=default)
-    parser.add_argument("--device", type=parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--device", type=parse_device, default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument("--out", type=Path, default=".", metavar="DIR", help="output folder (default: this folder)")
     parser.add_argument("--limit", type=integer(1), metavar="N", help="use only the first N images of each split")
     parser.add_argument("--compile", action="store_true", help="torch.compile the network in the first epoch")
@@ -79,17 +80,12 @@ def parse_device(text):
     """The torch.device of a ``--device`` flag, for argparse."""
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = text.partition(":")
-    usable = {
-        "cpu": not index,
-        "cuda": torch.cuda.is_available()
-        and (not index or index.isdecimal() and int(index) < torch.cuda.device_count()),
-        "mps": torch.backends.mps.is_available() and not index,
-    }
-    if kind not in usable:
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N, mps")
-    if not usable[kind]:
-        raise argparse.ArgumentTypeError(f"PyTorch on this machine has no {text}: use --device cpu")
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text} cannot be used ({reason(error)}): use --device cpu") from None
     return torch.device(text)
 
 

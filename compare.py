@@ -1,10 +1,11 @@
-"""Compare the experiments over several seeds, with error bars; run what is missing first.
+"""Compare the experiments over several seeds; run what is missing first.
 
-    python compare.py                  reports the runs that are there
-    python compare.py --seeds 0 1 2    first runs what is missing of the seven scripts for these seeds
+    python compare.py                  report the runs that are there
+    python compare.py --seeds 0 1 2    first run what is missing of the seven scripts for these seeds
+    python compare.py --seeds 0 1 2 --experiments train train_mine    the same for these scripts
 
-Each run is the command that a user would type, into OUT/seed0, OUT/seed1 and so on; one that was stopped is resumed,
-one that is done is not done again, and one that fails is reported while the rest goes on. Runs in OUT itself count too.
+Each run is the command that a user would type, with the output folder OUT/seed0, OUT/seed1 and so on. A stopped run is
+resumed, a finished one is not repeated, and one that fails is reported at the end. Runs in OUT itself count too.
 Writes OUT/RESULTS.md and, in OUT/plots, comparison.png, classes.png and curves.png.
 """
 
@@ -19,13 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-import engine
+import cli
+import files
 import plotting
-from util import UserError, replacing, run, writing
+from util import UserError
 
-# Each experiment, what it builds on, and the IoU published for it: one run, counted in the assignment's own way.
+ROOT = Path(__file__).resolve().parent
+
+# Each experiment: the one it builds on, and its published IoU (one run, the assignment's metric, VOC2007).
 EXPERIMENTS = {
     "train": (None, 0.055),
     "train_4_a": ("train", 0.0613),
@@ -35,219 +38,182 @@ EXPERIMENTS = {
     "train_5_b": ("train", 0.15),
     "train_5_c": ("train", 0.087),
 }
-RESAMPLES = 2000
-ENOUGH_SEEDS = 3  # from here on, seeds tell more about the next run than images do
+
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last is used for more, and is then too large.
+T_QUANTILES = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
+)  # fmt: skip
+MIN_SEEDS = 3  # fewer seeds give no useful interval
 
 
 @dataclass
 class Run:
-    """A finished run: the figures of its JSON, its epochs, and per split the counts of each image, int64 [N, 3, C]."""
+    """A finished run: the metrics of its JSON, and its history, a list of dicts with one per epoch."""
 
-    figures: dict
+    metrics: dict
     history: list
-    images: dict
 
     @classmethod
     def read(cls, path):
         try:
-            figures = json.loads(path.read_text(encoding="utf-8"))
+            metrics = json.loads(path.read_text(encoding="utf-8"))
             with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
                 history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-            with np.load(path.with_suffix(".npz")) as file:
-                images = {name: file[name] for name in file}
-            figures["experiment"], figures["val"]["miou"], figures["flags"]["limit"]
+            metrics["experiment"], metrics["val"]["miou"], metrics["flags"]["limit"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: is not what a run wrote ({error!r}): delete it and run again") from None
-        return cls(figures, history, images)
+            raise UserError(f"{path}: was not written by a run ({error!r}): delete it and run again") from None
+        return cls(metrics, history)
 
     @property
     def splits(self):
-        """The splits with figures; the last is the one to compare by."""
-        return ("val",) if self.figures["test"] is None else ("val", "test")
+        """The splits with results; experiments are compared on the last."""
+        return ("val",) if self.metrics["test"] is None else ("val", "test")
 
     @property
-    def constant(self):
-        """What is predicted everywhere in the figures to beat."""
-        return "background" if "background" in self.figures["val"]["iou"] else "the commonest class"
+    def baseline_name(self):
+        return ("all-background" if "background" in self.metrics["val"]["iou"] else "majority-class") + " baseline"
 
     @property
-    def pace(self):
-        """Seconds an epoch took."""
-        return self.figures["seconds"] / self.figures["epochs"]
+    def seconds_per_epoch(self):
+        return self.metrics["seconds"] / self.metrics["epochs"]
 
     def score(self, split, name):
-        """A figure of a split as a float, NaN where there is none."""
-        value = (self.figures[split] or {}).get(name)
+        """A metric of a split as a float, NaN if there is none."""
+        value = (self.metrics[split] or {}).get(name)
         return math.nan if value is None else value
 
+    def class_ious(self, split):
+        """The IoU of each class on a split: float array [C], NaN for a class that does not occur."""
+        return np.array(list(self.metrics[split]["iou"].values()), float)
 
-def paths(out, experiment="*", seed="*"):
-    """The JSON files of finished runs under a folder."""
+
+def result_paths(out, experiment="*", seed="*"):
+    """The JSON files of finished runs below a folder."""
     name = f"{experiment}_seed{seed}.json"
     return sorted(path for folder in (out, *out.glob("seed*")) for path in (folder / "results").glob(name))
 
 
 def collect(out):
-    """All runs under a folder: a dict from (data set, limit) to a dict from experiment to a dict from seed to Run."""
+    """All runs below a folder: a dict from (dataset, limit) to a dict from experiment to a dict from seed to Run."""
     groups = {}
-    for path in paths(out):
-        one = Run.read(path)
-        group = groups.setdefault((one.figures["dataset"], one.figures["flags"]["limit"]), {})
-        group.setdefault(one.figures["experiment"], {}).setdefault(one.figures["seed"], one)
+    for path in result_paths(out):
+        run = Run.read(path)
+        group = groups.setdefault((run.metrics["dataset"], run.metrics["flags"]["limit"]), {})
+        group.setdefault(run.metrics["experiment"], {}).setdefault(run.metrics["seed"], run)
     return groups
 
 
 def is_done(args, experiment, seed):
-    """Whether a run with these flags is there. A flag that was not given is the experiment's own and fits any run."""
-    for path in paths(args.out, experiment, seed):
-        figures = Run.read(path).figures
-        wanted = {"dataset": Path(args.data).resolve().name, "limit": args.limit}
-        wanted |= {name: value for name in ("epochs", "batch_size") if (value := getattr(args, name)) is not None}
-        if wanted.items() <= ({"dataset": figures["dataset"]} | figures["flags"]).items():
-            return True
-    return False
+    """Whether there is a finished run with these flags. A flag that was not given matches any value."""
+    wanted = {"limit": args.limit}
+    wanted |= {name: value for name in ("epochs", "batch_size") if (value := getattr(args, name)) is not None}
+    runs = [Run.read(path).metrics for path in result_paths(args.out, experiment, seed)]
+    dataset = Path(args.data).resolve().name
+    return any(run["dataset"] == dataset and wanted.items() <= run["flags"].items() for run in runs)
+
+
+def command(args, script, seed):
+    """The command line of a run: the script's name and its flags, as a list of str."""
+    line = [script, "--data", args.data, "--seed", seed, "--device", args.device, "--resume"]
+    line += ["--out", args.out / f"seed{seed}"]
+    for name in ("epochs", "batch_size", "limit"):
+        if getattr(args, name) is not None:
+            line += ["--" + name.replace("_", "-"), getattr(args, name)]
+    if args.compile:
+        line.append("--compile")
+    if script == "train_5_b.py" and not args.pretrained:
+        line.append("--no-pretrained")
+    return list(map(str, line))
 
 
 def run_missing(args):
-    """Run what is missing; return the lines on what failed."""
+    """Run what is missing; return a list of messages about runs that failed."""
     failures = []
     for seed in args.seeds:
-        for script in EXPERIMENTS:
-            random = script == "train_5_b" and not args.pretrained
-            if is_done(args, script + "_no_pretrained" * random, seed):
-                print(f"{script} seed {seed}: done before", flush=True)
+        for name in args.experiments or EXPERIMENTS:
+            line = command(args, f"{name}.py", seed)
+            if is_done(args, name + ("_no_pretrained" if "--no-pretrained" in line else ""), seed):
+                print(f"{name} seed {seed}: already done", flush=True)
                 continue
-            line = [f"{script}.py", "--data", args.data, "--seed", seed, "--device", args.device, "--resume"]
-            line += ["--out", args.out / f"seed{seed}"] + ["--no-pretrained"] * random + ["--compile"] * args.compile
-            for name in ("epochs", "batch_size", "limit"):
-                if getattr(args, name) is not None:
-                    line += ["--" + name.replace("_", "-"), getattr(args, name)]
-            line = list(map(str, line))
             print(f"\n$ python {shlex.join(line)}", flush=True)
-            process = subprocess.Popen([sys.executable, str(engine.ROOT / line[0]), *line[1:]])
+            process = subprocess.Popen([sys.executable, str(ROOT / line[0]), *line[1:]])
             try:
-                code = process.wait()
-            except KeyboardInterrupt:  # it came to the run as well, which keeps what it has
+                process.wait()
+            except KeyboardInterrupt:  # the run has received it too, and saves what it has
                 process.wait()
                 raise
-            except SystemExit:  # a signal to this process alone: no run may go on unseen
+            except SystemExit:  # SIGTERM reaches this process only
                 process.terminate()
                 process.wait()
                 raise
-            if code:
-                failures.append(f"python {shlex.join(line)} ended with exit code {code}")
+            if process.returncode:
+                failures.append(f"python {shlex.join(line)} ended with exit code {process.returncode}")
     return failures
 
 
-def t_quantile(freedom):
-    """The 97.5 % quantile of Student's t with a whole number of degrees of freedom.
+def paired_difference(runs, base, split):
+    """The difference in mean IoU between two experiments, paired by seed, with its 95 % interval.
 
-    The share within -t .. t is a finite sum of powers of cos(atan(t / sqrt(freedom))) (Abramowitz and Stegun, 1964,
-    26.7.3 and 26.7.4); it grows with t, so that halving an interval finds where it is 95 %.
-    """
-
-    def inside(angle):
-        term, total = (math.cos(angle) if freedom % 2 else 1.0), 0.0
-        for power in range(freedom % 2, freedom - 1, 2):
-            total += term
-            term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
-        return 2 / math.pi * (angle + math.sin(angle) * total) if freedom % 2 else math.sin(angle) * total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
-
-
-@dataclass
-class Difference:
-    """A mean of paired differences, its 95 % interval, and over what that was taken: "seeds" or "images"."""
-
-    mean: float
-    low: float
-    high: float
-    over: str
-
-    @property
-    def clear(self):
-        return self.low > 0 or self.high < 0
-
-
-def difference(runs, base, split):
-    """The paired difference in mean IoU between two experiments, over the seeds that both have.
-
-    From three seeds on, the interval is Student's t over the seeds. With fewer, it is a percentile bootstrap over the
-    images of the split (Efron, 1979): it tells what other images would change, and nothing about other seeds.
+    The interval is that of the paired t-test, from MIN_SEEDS seeds on.
 
     Args:
         runs, base: dicts from seed to Run.
         split: "val" or "test".
 
     Returns:
-        Difference, or None where no seed has both.
+        mean, low, high: floats; low and high are None with fewer seeds, and all are None without a common seed.
     """
-    pairs = [(runs[seed], base[seed]) for seed in sorted(runs.keys() & base.keys())]
-    pairs = [pair for pair in pairs if not any(math.isnan(one.score(split, "miou")) for one in pair)]
-    if not pairs:
+    differences = [runs[seed].score(split, "miou") - base[seed].score(split, "miou") for seed in runs if seed in base]
+    differences = [value for value in differences if not math.isnan(value)]
+    if not differences:
+        return None, None, None
+    mean = statistics.mean(differences)
+    if len(differences) < MIN_SEEDS:
+        return mean, None, None
+    quantile = T_QUANTILES[min(len(differences) - 1, len(T_QUANTILES)) - 1]
+    margin = quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+    return mean, mean - margin, mean + margin
+
+
+def base_of(name):
+    """The experiment to compare another with: train_5_b for its run without pretraining, train for a user's own."""
+    pretrained = name.removesuffix("_no_pretrained")
+    return pretrained if pretrained != name else EXPERIMENTS.get(name, ("train",))[0]
+
+
+def difference_row(name, runs, base_name, base, split):
+    """A row on what an experiment changes: a dict from heading to cell; None without a common seed."""
+    mean, low, high = paired_difference(runs, base, split)
+    if mean is None:
         return None
-    values = [one.score(split, "miou") - other.score(split, "miou") for one, other in pairs]
-    mean = statistics.mean(values)
-    if len(values) >= ENOUGH_SEEDS:
-        reach = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-        return Difference(mean, mean - reach, mean + reach, "seeds")
-    number = len(pairs[0][0].images[split])
-    chosen = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), RESAMPLES)
-    resampled = [resample(one.images[split], chosen) - resample(other.images[split], chosen) for one, other in pairs]
-    low, high = np.nanpercentile(np.mean(resampled, 0), (2.5, 97.5))
-    return Difference(mean, low.item(), high.item(), "images")
+    differences = [runs[seed].class_ious(split) - base[seed].class_ious(split) for seed in runs if seed in base]
+    by_class = mean_without_nan(differences)
+    classes = list(next(iter(base.values())).metrics[split]["iou"])
+    ranked = [index for index in np.argsort(by_class) if not math.isnan(by_class[index])]
+    gains = [index for index in ranked[:-4:-1] if by_class[index] >= 0.005]
+    losses = [index for index in ranked[:3] if by_class[index] <= -0.005]
+    gains, losses = (", ".join(f"{classes[i]} {by_class[i]:+.2f}" for i in indices) or "-" for indices in (gains, losses))
+    return {
+        "experiment": name,
+        "builds on": base_name,
+        f"difference in {split} mean IoU": f"{mean:+.4f}",
+        "95 % interval": "-" if low is None else f"{low:+.4f} to {high:+.4f}",
+        "": "-" if low is None else "clear" if low > 0 or high < 0 else "not clear",
+        "classes that gain": gains,
+        "classes that lose": losses,
+    }
 
 
-def resample(images, chosen):
-    """Mean IoU, float64 [R], over images with counts [N, 3, C], each taken as often as ``chosen`` [R, N] says."""
-    hits, truth, called = np.tensordot(chosen, images, 1).transpose(1, 0, 2)
-    union = truth + called - hits
-    iou = np.divide(hits, union, out=np.full(hits.shape, np.nan), where=union > 0)
-    return np.nanmean(iou, 1)
+def mean_without_nan(arrays):
+    """The mean over a list of float arrays, element by element; NaN only where all are NaN."""
+    arrays = np.stack(arrays)
+    counts = (~np.isnan(arrays)).sum(0)
+    return np.divide(np.nansum(arrays, 0), counts, out=np.full(counts.shape, np.nan), where=counts > 0)
 
 
-def builds_on(name):
-    """The experiment to compare another with: one without pretraining with its namesake, a user's own with train."""
-    namesake = name.removesuffix("_no_pretrained")
-    return namesake if namesake != name else EXPERIMENTS.get(name, ("train",))[0]
-
-
-def class_changes(runs, base, split):
-    """A dict from each class that occurs to the mean difference in its IoU between two experiments, paired by seed."""
-    seeds = runs.keys() & base.keys()
-    ious = [[list(which[seed].figures[split]["iou"].values()) for seed in seeds] for which in (runs, base)]
-    differences = torch.tensor(np.subtract(*np.array(ious, float))).nanmean(0).tolist()  # None is NaN
-    names = next(iter(base.values())).figures[split]["iou"]
-    return {name: value for name, value in zip(names, differences) if not math.isnan(value)}
-
-
-def change_head(split):
-    """The head of the table whose rows ``change`` gives, without its first two columns."""
-    return [f"difference in {split} mean IoU", "95 % interval", "over", "", "classes that gain", "classes that lose"]
-
-
-def change(name, runs, base_name, base, split):
-    """A list with the row of a table on what an experiment changes, or an empty list where no seed has both."""
-    found = difference(runs, base, split)
-    if found is None:
-        return []
-    changes = class_changes(runs, base, split)
-    ranked = sorted(changes, key=changes.get)
-    gains = [name for name in ranked[:-4:-1] if changes[name] >= 0.005]
-    losses = [name for name in ranked[:3] if changes[name] <= -0.005]
-    listed = (", ".join(f"{name} {changes[name]:+.2f}" for name in names) or "-" for names in (gains, losses))
-    interval = f"{found.low:+.4f} to {found.high:+.4f}"
-    verdict = "clear" if found.clear else "not clear"
-    return [[name, base_name, f"{found.mean:+.4f}", interval, found.over, verdict, *listed]]
-
-
-def spread(values, digits=4):
-    """Mean ± standard deviation of the numbers among some floats, as text; without ± for a single one."""
+def mean_and_std(values, digits=4):
+    """Mean ± standard deviation as text, NaN left out; without ± for a single value."""
     values = [value for value in values if not math.isnan(value)]
     if not values:
         return "-"
@@ -255,134 +221,123 @@ def spread(values, digits=4):
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def table(head, rows):
-    """A table in Markdown."""
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
+def markdown_table(rows):
+    """A table in Markdown from dicts that map headings to cells; the longest gives the columns."""
+    headings = list(max(rows, key=len))
+    lines = [headings, ["---"] * len(headings)] + [[row.get(name, "") for name in headings] for row in rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def choose(groups, args):
-    """The data set, limit and runs to report: those of the flags, or the only ones there are.
+def select(groups, args):
+    """The dataset, limit and runs to report: those of the flags, or the only ones there are.
 
     Raises:
         UserError: there are none, or several to choose from.
     """
     if not groups:
-        raise UserError(f"{args.out}: holds no finished run: python compare.py --seeds 0 1 2 makes some")
-    asked = (Path(args.data).resolve().name, args.limit)
-    if asked not in groups and len(groups) > 1:
+        raise UserError(f"{args.out}: holds no finished run: python compare.py --seeds 0 1 2 runs the experiments")
+    key = (Path(args.data).resolve().name, args.limit)
+    if key not in groups and len(groups) > 1:
         known = ", ".join(f"{name}" + (f" with --limit {limit}" if limit else "") for name, limit in groups)
-        raise UserError(f"{args.out}: holds runs on several data sets ({known}): choose by --data and --limit")
-    (dataset, limit), experiments = (asked, groups[asked]) if asked in groups else next(iter(groups.items()))
-    known = [name for name in EXPERIMENTS if name in experiments]
-    return dataset, limit, {name: experiments[name] for name in [*known, *sorted(experiments.keys() - set(known))]}
+        raise UserError(f"{args.out}: holds runs on several datasets ({known}): choose with --data and --limit")
+    (dataset, limit), runs = (key, groups[key]) if key in groups else next(iter(groups.items()))
+    names = [name for name in EXPERIMENTS if name in runs] + sorted(runs.keys() - EXPERIMENTS.keys())
+    return dataset, limit, {name: runs[name] for name in names if name in (args.experiments or names)}
+
+
+def result_row(name, runs, splits, reference_seconds):
+    """A row with the results of an experiment: a dict from heading to cell."""
+    first = runs[0].metrics
+    row = {"experiment": name, "seeds": len(runs)}
+    for heading, flag in (("epochs", "epochs"), ("batch", "batch_size")):
+        row[heading] = ", ".join(sorted({str(run.metrics["flags"][flag]) for run in runs}))
+    for split in splits:
+        row[f"{split} pixel accuracy"] = mean_and_std([run.score(split, "pixel_accuracy") for run in runs])
+        row[f"{split} mean IoU"] = mean_and_std([run.score(split, "miou") for run in runs])
+    final = splits[-1]
+    row[f"{final}, the assignment's IoU"] = mean_and_std([run.score(final, "assignment_iou") for run in runs])
+    row["published, VOC2007"] = EXPERIMENTS[name][1] if name in EXPERIMENTS else ""
+    row["parameters"] = f"{first['parameters'] / 1e6:.2f} M"
+    row["multiply-adds"] = f"{first['multiply_adds'] / 1e9:.2f} G"
+    row["time per epoch"] = f"{statistics.mean(run.seconds_per_epoch for run in runs) / reference_seconds:.1f}"
+    return row
 
 
 def report(dataset, limit, experiments, failures):
-    """The comparison as Markdown."""
-    runs = [one for seeds in experiments.values() for one in seeds.values()]
+    """The comparison as Markdown. ``experiments``: a dict from experiment to a dict from seed to Run."""
+    runs = [run for seeds in experiments.values() for run in seeds.values()]
     splits = runs[0].splits
-    final = splits[-1]
+    baseline = {"experiment": runs[0].baseline_name}
+    for split in splits:
+        baseline[f"{split} pixel accuracy"] = f"{runs[0].metrics[split]['background']['pixel_accuracy']:.4f}"
+        baseline[f"{split} mean IoU"] = f"{runs[0].metrics[split]['background']['miou']:.4f}"
+    reference_seconds = statistics.mean(run.seconds_per_epoch for run in next(iter(experiments.values())).values())
+    results = [result_row(name, list(seeds.values()), splits, reference_seconds) for name, seeds in experiments.items()]
+    pairs = [(name, base_of(name)) for name in experiments if base_of(name) in experiments]
+    rows = [difference_row(name, experiments[name], base, experiments[base], splits[-1]) for name, base in pairs]
+    differences = [row for row in rows if row is not None]
 
-    constant = [
-        f"{runs[0].figures[split]['background'][name]:.4f}" for split in splits for name in ("pixel_accuracy", "miou")
-    ]
-    rows = [[f"{runs[0].constant} everywhere", "", "", "", *constant, "", "", "", "", ""]]
-    first = statistics.mean(one.pace for one in next(iter(experiments.values())).values())
-    for name, seeds in experiments.items():
-        seeds = list(seeds.values())
-        figures = [one.figures for one in seeds]
-        scores = [
-            spread([one.score(split, score) for one in seeds])
-            for split in splits
-            for score in ("pixel_accuracy", "miou")
-        ]
-        rows.append(
-            [
-                name,
-                len(seeds),
-                *(", ".join(sorted({str(one["flags"][name]) for one in figures})) for name in ("epochs", "batch_size")),
-                *scores,
-                spread([one.score(final, "assignment_iou") for one in seeds]),
-                EXPERIMENTS[name][1] if name in EXPERIMENTS else "",
-                f"{figures[0]['parameters'] / 1e6:.2f} M",
-                f"{figures[0]['multiply_adds'] / 1e9:.2f} G",
-                f"{statistics.mean(one.pace for one in seeds) / first:.1f}",
-            ]
-        )
-    head = ["experiment", "seeds", "epochs", "batch"]
-    head += [f"{split} {score}" for split in splits for score in ("pixel accuracy", "mean IoU")]
-    head += [f"{final}, the assignment's IoU", "published, VOC2007", "parameters", "multiply-adds", "time an epoch"]
-    machines = sorted({f"{one.figures['device']}, torch {one.figures['versions']['torch']}" for one in runs})
+    machines = sorted({f"{run.metrics['device']}, torch {run.metrics['versions']['torch']}" for run in runs})
     images = "all images" if limit is None else f"the first {limit} images of each split"
-
-    changes = []
-    for name, seeds in experiments.items():
-        base = builds_on(name)
-        if base in experiments:
-            changes += change(name, seeds, base, experiments[base], final)
-
     text = f"""# Results on {dataset}, {images}
 
 `python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`; runs on {"; ".join(machines)}.
 
-Mean ± standard deviation over the seeds. The best epoch is chosen on val; figures are at the masks' own sizes, void
-left out. The assignment's IoU counts otherwise; beside it stands what was published for VOC2007's test split. Time an
-epoch is a multiple of the first experiment's, training and validation together.
+Mean ± standard deviation over the seeds, at full resolution, void excluded; val selects the best epoch. The published
+IoU is for VOC2007's test split by the assignment's metric. Time per epoch, training and validation together, is
+relative to the first experiment.
 
-{table(head, rows)}
+{markdown_table([baseline, *results])}
 
 ![mean IoU of each experiment](plots/comparison.png)
 """
-    if changes:
-        head = ["experiment", "builds on", *change_head(final)]
+    if differences:
         text += f"""
 ## What each idea changes
 
-Differences are paired by seed. Intervals are over seeds from {ENOUGH_SEEDS} seeds on; with fewer, over images: then
-they say nothing about other seeds. Clear means that the interval excludes 0. The classes are those that change most.
+Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is that of the paired t-test over seeds; a
+difference is clear if it excludes 0. The classes are the three that change most.
 
-{table(head, changes)}
+{markdown_table(differences)}
 """
-    text += f"\n## Classes\n\n![IoU of each class on {final}](plots/classes.png)\n"
-    text += "\n## Epochs\n\n![loss and mean IoU of each epoch](plots/curves.png)\n"
+    text += f"\n## Classes\n\n![IoU of each class on {splits[-1]}](plots/classes.png)\n"
+    text += "\n## Epochs\n\n![loss and mean IoU over the epochs](plots/curves.png)\n"
     if failures:
         text += "\n## Failed\n\n" + "\n".join(f"- `{line}`" for line in failures) + "\n"
     return text
 
 
-def draw(out, dataset, experiments):
-    """The pictures of a comparison."""
+def draw_plots(out, dataset, experiments):
+    """Draw the plots of a comparison."""
     run = next(iter(next(iter(experiments.values())).values()))
-    split, first = run.splits[-1], run.figures
-    scores = {
-        name: [value for one in seeds.values() if not math.isnan(value := one.score(split, "miou"))]
-        for name, seeds in experiments.items()
-    }
-    ious = [[list(one.figures[split]["iou"].values()) for one in seeds.values()] for seeds in experiments.values()]
-    ious = torch.stack([torch.tensor(np.array(seeds, float)).nanmean(0) for seeds in ious]).numpy()  # None is NaN
-    with writing(out / "plots"):
-        (out / "plots").mkdir(parents=True, exist_ok=True)
+    split, plots = run.splits[-1], out / "plots"
+    with files.writing(plots):
+        plots.mkdir(parents=True, exist_ok=True)
     title = f"{dataset}, {split}"
-    plotting.comparison(
-        out / "plots" / "comparison.png", title, scores, (run.constant, first[split]["background"]["miou"])
-    )
-    plotting.classes_by_experiment(
-        out / "plots" / "classes.png", title, list(experiments), list(first[split]["iou"]), ious
-    )
-    histories = {name: [one.history for one in seeds.values()] for name, seeds in experiments.items()}
-    constant = (run.constant, run.figures["val"]["background"]["miou"])
-    plotting.histories(out / "plots" / "curves.png", dataset, histories, constant)
+    mious = {name: [run.score(split, "miou") for run in seeds.values()] for name, seeds in experiments.items()}
+    mious = {name: [value for value in values if not math.isnan(value)] for name, values in mious.items()}
+    baseline, val_baseline = ((run.baseline_name, run.metrics[name]["background"]["miou"]) for name in (split, "val"))
+    plotting.comparison(plots / "comparison.png", title, mious, baseline)
+    ious = [mean_without_nan([run.class_ious(split) for run in seeds.values()]) for seeds in experiments.values()]
+    classes = list(run.metrics[split]["iou"])
+    plotting.classes_by_experiment(plots / "classes.png", title, list(experiments), classes, np.stack(ious))
+    histories = {name: [run.history for run in seeds.values()] for name, seeds in experiments.items()}
+    plotting.histories(plots / "curves.png", dataset, histories, val_baseline)
 
 
 def main():
-    parser = engine.shared_flags(__doc__)
-    parser.add_argument("--seeds", type=engine.whole(0), nargs="+", default=[], metavar="N", help="seeds to run")
+    parser = cli.shared_flags(__doc__)
+    parser.add_argument("--seeds", type=cli.integer(0), nargs="+", default=[], metavar="N", help="seeds to run")
+    parser.add_argument("--experiments", nargs="+", metavar="NAME", help="names of scripts (default: the seven)")
     args = parser.parse_args()
+    for name in args.experiments or ():
+        if args.seeds and not (ROOT / f"{name}.py").is_file():
+            raise UserError(f"--experiments {name}: there is no {ROOT / name}.py: correct the name")
     failures = run_missing(args)
-    dataset, limit, experiments = choose(collect(args.out), args)
+    dataset, limit, experiments = select(collect(args.out), args)
     text = report(dataset, limit, experiments, failures)
-    draw(args.out, dataset, experiments)
-    with replacing(args.out / "RESULTS.md") as file:
+    draw_plots(args.out, dataset, experiments)
+    with files.atomic_write(args.out / "RESULTS.md") as file:
         file.write(text.encode())
     print(text)
     if failures:
@@ -390,4 +345,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

@@ -1,14 +1,14 @@
-"""Get the data: download and unpack PASCAL VOC, unpack archives you already have, or render the toy set.
+"""Get the data: download PASCAL VOC, unpack archives that are already on disk, or render the toy set.
 
     python download.py                        VOC2007, train, val and test, into data/VOCdevkit/VOC2007
     python download.py --year 2012            VOC2012, train and val, into data/VOCdevkit/VOC2012
     python download.py --sbd                  VOC2012 with SBD's 10,582 training masks, into data/VOCdevkit/VOC2012-SBD
     python download.py --tar FILE --tar FILE  the same from archives on disk
     python download.py --toy                  the toy set, into data/VOCdevkit/Toy; needs no network
-    python download.py --verify               open every photo and mask of the splits and list what is wrong
+    python download.py --verify               open every photo and mask of the splits and list the faults
 
-A download that breaks off continues where it stopped, from the same mirror or the next; what has arrived is checked by
-its MD5 before it is unpacked; a data set appears under its name only when it is whole. What is there is left alone.
+An interrupted download continues where it stopped, from the same mirror or the next. Archives are checked by MD5 before
+they are unpacked, and a dataset gets its name only when it is complete. An existing dataset is not changed.
 """
 
 import argparse
@@ -26,11 +26,13 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
+import cli
 import toy
 import voc
-from util import Parser, UserError, appearing, run, writing
+from files import atomic_folder, writing
+from util import UserError
 
-# Tried in this order. To mend a mirror, change its line here; for one run, --mirror goes before them all.
+# Tried in this order, after those of --mirror.
 MIRRORS = (
     "https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
     "http://host.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}",
@@ -38,10 +40,10 @@ MIRRORS = (
     "http://d2l-data.s3-accelerate.amazonaws.com/{name}",
 )
 
-# Where SBD is (Hariharan et al., 2011: masks for more of VOC2012's photos), as torchvision has it.
+# SBD: masks for more of VOC2012's photos (Hariharan et al., 2011). The address is torchvision's.
 SBD_MIRRORS = ("https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/{name}",)
 
-# The archives of a data set and their MD5. VOC2012's test masks were never published.
+# The archives of each dataset and their MD5. VOC2012's test masks were never published.
 ARCHIVES = {
     2007: {
         "VOCtrainval_06-Nov-2007.tar": "c52e279531787c972589f7e41ab4ae64",
@@ -53,11 +55,11 @@ ARCHIVES = {
 
 SPLITS = {2007: ("train", "val", "test"), 2012: ("train", "val")}
 
-TIMEOUT = 30  # seconds without a byte after which a connection counts as broken
+TIMEOUT = 30  # seconds without data after which a connection counts as broken
 
 
 def md5(path):
-    """The MD5 of a file as lower-case hex."""
+    """The MD5 of a file as a hex string."""
     digest = hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -70,10 +72,10 @@ def _size(path):
 
 
 def _fetch(url, partial):
-    """Append what ``partial`` still lacks of the file at ``url``; start again where the server cannot continue.
+    """Append the missing rest of the file at ``url`` to ``partial``; start again if the server cannot continue.
 
     Raises:
-        OSError, http.client.HTTPException: the server refused, stalled or broke off; what has arrived is kept.
+        OSError, http.client.HTTPException: the connection was refused, stalled or lost; what has arrived is kept.
         UserError: ``partial`` cannot be written.
     """
     start = _size(partial)
@@ -81,7 +83,7 @@ def _fetch(url, partial):
     try:
         response = urlopen(request, timeout=TIMEOUT)
     except HTTPError as error:
-        if error.code == 416:  # nothing lies beyond what we have: the MD5 tells whether it is the whole file
+        if error.code == 416:  # the server has no more: the MD5 tells whether the file is complete
             return
         raise
     with response:
@@ -94,26 +96,26 @@ def _fetch(url, partial):
         with writing(partial):
             file = open(partial, "ab" if continued else "wb", buffering=0)
         with file, bar:
-            while block := response.read1(1 << 16):  # read would lose what came before a stall
+            while block := response.read1(1 << 16):  # read would lose what arrived before a stall
                 with writing(partial):
                     file.write(block)
                 bar.update(len(block))
     if total is not None and _size(partial) < total:
-        raise ConnectionError(f"broke off after {_size(partial)} of {total} bytes")
+        raise ConnectionError(f"connection lost after {_size(partial)} of {total} bytes")
 
 
 def download(name, checksum, urls, folder):
-    """Download a file from the first of ``urls`` that gives it whole.
+    """Download a file from the first of ``urls`` that delivers it completely.
 
     Args:
-        name: the file's name. checksum: its MD5 in hex. urls: where to find it, tried in order.
-        folder: Path to put it into; ``<name>.part`` there holds what has arrived, and is continued by the next call.
+        name: the file's name. checksum: its MD5 in hex. urls: its addresses, tried in order.
+        folder: Path of the folder to write to. ``<name>.part`` there holds what has arrived; the next call continues it.
 
     Returns:
         Path of the file, its MD5 checked.
 
     Raises:
-        UserError: no URL gave the file, with the reason of each; or it cannot be written.
+        UserError: every address failed, with the reason of each, or the file cannot be written.
     """
     target, partial = folder / name, folder / f"{name}.part"
     if target.exists() and md5(target) == checksum:
@@ -127,7 +129,7 @@ def download(name, checksum, urls, folder):
                 _fetch(url, partial)
             except (OSError, http.client.HTTPException) as error:
                 if _size(partial) > before:
-                    continue  # some of it came: ask the same server for the rest
+                    continue  # some data has arrived: ask the same server for the rest
                 failures.append(f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}")
                 break
             if md5(partial) == checksum:
@@ -137,22 +139,21 @@ def download(name, checksum, urls, folder):
             if not before:
                 failures.append(f"{url}: the file's MD5 is wrong")
                 break
-            # The fault may lie in what an earlier connection left: once more from the start.
+            # The part from an earlier connection may be the wrong one: try once more from the start.
     reasons = "\n  ".join(failures)
     raise UserError(
-        f"{name} could not be downloaded (what has arrived is kept; the next start continues it):\n  {reasons}\n"
-        "Give another place with --mirror URL, bring the archive with --tar FILE, or use the toy set: --toy"
+        f"{name} could not be downloaded (the next call continues with what has arrived):\n  {reasons}\n"
+        "Try another mirror with --mirror URL, an archive on disk with --tar FILE, or the toy set with --toy"
     )
 
 
 def unpack(archives, root):
-    """Unpack tar archives that hold ``VOCdevkit/<name of root>/...`` so that ``root`` appears whole or not at all.
+    """Unpack tar archives that hold ``VOCdevkit/<name of root>/...`` into ``root``, completely or not at all.
 
     Raises:
-        UserError: an archive is damaged, or holds anything but plain files and folders below that place; or the disk is
-            full.
+        UserError: an archive is damaged or holds anything but files and folders below that path, or the disk is full.
     """
-    with writing(root), appearing(root) as unfinished:
+    with writing(root), atomic_folder(root) as unfinished:
         for archive in archives:
             _unpack_into(archive, unfinished, ("VOCdevkit", root.name))
 
@@ -166,7 +167,7 @@ def _unpack_into(archive, folder, prefix):
                     part == ".." or set(part) & set('\\:*?"<>|') for part in parts
                 )
                 if not inside or not (member.isfile() or member.isdir()):
-                    raise UserError(f"{archive}: holds {member.name!r}, which has no place in VOC's archive: refused")
+                    raise UserError(f"{archive}: holds {member.name!r}, which does not belong in an archive of VOC: refused")
                 target = folder.joinpath(*parts[len(prefix) :])
                 if member.isdir():
                     target.mkdir(parents=True, exist_ok=True)
@@ -175,89 +176,89 @@ def _unpack_into(archive, folder, prefix):
                 with writing(target), open(target, "wb") as file:
                     shutil.copyfileobj(tar.extractfile(member), file)
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{archive}: is no whole tar archive ({error}): get it again") from None
+        raise UserError(f"{archive}: is damaged or not a tar archive ({error}): download it again") from None
 
 
-def identify(path, *sets):
-    """The data set, a key of ARCHIVES, and the name of the archive that the file ``path`` is, by its MD5.
+def identify(path, *keys):
+    """Identify an archive by its MD5: its dataset (a key of ARCHIVES) and its name.
 
     Raises:
-        UserError: it is none of the given sets'.
+        UserError: it does not belong to the datasets ``keys``.
     """
     try:
         found = md5(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): correct the path after --tar") from None
-    known = [(key, name, checksum) for key in sets for name, checksum in ARCHIVES[key].items()]
+        raise UserError(f"{path}: cannot be read ({error.strerror}): correct the path given to --tar") from None
+    known = [(key, name, checksum) for key in keys for name, checksum in ARCHIVES[key].items()]
     for key, name, checksum in known:
         if found == checksum:
             return key, name
     expected = ", ".join(f"{name} ({checksum})" for _, name, checksum in known)
-    raise UserError(f"{path}: has MD5 {found}, but needed is {expected}: get the archive again, or set --year")
+    raise UserError(f"{path}: has MD5 {found}, expected {expected}: download the archive again, or set --year")
 
 
 def get_voc(year, out, mirrors=(), tars=()):
-    """Bring VOC of a year into ``out/VOCdevkit/VOC<year>``: from ``tars``, and what they lack from the mirrors."""
+    """Unpack VOC of a year into ``out/VOCdevkit/VOC<year>``, from ``tars`` and otherwise from the mirrors."""
     root = out / "VOCdevkit" / f"VOC{year}"
     lists = [root / "ImageSets" / "Segmentation" / f"{split}.txt" for split in SPLITS[year]]
     missing = [path for path in lists if not path.exists()]
     if not missing:
-        print(f"{root} is there already: nothing to do (--verify checks it)")
+        print(f"{root} exists already: nothing to do (--verify checks it)")
         return
     if root.exists():
-        raise UserError(f"{root}: is there, but without {missing[0].relative_to(root)}: move it away and start again")
+        raise UserError(f"{root}: exists, but without {missing[0].relative_to(root)}: move it away and start again")
     with writing(root.parent):
         root.parent.mkdir(parents=True, exist_ok=True)
-    at_hand = {identify(path, year)[1]: path for path in tars}
+    on_disk = {identify(path, year)[1]: path for path in tars}
     urls = [f"{mirror.rstrip('/')}/{{name}}" for mirror in mirrors] + list(MIRRORS)
     archives = [
-        at_hand.get(name) or download(name, checksum, [url.format(year=year, name=name) for url in urls], out)
+        on_disk.get(name) or download(name, checksum, [url.format(year=year, name=name) for url in urls], out)
         for name, checksum in ARCHIVES[year].items()
     ]
     unpack(archives, root)
-    kept = [str(path) for path in archives if path not in at_hand.values()]
+    kept = [str(path) for path in archives if path not in on_disk.values()]
     print(f"{root} is ready." + (f" No longer needed: {', '.join(kept)}" if kept else ""))
 
 
 def get_sbd(out, mirrors=(), tars=()):
-    """Bring VOC2012 with SBD's masks into ``out/VOCdevkit/VOC2012-SBD``, and VOC2012 itself beside it; see ``join``."""
+    """Create ``out/VOCdevkit/VOC2012-SBD`` and, next to it, VOC2012; see ``merge_sbd``."""
     root = out / "VOCdevkit" / "VOC2012-SBD"
     if root.exists():
-        print(f"{root} is there already: nothing to do (--verify checks it)")
+        print(f"{root} exists already: nothing to do (--verify checks it)")
         return
-    at_hand = {path: identify(path, 2012, "SBD") for path in tars}
-    get_voc(2012, out, mirrors, [path for path, (key, _) in at_hand.items() if key == 2012])
+    on_disk = {path: identify(path, 2012, "SBD") for path in tars}
+    get_voc(2012, out, mirrors, [path for path, (key, _) in on_disk.items() if key == 2012])
     ((name, checksum),) = ARCHIVES["SBD"].items()
     urls = [f"{mirror.rstrip('/')}/{{name}}" for mirror in mirrors] + list(SBD_MIRRORS)
-    brought = [path for path, (key, _) in at_hand.items() if key == "SBD"]
-    archive = brought[0] if brought else download(name, checksum, [url.format(name=name) for url in urls], out)
-    train = join(archive, out / "VOCdevkit" / "VOC2012", root)
-    print(f"{root} is ready, {train} photos to train on: python train.py --data {root}")
+    sbd = [path for path, (key, _) in on_disk.items() if key == "SBD"]
+    archive = sbd[0] if sbd else download(name, checksum, [url.format(name=name) for url in urls], out)
+    num_train = merge_sbd(archive, out / "VOCdevkit" / "VOC2012", root)
+    print(f"{root} is ready with {num_train} train photos: python train.py --data {root}")
 
 
-def join(archive, voc2012, root):
-    """Make a folder in VOC layout of VOC2012 and SBD's masks; it appears whole or not at all.
+def merge_sbd(archive, voc2012, root):
+    """Create a folder in VOC layout from VOC2012 and SBD's masks, completely or not at all.
 
-    Its train split holds VOC2012's train and all that SBD has a mask for, without VOC2012's val; val stays VOC2012's.
-    Where both have a mask, it is VOC2012's, whose edges are void. Photos are hard links where the disk can do that.
+    Its train split is VOC2012's and every image with a mask in SBD, without VOC2012's val images; val is VOC2012's.
+    If both have a mask, VOC2012's is used, whose borders are void. Photos are hard links if the disk supports them.
 
     Args:
-        archive: SBD's ``benchmark.tgz``. voc2012: the folder of VOC2012. root: the folder to make.
+        archive: SBD's ``benchmark.tgz``. voc2012: the folder of VOC2012. root: the folder to create.
 
     Returns:
-        the number of photos in train.
+        the number of train photos.
 
     Raises:
-        UserError: the archive is damaged, SciPy is missing, which reads SBD's MATLAB files, or the disk is full.
+        UserError: the archive is damaged, SciPy is not installed, or the disk is full.
     """
     try:
         from scipy.io import loadmat
     except ImportError:
-        raise UserError("--sbd: SBD's masks are MATLAB files, which SciPy reads: python -m pip install scipy") from None
+        raise UserError("--sbd: needs SciPy to read SBD's MATLAB files: python -m pip install scipy") from None
     train, val = (voc.Split(voc2012, name).ids for name in ("train", "val"))
     known = {*train, *val}
     try:
-        with appearing(root) as unfinished:
+        with atomic_folder(root) as unfinished:
             masks, lists = unfinished / "SegmentationClass", unfinished / "ImageSets" / "Segmentation"
             for folder in (masks, lists, unfinished / "JPEGImages"):
                 folder.mkdir(parents=True)
@@ -269,14 +270,14 @@ def join(archive, voc2012, root):
                     if not found or not member.isfile() or found[1] in known:
                         continue
                     content = loadmat(io.BytesIO(tar.extractfile(member).read()))
-                    voc.picture(content["GTcls"][0]["Segmentation"][0]).save(masks / f"{found[1]}.png")
+                    voc.palette_image(content["GTcls"][0]["Segmentation"][0]).save(masks / f"{found[1]}.png")
                     train.append(found[1])
             for name in {*train, *val}:
                 _link(voc2012 / "JPEGImages" / f"{name}.jpg", unfinished / "JPEGImages" / f"{name}.jpg")
             for name, ids in (("train", train), ("val", val)):
                 (lists / f"{name}.txt").write_text("".join(f"{one}\n" for one in sorted(ids)))
     except (tarfile.TarError, EOFError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{archive}: is not SBD's archive, or torn ({error!r}): get it again") from None
+        raise UserError(f"{archive}: is damaged or not SBD's archive ({error!r}): download it again") from None
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: is missing from VOC2012: python download.py --year 2012 --verify") from None
     except OSError as error:
@@ -288,16 +289,16 @@ def join(archive, voc2012, root):
 def _link(source, target):
     try:
         os.link(source, target)
-    except OSError:  # another disk, or one without links
+    except OSError:  # another disk, or a file system without hard links
         shutil.copyfile(source, target)
 
 
 def verify(root):
-    """Open every photo and mask of the splits train, val and test of ``root``; print and count what is wrong."""
+    """Open every photo and mask of the splits of ``root``; print the faults and return their number."""
     faults = 0
     for name in ("train", "val", "test"):
         if name == "test" and not (root / "ImageSets" / "Segmentation" / "test.txt").exists():
-            print(f"{root} has no test.txt: scores will be on val alone")
+            print(f"{root} has no test.txt: results will be on val only")
             continue
         try:
             split = voc.Split(root, name)
@@ -308,15 +309,15 @@ def verify(root):
 
         def fault(index, split=split):
             try:
-                split.pair(index, 1)
+                split.resized(index, 1)
             except UserError as error:
                 return str(error)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             found = pool.map(fault, range(len(split)))
-            wrong = [text for text in tqdm(found, name, len(split), unit=" images", disable=None) if text]
-        print("\n".join([*wrong, f"{name}: {len(split)} images, {len(wrong)} at fault"]))
-        faults += len(wrong)
+            errors = [text for text in tqdm(found, name, len(split), unit=" images", disable=None) if text]
+        print("\n".join([*errors, f"{name}: {len(split)} images, {len(errors)} with faults"]))
+        faults += len(errors)
     return faults
 
 
@@ -327,17 +328,17 @@ def _url(text):
 
 
 def main():
-    parser = Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--year", type=int, choices=sorted(SPLITS), default=2007, help="default: %(default)s")
     parser.add_argument(
-        "--out", type=Path, default="data", metavar="DIR", help="gets VOCdevkit/ (default: %(default)s)"
+        "--out", type=Path, default="data", metavar="DIR", help="folder for VOCdevkit/ (default: %(default)s)"
     )
-    parser.add_argument("--mirror", type=_url, action="append", default=[], metavar="URL", help="a folder to try first")
-    parser.add_argument("--tar", type=Path, action="append", default=[], metavar="FILE", help="an archive you have")
+    parser.add_argument("--mirror", type=_url, action="append", default=[], metavar="URL", help="a mirror to try first")
+    parser.add_argument("--tar", type=Path, action="append", default=[], metavar="FILE", help="an archive on disk")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--sbd", action="store_true", help="VOC2012 with SBD's masks instead; needs SciPy")
     instead.add_argument("--toy", action="store_true", help="render the toy set instead")
-    parser.add_argument("--verify", action="store_true", help="check what is there instead")
+    parser.add_argument("--verify", action="store_true", help="check an existing dataset instead")
     args = parser.parse_args()
     name = "Toy" if args.toy else "VOC2012-SBD" if args.sbd else f"VOC{args.year}"
     root = args.out / "VOCdevkit" / name
@@ -350,11 +351,11 @@ def main():
     elif not args.toy:
         get_voc(args.year, args.out, args.mirror, args.tar)
     elif root.exists():
-        print(f"{root} is there already: nothing to do (--verify checks it)")
+        print(f"{root} exists already: nothing to do (--verify checks it)")
     else:
         toy.render(root)
         print(f"{root} is ready: python train.py --data {root}")
 
 
 if __name__ == "__main__":
-    run(main)
+    cli.run(main)

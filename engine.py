@@ -1,676 +1,400 @@
-"""What all experiments share: their flags, the training loop, evaluation and checkpoints."""
+"""Evaluation and training, the same for all experiments."""
 
-import argparse
-import contextlib
 import csv
-import importlib
 import io
-import itertools
 import json
 import math
-import os
-import pickle
-import platform
-import random
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from torch import distributed
-from torch.nn import functional
+from torch.nn import CrossEntropyLoss, functional
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import checkpoint
+import files
+import processes
 import util
-from util import VOID, UserError
-
-ROOT = Path(__file__).resolve().parent
-LARGEST = 1 << 13  # side of a network's input in pixels that a checkpoint may ask for
-PACKAGES = ("torch", "torchvision", "numpy", "pillow")
+from util import VOID, Scores, UserError
 
 
-def arguments(doc, epochs, batch_size=16, pretrained=False):
-    """Parse the flags of an experiment.
-
-    Args:
-        doc: the script's docstring, shown by ``--help``.
-        epochs, batch_size: the experiment's own defaults.
-        pretrained: whether the experiment starts from pretrained weights; adds the flag ``--no-pretrained``.
+def batch_loss(criterion, logits, masks):
+    """Compute the criterion on a batch in float32.
 
     Returns:
-        argparse.Namespace with data (str), epochs, batch_size, seed (int), device (torch.device), out (Path),
-        resume, compile (bool), limit (int or None) and, for an experiment with pretrained weights, pretrained (bool). A
-        flag that is out of range raises a UserError. Under torchrun, this process has joined the others, and device is
-        its own.
+        loss: what the criterion returns, a scalar.
+        weight: what a mean over pixels divides by: the number of labelled pixels, or with class weights their sum.
+            Weighted by it, the losses of batches or processes average to the loss of all pixels. It is 0 for a batch
+            without labelled pixels, whose loss is finite but means nothing.
     """
-    parser = shared_flags(doc, epochs, batch_size, pretrained)
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--resume", action="store_true", help="continue from last_*.pt; start where there is none")
-    args = parser.parse_args()
-    args.device = _join(args.device)
-    return args
-
-
-def _join(device):
-    """Join the other processes where torchrun started several; return this one's own device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return device
-    if device.type == "cuda":
-        local, number = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= number:
-            raise UserError(f"--nproc-per-node: this machine has {number} GPUs: start one process a GPU at most")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
-        raise UserError(f"--device {device}: several processes run on cuda or cpu: choose one of these")
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):
-    """An argparse parser with the flags that serve one run as well as several; see ``arguments``."""
-    own = "default: the experiment's own" if epochs is None else "default: %(default)s"
-    parser = util.Parser(doc)
-    data = "data/VOCdevkit/VOC2007"
-    parser.add_argument("--data", default=data, metavar="DIR", help="folder in VOC layout (default: %(default)s)")
-    parser.add_argument("--epochs", type=whole(1), default=epochs, metavar="N", help=own)
-    parser.add_argument("--batch-size", type=whole(1), default=batch_size, metavar="N", help=own)
-    parser.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--out", type=Path, default=".", metavar="DIR", help="where files go (default: this folder)")
-    parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N images of each split")
-    parser.add_argument("--compile", action="store_true", help="compile the network first: minutes, then faster steps")
-    if pretrained:
-        text = "ResNet-18 starts from random weights, for a try-out; its files get _no_pretrained in their names"
-        parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help=text)
-    return parser
-
-
-def whole(smallest, largest=2**32 - 1):  # NumPy takes no larger seed
-    """A parser of whole numbers in a range, for argparse."""
-
-    def parse(text):
-        if not text.lstrip("+-").isdecimal() or not smallest <= int(text) <= largest:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {smallest} to {largest}")
-        return int(text)
-
-    return parse
-
-
-@contextlib.contextmanager
-def fetching(weights):
-    """Turn a failure to get or to read one of torchvision's WeightsEnum into a UserError that says where to put it."""
-    try:
-        yield
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        name = Path(urlsplit(weights.url).path).name
-        raise UserError(
-            f"{Path(torch.hub.get_dir()) / 'checkpoints' / name}: pretrained weights cannot be loaded "
-            f"({util.reason(error)}): "
-            f"get {weights.url} and put it there (or into hub/checkpoints of a folder named by TORCH_HOME), or try "
-            "the script out with --no-pretrained"
-        ) from None
-
-
-def device(text):
-    """The torch.device of a ``--device`` flag."""
-    if text == "auto":
-        text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = text.partition(":")
-    usable = {
-        "cpu": not index,
-        "cuda": torch.cuda.is_available()
-        and (not index or index.isdecimal() and int(index) < torch.cuda.device_count()),
-        "mps": torch.backends.mps.is_available() and not index,
-    }
-    if kind not in usable:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N, mps")
-    if not usable[kind]:
-        raise argparse.ArgumentTypeError(f"this machine's PyTorch has no {text}: use --device cpu")
-    return torch.device(text)
-
-
-@dataclass
-class Scores:
-    """The figures of a model on one split.
-
-    Attributes:
-        loss: mean of the criterion over the labelled pixels, at the network's input size.
-        matrix: int64 [C, C] on the CPU, see ``util.confusion_matrix``.
-        classes: the C class names.
-        assignment_iou: see ``util.assignment_iou``; mean over the images, at the network's input size. None where it
-            was not asked for.
-        images: int64 [N, 3, C] on the CPU: for each image its pixels of each class that were found rightly, that are
-            truly the class, and that were called so. Sums of these over any choice of images give its IoU. None where
-            it was not asked for.
-    """
-
-    loss: float
-    matrix: torch.Tensor
-    classes: tuple
-    assignment_iou: float | None = None
-    images: torch.Tensor | None = None
-
-    @property
-    def pixel_accuracy(self):
-        return util.pixel_accuracy(self.matrix)
-
-    @property
-    def miou(self):
-        return util.mean_iou(self.matrix)
-
-    @property
-    def background(self):
-        """Name and Scores of predicting one class everywhere: background, or without such a class the commonest."""
-        label = self.classes.index("background") if "background" in self.classes else self.matrix.sum(1).argmax().item()
-        return self.classes[label], Scores(math.nan, util.constant_matrix(self.matrix, label), self.classes)
-
-    def as_dict(self):
-        """The figures as plain types for JSON, with None for NaN."""
-        constant = self.background[1]
-        iou = util.iou(self.matrix).tolist()
-        return {
-            "loss": _plain(self.loss),
-            "pixel_accuracy": _plain(self.pixel_accuracy),
-            "miou": _plain(self.miou),
-            "iou": {name: _plain(value) for name, value in zip(self.classes, iou)},
-            "background": {"pixel_accuracy": _plain(constant.pixel_accuracy), "miou": _plain(constant.miou)},
-            "assignment_iou": self.assignment_iou,
-        }
-
-
-def _plain(number):
-    return number if math.isfinite(number) else None
-
-
-def _bar(iterable, total, name, unit="batch"):
-    """A progress bar on stderr, one for all processes, that vanishes at its end; none where stderr is no terminal."""
-    return tqdm(iterable, name, total, leave=False, disable=True if util.ranks()[0] else None, unit=unit)
-
-
-def _autocast(device):
-    """bfloat16 on GPUs that compute with it, float32 everywhere else: CPUs are slower with it."""
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def _loss(criterion, logits, masks):
-    """The criterion's mean over a batch in float32, and what the mean was divided by (labelled pixels or their weight).
-
-    Weighted by the second, the means of batches, or of processes, add up to the mean over all. Where all is void, the
-    second is 0 and the first a number that does not count. Nothing here waits for a GPU.
-    """
-    weight = getattr(criterion, "weight", None)
-    if weight is None:
-        total = (masks != VOID).sum().float()
+    if isinstance(criterion, CrossEntropyLoss) and criterion.weight is not None:
+        weights = functional.pad(criterion.weight, (0, VOID + 1 - len(criterion.weight)))  # 0 for void
+        weight = weights[masks].sum()
     else:
-        total = functional.pad(weight, (0, VOID + 1 - len(weight)))[masks].sum()
-    logits = logits.float()
-    if type(criterion) is torch.nn.CrossEntropyLoss and criterion.reduction == "mean":
-        # The same sum, as lists of pixels without copies, and on a CPU one image at a time, which stays in its cache.
-        parts = len(masks) if masks.device.type == "cpu" else 1
-        parts = zip(logits.movedim(1, -1).flatten(0, 2).chunk(parts), masks.flatten().chunk(parts))
-        options = {"ignore_index": criterion.ignore_index, "label_smoothing": criterion.label_smoothing}
-        sums = [functional.cross_entropy(*part, weight, reduction="sum", **options) for part in parts]
-        return torch.stack(sums).sum() / total.clamp(min=1e-12), total
+        weight = (masks != VOID).sum().float()
     masks = masks.clone()
-    masks[:1, 0, 0].masked_fill_(total == 0, 0)  # a mean over no pixel would be NaN, and so would its gradients be
-    return criterion(logits, masks), total
+    masks[0, 0, 0] *= weight > 0  # a mean over no pixels would be NaN: label one as class 0
+    logits = logits.float()
+    if type(criterion) is CrossEntropyLoss and logits.device.type == "cpu":
+        # the same mean over a list of pixels, without rearranging channels_last logits: 4 % of a training epoch
+        logits, masks = logits.movedim(1, -1).flatten(0, 2), masks.flatten()
+    return criterion(logits, masks), weight
 
 
-def _mean(losses, device):
-    """The mean over all processes of what ``_loss`` gave for their batches, [N, 2] on the CPU; NaN without any."""
-    means, totals = losses.double().T
-    total, weight = util.add_up(torch.stack(((means * totals).sum(), totals.sum())), device).tolist()
+def _mean_loss(losses, device):
+    """The mean over all processes of losses and weights [N, 2] from ``batch_loss``; NaN if all weights are 0."""
+    losses, weights = losses.double().T
+    total, weight = processes.all_reduce(torch.stack(((losses * weights).sum(), weights.sum())), device).tolist()
     return total / weight if weight else math.nan
 
 
+def _forward(model, images):
+    """The logits of a batch, in bfloat16 on GPUs that support it and else in float32: CPUs are slower in bfloat16."""
+    if images.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
+        with torch.autocast("cuda", torch.bfloat16):
+            return model(images)
+    return model(images)
+
+
+def predict_mask(logits, shape):
+    """Upsample logits [C, h, w] bilinearly to ``shape`` [H, W] and take the argmax: int64 [H, W]."""
+    logits = functional.interpolate(logits[None].float(), shape, mode="bilinear", align_corners=False)
+    return logits.argmax(1)[0]
+
+
 @torch.inference_mode()
-def evaluate(model, loader, criterion, native=True, features=None):
-    """Score a model on all images of a loader, each process its own batches; all get the scores of the whole.
+def evaluate(model, loader, criterion, full_resolution=True):
+    """Evaluate a model on all images of a loader. Several processes share the batches, and all get the same Scores.
 
     Args:
         model: maps images [B, 3, S, S] to logits [B, C, S, S]; left in eval mode.
         loader: a voc.Loader on the model's device.
         criterion: the loss to report.
-        native: score at each mask's own resolution, logits upsampled bilinearly to it, and add the assignment's IoU
-            and the counts of each image: the figures to report. Otherwise score at the loader's size, which is faster:
-            for validation in training.
-        features: for a model with a frozen backbone, in two parts ``encode`` and ``decode``: a dict, empty at first,
-            that keeps what ``encode`` gave for each batch of this loader. Without it, nothing is kept.
-
-    Returns:
-        Scores.
+        full_resolution: evaluate at the resolution of each mask, to which the logits are upsampled, and compute the
+            assignment's IoU: for reported metrics. Otherwise evaluate at the loader's size: faster, for validation
+            during training.
     """
     model.eval()
-    number, device = len(loader.classes), loader.device
-    matrix = torch.zeros(number, number, dtype=torch.int64, device=device)
-    losses = []
-    assignment = torch.zeros(len(loader.split), dtype=torch.float64)
-    counts = torch.zeros(len(loader.split), 3, number, dtype=torch.int64, device=device)
-    rank, processes = util.ranks()
-    batches = zip(loader.order()[0][rank::processes], loader.batches())
+    num_classes, device = len(loader.classes), loader.device
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    assignment_total = torch.zeros((), dtype=torch.float64)
+    losses = [torch.zeros(2, device=device)]  # a process may have no batch
+    num_batches = -(-len(loader) // processes.world_size())
     with ThreadPoolExecutor() as pool:
-        for places, (images, masks) in _bar(batches, -(-len(loader) // processes), f"scoring {loader.split.name}"):
-            logits = _logits(model, images, features, places[0].item())
-            losses.append(torch.stack(_loss(criterion, logits, masks)))
-            if not native:
-                matrix += util.confusion_matrix(masks, logits.argmax(1), number)
+        for images, masks, indices in _progress(loader.batches(), num_batches, f"evaluating {loader.split.name}"):
+            logits = _forward(model, images)
+            losses.append(torch.stack(batch_loss(criterion, logits, masks)))
+            if not full_resolution:
+                matrix += util.confusion_matrix(masks, logits.argmax(1), num_classes)
                 continue
-            assignment[places] = util.assignment_iou(masks.cpu(), logits.argmax(1).cpu(), number)
-            truths = pool.map(loader.split.mask, places.tolist())
-            # upsampling one image out of a channels_last batch is far slower
-            for place, image_logits, truth in zip(places.tolist(), logits.contiguous(), truths):
-                truth = torch.from_numpy(truth).to(device)
-                one = util.confusion_matrix(truth, predict(image_logits, truth.shape), number)
-                counts[place] = torch.stack((one.diagonal(), one.sum(1), one.sum(0)))
-                matrix += one
-    losses = torch.stack(losses).cpu() if losses else torch.zeros(0, 2)  # a process may have no batch
-    matrix, loss = util.add_up(matrix, device).cpu(), _mean(losses, device)
-    if not native:
+            assignment_total += util.assignment_iou(masks.cpu(), logits.argmax(1).cpu(), num_classes).sum()
+            full_masks = pool.map(loader.split.mask, indices.tolist())
+            # upsampling one image of a channels_last batch is far slower than of a contiguous one
+            for image_logits, mask in zip(logits.contiguous(), full_masks):
+                mask = torch.from_numpy(mask).to(device)
+                matrix += util.confusion_matrix(mask, predict_mask(image_logits, mask.shape), num_classes)
+    loss = _mean_loss(torch.stack(losses).cpu(), device)
+    matrix = processes.all_reduce(matrix, device).cpu()
+    if not full_resolution:
         return Scores(loss, matrix, loader.classes)
-    # Every image was filled in by one process and is 0 elsewhere: sums over processes put them together.
-    assignment, counts = (util.add_up(values, device).cpu() for values in (assignment, counts))
-    return Scores(loss, matrix, loader.classes, assignment.mean().item(), counts)
+    assignment_total = processes.all_reduce(assignment_total, device).item()
+    return Scores(loss, matrix, loader.classes, assignment_total / len(loader.split))
 
 
-def _logits(model, images, features=None, key=None):
-    """The logits of a batch; what a frozen backbone gave for it is kept in ``features``, see ``evaluate``."""
-    with _autocast(images.device):
-        if features is None or not hasattr(model, "encode"):
-            return model(images)
-        if key not in features:
-            features[key] = model.encode(images)
-        return model.decode(features[key], images.shape[-2:])
-
-
-def predict(logits, shape):
-    """The classes at another resolution: logits [C, S, S], upsampled bilinearly to ``shape``, then argmax.
+def training_step(network, images, masks, criterion, optimizer):
+    """Take one optimizer step on a batch.
 
     Returns:
-        int64 tensor of the given shape [H, W].
+        loss and weight of the batch, see ``batch_loss``, and the norm of the gradient: tensors without a graph.
     """
-    logits = functional.interpolate(logits[None].float(), shape, mode="bilinear", align_corners=False)
-    return logits.argmax(1)[0]
+    optimizer.zero_grad()
+    loss, weight = batch_loss(criterion, _forward(network, images), masks)
+    # DistributedDataParallel averages the gradients: scaled like this, the average is that of the whole batch
+    scale = processes.world_size() * weight / processes.all_reduce(weight, images.device).clamp(min=1e-12)
+    (loss * scale).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+    optimizer.step()
+    return loss.detach(), weight, norm
+
+
+def train_epoch(network, loader, epoch, criterion, optimizer):
+    """Take one step per batch; return the mean loss over the labelled pixels of the epoch.
+
+    Raises:
+        UserError: the loss or the gradient of a batch is not finite. The weights are unusable then; the caller has the
+            checkpoints of the epochs before.
+    """
+    network.train()
+    steps, batch_indices = [], []
+    for images, masks, indices in _progress(loader.batches(epoch), len(loader), f"epoch {epoch}"):
+        steps.append(torch.stack(training_step(network, images, masks, criterion, optimizer)))
+        batch_indices.append(indices)
+    steps = torch.stack(steps).cpu()  # only here, so that no step waits for a GPU
+    _check_finite(steps[:, 0], steps[:, 2], batch_indices, loader.split.ids, epoch)
+    return _mean_loss(steps[:, :2], loader.device)
+
+
+def _check_finite(losses, norms, batch_indices, ids, epoch):
+    """Raise a UserError that names the first batch of an epoch with a loss or gradient norm that is not finite."""
+    finite = losses.isfinite() & norms.isfinite()
+    if finite.all():
+        return
+    batch = int(finite.int().argmin())
+    name, value = ("gradient", norms[batch]) if losses[batch].isfinite() else ("loss", losses[batch])
+    indices = batch_indices[batch].tolist()
+    images = ", ".join(ids[index] for index in indices[:8]) + (", ..." if len(indices) > 8 else "")
+    before = losses[:batch]
+    if batch and before.max() > 10 * before[0].abs():
+        hint = f"the losses before grew from {before[0]:.3g} to {before.max():.3g}: lower the learning rate"
+    else:
+        hint = "the losses before did not grow: check these images, the network and the loss"
+    place = f"epoch {epoch}, batch {batch + 1} of {len(losses)} (images {images})"
+    raise UserError(f"the {name} is {value} in {place}: {hint}")
 
 
 def fit(*, script, args, model, train, val, test, criterion, optimizer, scheduler, patience):
-    """Train a model, keep its best and last state, then score the best on val and test, plot, and print a summary.
+    """Train a model, save its best and last state, then evaluate the best on val and test, plot and print a summary.
 
-    Writes under ``args.out``, named after the script: ``best_*.pt`` (the best by mean IoU on val, scored at the
-    loader's size), ``last_*.pt``, ``plots/*_*.png`` and ``results/*_seed*.csv``, ``.json`` and ``.npz``, the last with
-    ``Scores.images`` of val and test.
+    Writes the files of ``files.RunFiles`` under ``args.out``. The best epoch is the one with the highest mean IoU on
+    val at the loader's size.
 
     Args:
-        script: the experiment's ``__file__``. With ``--no-pretrained``, ``_no_pretrained`` is added to its name.
-        args: from ``arguments``.
-        model: on ``args.device``; ``model.arguments`` holds the keyword arguments that it was made with.
+        script: the experiment's ``__file__``. With ``--no-pretrained``, its files are named ``<stem>_no_pretrained``.
+        args: from ``cli.arguments``.
+        model: on ``args.device``; ``model.arguments`` holds the keyword arguments of its constructor.
         train, val, test: voc.Loaders; test may be None.
-        criterion: maps logits [B, C, S, S] and masks [B, S, S] to a mean over the pixels that are not void.
+        criterion: maps logits [B, C, S, S] and masks [B, S, S] to a mean over the labelled pixels.
         optimizer: over the model's parameters.
-        scheduler: stepped once an epoch, or None.
+        scheduler: stepped once per epoch, or None.
         patience: stop after so many epochs without a better mean IoU.
 
     Raises:
-        UserError: a file cannot be written, ``--resume`` finds another run's files, or the loss is not finite. The
-            plots and checkpoints of the epochs before are kept, as they are on Ctrl-C.
+        UserError: a file cannot be written, ``--resume`` finds the files of another run, or the loss is not finite. The
+            plots and checkpoints of the epochs before are kept, as they are after Ctrl-C.
     """
-    stem = Path(script).stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
-    files = _Files(args.out, stem, args.seed)
-    util.keep_memory(args.device)
+    experiment = Path(script).stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
+    run_files = files.RunFiles(args.out, experiment, args.seed)
+    processes.set_malloc_options(args.device)
     model.to(memory_format=torch.channels_last)
-    about = _about(script, stem, args, model, train)
+    metadata = checkpoint.metadata(script, experiment, args, model, train)
     history, seconds = [], 0.0
-    if args.resume and files.last.exists():
-        history, seconds = _restore(files, about, model, optimizer, scheduler)
-        files.write_rows(history)
-    _describe(files, args, model, train, val, test, criterion, len(history))
-    forward = network = torch.compile(model, dynamic=False) if args.compile else model
-    if util.ranks()[1] > 1:
-        if args.device.type == "cuda":  # batch norm over the whole batch, as a single process has it
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        network = DistributedDataParallel(forward)
-    if args.compile:
-        _warm_up(model, network, forward, train, val, criterion)
-    features = {}
+    if args.resume and run_files.last.exists():
+        history, seconds = checkpoint.resume(run_files, metadata, model, optimizer, scheduler)
+        _write_history(run_files.history, history)
+    _describe(run_files, args, model, train, val, test, criterion, len(history))
+    if processes.world_size() > 1 and args.device.type == "cuda":
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch norm over the whole batch
+    network = torch.compile(model) if args.compile else model
+    parallel = DistributedDataParallel(network) if processes.world_size() > 1 else network
 
     try:
         epochs = range(len(history) + 1, args.epochs + 1)
-        for epoch in _bar(epochs, len(epochs), files.stem, unit="epoch"):
-            if history and len(history) - _best(history)["epoch"] >= patience:
-                _say(f"no better mean IoU for {patience} epochs: stopping early")
+        for epoch in _progress(epochs, len(epochs), experiment, unit="epoch"):
+            if history and len(history) - best_epoch(history)["epoch"] >= patience:
+                _print(f"no better mean IoU for {patience} epochs: stopping early")
                 break
-            began = time.perf_counter()
-            rate = optimizer.param_groups[0]["lr"]
-            train_loss = _train(network, train, epoch, criterion, optimizer)
-            scores = evaluate(forward, val, criterion, native=False, features=features)
+            start = time.perf_counter()
+            learning_rate = optimizer.param_groups[0]["lr"]
+            train_loss = train_epoch(parallel, train, epoch, criterion, optimizer)
+            scores = evaluate(network, val, criterion, full_resolution=False)
             row = {
                 "epoch": epoch,
-                "learning_rate": rate,
+                "learning_rate": learning_rate,
                 "train_loss": train_loss,
                 "val_loss": scores.loss,
                 "val_pixel_accuracy": scores.pixel_accuracy,
                 "val_miou": scores.miou,
             }
-            # The best is written before the last: a kill between the two repeats the epoch and finds the same best.
-            if _best([*history, row]) is row:
-                found = {"epoch": epoch, "val_miou": scores.miou, "val_matrix": scores.matrix}
-                _save(about | found | {"model": model.state_dict()}, files.best)
+            # The best is written before the last: if the run is killed in between, the epoch is repeated and gives
+            # the same best.
+            if best_epoch([*history, row]) is row:
+                checkpoint.save_best(run_files.best, metadata, model, epoch, scores)
             if scheduler is not None:
                 scheduler.step()
-            took = time.perf_counter() - began
-            seconds += took
-            _save(about | _progress([*history, row], seconds, model, optimizer, scheduler), files.last)
+            epoch_seconds = time.perf_counter() - start
+            seconds += epoch_seconds
+            checkpoint.save_last(run_files.last, metadata, [*history, row], seconds, model, optimizer, scheduler)
             history.append(row)
-            files.write_rows(history)
-            _say(_line(history, args.epochs, took, scores))
-        _finish(files, about, args.device, history, seconds, train, val, test, criterion)
+            _write_history(run_files.history, history)
+            _print(_epoch_line(history, args.epochs, epoch_seconds, scores))
+        _report(run_files, metadata, args.device, history, seconds, train, val, test, criterion)
     except BaseException:
-        _keep(files, history, train, val)
+        _report_stop(run_files, history, train, val)
         raise
 
 
-def _warm_up(model, network, forward, train, val, criterion):
-    """Take a step on made-up batches of every size to come, so that no epoch pays for compiling; change nothing."""
-    began = time.perf_counter()
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    rank, processes = util.ranks()
-    with torch.random.fork_rng():
-        for loader in (train, val):
-            model.train(loader.training)
-            step = processes if loader.training else 1  # training shares out each batch, scoring whole batches
-            for number in sorted({len(places[rank % step :: step]) for places in loader.order()[0]}):
-                images = loader.normalise(loader.images[:1].expand(number, -1, -1, -1))
-                masks = torch.zeros(number, loader.size, loader.size, dtype=torch.int64, device=loader.device)
-                if loader.training:
-                    _loss(criterion, _logits(network, images), masks)[0].backward()
-                else:
-                    with torch.inference_mode():
-                        _logits(forward, images)
-    model.zero_grad()
-    model.load_state_dict(state)
-    _say(f"compiled in {time.perf_counter() - began:.1f} s, which the times of the epochs leave out")
-
-
-def _train(network, loader, epoch, criterion, optimizer):
-    """Take one step a batch; return the mean loss over the epoch's labelled pixels.
-
-    Raises:
-        UserError: the loss or the gradient of a batch is not finite. No weight that comes of it outlives this: the
-            caller has the epochs before on disk.
-    """
-    network.train()
-    batches = _bar(loader.batches(epoch), len(loader), f"epoch {epoch}")
-    steps = [torch.stack(_step(network, images, masks, criterion, optimizer)) for images, masks in batches]
-    steps = torch.stack(steps).cpu()  # only now, so that no step waits for a GPU
-    _check(steps, loader, epoch)
-    return _mean(steps[:, :2], loader.device)
-
-
-def _step(network, images, masks, criterion, optimizer):
-    """Train on one batch; return what ``_loss`` does and the gradient's norm.
-
-    A function of its own, so that no large tensor outlives its step.
-    """
-    optimizer.zero_grad()
-    loss, total = _loss(criterion, _logits(network, images), masks)
-    # Processes average their gradients: so weighted, the average is the gradient of the whole batch's mean.
-    share = util.ranks()[1] * total / util.add_up(total, images.device).clamp(min=1e-12)
-    (loss * share).backward()
-    norm = torch.nn.utils.get_total_norm(
-        [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    )
-    optimizer.step()
-    return loss.detach(), total, norm
-
-
-def _check(steps, loader, epoch):
-    """Raise a UserError that names the first of an epoch's batches whose loss or gradient is not finite, if any.
-
-    ``steps`` [N, 3] holds what ``_step`` returned for each.
-    """
-    losses, _, norms = steps.T
-    finite = losses.isfinite() & norms.isfinite()
-    if finite.all():
-        return
-    batch = int(finite.int().argmin())
-    what, value = ("gradient", norms[batch]) if losses[batch].isfinite() else ("loss", losses[batch])
-    places = loader.order(epoch)[0][batch] % len(loader.split)
-    ids = ", ".join(loader.split.ids[place] for place in places[:8]) + (", ..." if len(places) > 8 else "")
-    before = losses[:batch]
-    if batch and before.max() > 10 * before[0].abs():
-        hint = f"the losses before grew from {before[0]:.3g} to {before.max():.3g}: lower the learning rate"
-    else:
-        hint = "the losses before did not grow: look at these images, at the network and at the loss"
-    raise UserError(f"the {what} is {value} in epoch {epoch}, batch {batch + 1} of {len(steps)} (images {ids}): {hint}")
-
-
-def _best(history):
-    """The row of the epoch with the highest mean IoU on val, the first of equals."""
+def best_epoch(history):
+    """The row of the epoch with the highest mean IoU on val, the first if several are equal."""
     return max(history, key=lambda row: row["val_miou"])
 
 
-class _Files:
-    """The paths of a run's files, in folders that exist."""
-
-    def __init__(self, out, stem, seed):
-        self.stem, self.plots = stem, out / "plots"
-        self.best, self.last = out / f"best_{stem}.pt", out / f"last_{stem}.pt"
-        results = (out / "results" / f"{stem}_seed{seed}.{kind}" for kind in ("csv", "json", "npz"))
-        self.rows, self.figures, self.images = results
-        for folder in (self.plots, self.figures.parent, out):
-            with util.writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()  # rather now than after the first epoch
-
-    def plot(self, name):
-        return self.plots / f"{self.stem}_{name}.png"
-
-    def write_rows(self, history):
-        if util.ranks()[0] > 0:
-            return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, history[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        with util.replacing(self.rows) as file:
-            file.write(text.getvalue().encode())
+def _progress(iterable, total, name, unit="batch"):
+    """A progress bar on stderr that disappears at its end; none in other processes or if stderr is not a terminal."""
+    disable = None if processes.is_main() else True  # None lets tqdm decide
+    return tqdm(iterable, name, total, leave=False, disable=disable, unit=unit)
 
 
-def _save(state, path):
-    """Write a checkpoint; of several processes, the first does."""
-    if util.ranks()[0] == 0:
-        whole = io.BytesIO()  # given a file, torch.save tells of a full disk in other ways than OSError
-        torch.save(state, whole)
-        with util.replacing(path) as file:
-            file.write(whole.getbuffer())
-
-
-def _about(script, stem, args, model, loader):
-    """What a checkpoint tells a stranger about where it comes from, and ``load`` about how to rebuild the model."""
-    module = type(model).__module__
-    return {
-        "experiment": stem,
-        "script": Path(script).read_text(encoding="utf-8"),
-        "flags": {
-            name: value if isinstance(value, (int, type(None))) else str(value) for name, value in vars(args).items()
-        },
-        "seed": args.seed,
-        "dataset": _dataset(loader),
-        "classes": list(loader.classes),
-        "size": loader.size,
-        "mean": list(loader.mean),
-        "std": list(loader.std),
-        "module": Path(script).stem if module == "__main__" else module,
-        "class": type(model).__name__,
-        "arguments": model.arguments,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
-    }
-
-
-def _dataset(loader):
-    return loader.split.root.resolve().name
-
-
-def _progress(history, seconds, model, optimizer, scheduler):
-    """All that an exact continuation needs, in types that ``weights_only`` loads."""
-    numpy_state = np.random.get_state(legacy=False)
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    return {
-        "epoch": len(history),
-        "history": history,
-        "seconds": seconds,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
-        "random": {
-            "python": random.getstate(),
-            "numpy": numpy_state,
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        },
-    }
-
-
-def _restore(files, about, model, optimizer, scheduler):
-    """Put the state of ``last_*.pt`` back; return its history and seconds. UserError where it is from another run."""
-    state = _read(files.last, "history")
-    try:
-        _compare(files, state, about, schedule=scheduler is not None)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(state["scheduler"])
-        streams = state["random"]
-        random.setstate(streams["python"])
-        np.random.set_state(streams["numpy"])
-        torch.set_rng_state(streams["torch"])
-        if torch.cuda.is_available() and len(streams["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(streams["cuda"])
-        return list(state["history"]), float(state["seconds"])
-    except UserError:
-        raise
-    except Exception as error:  # what is missing or of another kind surfaces as one of many types
-        raise UserError(f"{files.last}: is of another model or optimizer ({util.reason(error)}): start anew") from None
-
-
-def _compare(files, state, about, schedule):
-    """Raise a UserError that names the first thing in which a run differs from the one that it is to continue."""
-    flags = ["seed", "batch_size", "limit"] + ["epochs"] * schedule
-    for name in [*flags, "dataset", "classes", "size"]:
-        before, now = (source["flags"][name] if name in flags else source[name] for source in (state, about))
-        if before != now:
-            raise UserError(f"{files.last}: its run had {name} {before}, not {now}: resume with the same or start anew")
-    for before, now in itertools.zip_longest(state["script"].splitlines(), about["script"].splitlines()):
-        if before != now:
-            raise UserError(f"{files.last}: its script had {before!r}, not {now!r}: resume with the same or start anew")
-    done, epochs = len(state["history"]), about["flags"]["epochs"]
-    if done > epochs:
-        raise UserError(f"{files.last}: its run has {done} epochs, more than {epochs}: raise --epochs or start anew")
-    if not files.best.exists():
-        raise UserError(f"{files.best}: is gone, so {files.last} cannot be continued: start anew without --resume")
-
-
-def _read(path, key):
-    """The content of a checkpoint, which must hold ``key``; UserError for a file that is none of ours."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file: train a model first, or correct the path") from None
-    except Exception as error:  # a broken archive surfaces as one of many types
-        text = f"is no readable checkpoint ({util.reason(error)}): give a best_*.pt of this project"
-        raise UserError(f"{path}: {text}") from None
-    if not isinstance(state, dict) or not {"module", "class", "arguments", "model", "classes", key} <= state.keys():
-        raise UserError(f"{path}: was not written by this project: give a best_*.pt of this project")
-    return state
-
-
-def load(path, device="cpu"):
-    """Load the model of a checkpoint, ready to predict.
-
-    The model's class is looked up by the names in the checkpoint among the project's own top-level files only, and the
-    file is read with ``weights_only``: a checkpoint from a stranger can run no code of its own.
-
-    Returns:
-        the model in eval mode on ``device``, in channels_last, with the attributes ``classes`` (tuple of names),
-        ``size`` (side in pixels of the square that photos are squeezed to), ``mean`` and ``std`` (its normalisation).
-
-    Raises:
-        UserError: the file is missing, unreadable or not ours, or its model is not in this project.
-    """
-    state = _read(path, "size")
-    name, kind = state["module"], state["class"]
-    missing = UserError(f"{path}: holds a model {kind} of {name}.py, which is not in {ROOT}: put that file there")
-    if not str(name).isidentifier() or not (ROOT / f"{name}.py").is_file():
-        raise missing
-    model_class = getattr(importlib.import_module(name), str(kind), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, torch.nn.Module)):
-        raise missing
-    try:
-        with torch.device("meta"):  # the weights come from the file: nothing to draw or to allocate
-            model = model_class(**state["arguments"])
-        model.load_state_dict(state["model"], assign=True)
-        model.classes, model.size = tuple(map(str, state["classes"])), state["size"]
-        model.mean, model.std = (tuple(map(float, state[name])) for name in ("mean", "std"))
-        if len(model.classes) != state["arguments"]["num_classes"] or not len(model.mean) == len(model.std) == 3:
-            raise ValueError("classes, mean or std do not fit the network")
-        if not 0 < model.size <= LARGEST:
-            raise ValueError(f"its size is {model.size}")
-    except Exception as error:  # what is missing or of another kind surfaces as one of many types
-        raise UserError(
-            f"{path}: does not fit {kind} in {name}.py ({util.reason(error)}): was that file changed since?"
-        ) from None
-    return model.eval().to(device, memory_format=torch.channels_last)
-
-
-def _say(text):
-    """Print a line, once of all processes, without tearing the progress bars, at once also into a file or a pipe."""
-    if util.ranks()[0] == 0:
+def _print(text):
+    """Print a line in the main process, without breaking the progress bars, and flush it."""
+    if processes.is_main():
         tqdm.write(text)
         sys.stdout.flush()
 
 
-def _describe(files, args, model, train, val, test, criterion, epochs_done):
-    """Print what is about to run."""
-    images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
-    if train.copies > 1:
-        images += f" (an epoch shows each train image {train.copies} times)"
-    _say(f"{files.stem}: {_dataset(train)}, {images} images, {len(train.classes)} classes, {train.size}x{train.size}")
-    network = f"{type(model).__name__}, {_parameters(model):,} parameters"
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    if trained < _parameters(model):
-        network += f" ({trained:,} of them trained)"
-    _say(f"{network}, batch {args.batch_size}, seed {args.seed}, device {args.device}")
-    if getattr(criterion, "weight", None) is not None:
-        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(train.classes, criterion.weight.tolist()))
-        _say(f"class weights of the loss: {weights}")
-    counts = torch.bincount(val.masks.flatten().cpu(), minlength=256)[: len(val.classes)]
-    name, constant = Scores(math.nan, torch.diag(counts), val.classes).background
-    floor = f"pixel accuracy {constant.pixel_accuracy:.4f}, mean IoU {constant.miou:.4f}"
-    _say(f"the score to beat, {name} everywhere: {floor}")
-    _say(f"scores of each epoch: val at {val.size}x{val.size}; in the end: the best epoch at the masks' own sizes")
-    if test is None:
-        _say(f"{train.split.root} has no test.txt: the final scores are on val, which also chose the best epoch")
-    if epochs_done:
-        _say(f"continuing {files.last} after epoch {epochs_done}")
-    elif args.resume:
-        _say(f"no {files.last} yet: starting")
+def _write_history(path, history):
+    if not processes.is_main():
+        return
+    text = io.StringIO()
+    writer = csv.DictWriter(text, history[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    with files.atomic_write(path) as file:
+        file.write(text.getvalue().encode())
 
 
-def _parameters(model):
+def _num_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def _describe(run_files, args, model, train, val, test, criterion, epochs_done):
+    """Print what is about to run."""
+    images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
+    if train.repeats > 1:
+        images += f" (an epoch shows each train image {train.repeats} times)"
+    size = f"{train.size}x{train.size}"
+    _print(f"{run_files.experiment}: {train.split.dataset}, {images} images at {size}, {len(train.classes)} classes")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    network = f"{type(model).__name__}, {_num_parameters(model):,} parameters ({trained:,} of them trained)"
+    _print(f"{network}, batch {args.batch_size}, seed {args.seed}, device {args.device}")
+    if isinstance(criterion, CrossEntropyLoss) and criterion.weight is not None:
+        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(train.classes, criterion.weight.tolist()))
+        _print(f"class weights of the loss: {weights}")
+    counts = torch.bincount(val.masks.flatten().cpu(), minlength=256)[: len(val.classes)]
+    name, baseline = Scores(math.nan, torch.diag(counts), val.classes).baseline
+    _print(f"{name} on val: pixel accuracy {baseline.pixel_accuracy:.4f}, mean IoU {baseline.miou:.4f}")
+    _print(f"val is evaluated at {size} after each epoch, and at full resolution at the end")
+    if test is None:
+        _print(f"{train.split.root} has no test.txt: the results are on val, which also selects the best epoch")
+    if args.compile:
+        _print("the first epoch includes the time of torch.compile")
+    if epochs_done:
+        _print(f"continuing {run_files.last} after epoch {epochs_done}")
+    elif args.resume:
+        _print(f"no {run_files.last} yet: starting")
+
+
+def _epoch_line(history, epochs, seconds, scores):
+    """One line about the epoch that has just ended."""
+    row, best = history[-1], best_epoch(history)
+    name, baseline = scores.baseline
+    warning = "" if scores.miou > baseline.miou else f"  not above the {name}"
+    return (
+        f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  loss {row['train_loss']:.4f} (val {row['val_loss']:.4f})  "
+        f"pixel accuracy {row['val_pixel_accuracy']:.4f}  mean IoU {row['val_miou']:.4f} "
+        f"(best {best['val_miou']:.4f}, epoch {best['epoch']})  {seconds:.1f} s{warning}"
+    )
+
+
+def _draw_plots(run_files, history, train, val, model, epoch, scores):
+    """Draw the plots of a run.
+
+    Args:
+        model: of the best epoch.
+        epoch: the number of that epoch.
+        scores: dict from a split's name to the model's Scores; the first is of val.
+    """
+    import plotting  # only here: training should not wait for matplotlib
+
+    title = f"{run_files.experiment} on {val.split.dataset}"
+    name, val_scores = next(iter(scores.items()))
+    samples = []
+    for index in np.linspace(0, len(val.split) - 1, min(5, len(val.split))).round().astype(int).tolist():
+        mask = val.split.mask(index)
+        prediction = predict_index(model, val, index, mask.shape)
+        samples.append((val.split.ids[index], np.asarray(val.split.photo(index)), mask, prediction))
+    curves_title = f"{title}, val at {val.size}x{val.size}"
+    plotting.curves(run_files.plot("curves"), curves_title, history, epoch, val_scores.baseline)
+    plotting.class_iou(run_files.plot("iou"), f"{title}, epoch {epoch}", val.classes, scores)
+    plotting.confusion(run_files.plot("confusion"), f"{title}, {name}, epoch {epoch}", val.classes, val_scores.matrix)
+    plotting.predictions(run_files.plot("predictions"), f"{title}, val, epoch {epoch}", val.classes, samples)
+    if train.augment is not None:
+        images, masks = train.augmented_samples(16)
+        images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
+        plotting.samples(run_files.plot("augmentation"), f"{title}, train", train.classes, images, masks)
+
+
+@torch.inference_mode()
+def predict_index(model, loader, index, shape):
+    """The prediction for one image of a loader at ``shape`` [H, W]: int64 array [H, W]."""
+    logits = model(loader.normalise(loader.images[index : index + 1]))[0]
+    return predict_mask(logits, shape).cpu().numpy()
+
+
+def _report_stop(run_files, history, train, val):
+    """After Ctrl-C or an error: draw the plots of the epochs before, and print what is kept."""
+    if not processes.is_main():
+        return
+    if not history:
+        _print(f"{run_files.experiment}: stopped before the end of its first epoch: there is nothing to keep")
+        return
+    plots = ""
+    try:
+        epoch, matrix = checkpoint.best_matrix(run_files.best)
+        scores = {f"val at {val.size}x{val.size}": Scores(math.nan, matrix, val.classes)}
+        _draw_plots(run_files, history, train, val, checkpoint.load(run_files.best, val.device), epoch, scores)
+        plots = f", drew {run_files.plot('*')}"
+    except (UserError, RuntimeError) as error:  # the reason for the stop, such as a full disk, matters more
+        _print(util.reason(error))
+    kept = [str(path) for path in (run_files.best, run_files.last) if path.exists()]
+    advice = ": the same command with --resume continues" if len(kept) == 2 else ""
+    kept = " and ".join(kept) or "nothing"
+    _print(f"{run_files.experiment}: stopped after epoch {len(history)}; kept {kept}{plots}{advice}")
+
+
+def _report(run_files, metadata, device, history, seconds, train, val, test, criterion):
+    """Evaluate the best checkpoint at full resolution; write metrics and plots; print tables and paths."""
+    with processes.main_process_first():  # it has written the file
+        model = checkpoint.load(run_files.best, device)
+    scores = {loader.split.name: evaluate(model, loader, criterion) for loader in (val, test) if loader is not None}
+    if not processes.is_main():
+        return
+    best = best_epoch(history)["epoch"]
+    metrics = {
+        "experiment": run_files.experiment,
+        "dataset": metadata["dataset"],
+        "seed": metadata["seed"],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "epochs": len(history),
+        "best_epoch": best,
+        "parameters": _num_parameters(model),
+        "multiply_adds": _multiply_adds(model),
+        "seconds": round(seconds, 3),
+        "flags": {name: metadata["flags"][name] for name in ("epochs", "batch_size", "limit")},
+        "versions": metadata["versions"],
+        "val": scores["val"].as_dict(),
+        "test": scores["test"].as_dict() if test is not None else None,
+    }
+    with files.atomic_write(run_files.metrics) as file:
+        file.write(json.dumps(metrics, indent=2, allow_nan=False).encode() + b"\n")
+    _draw_plots(run_files, history, train, val, model, best, scores)
+    _print(_table(scores, val.classes))
+    for name, result in scores.items():
+        baseline_name, baseline = result.baseline
+        if not result.miou > baseline.miou:
+            _print(f"warning: on {name} the mean IoU is not above the {baseline_name}")
+    _print(f"\nplots       {run_files.plot('*')}\ncheckpoint  {run_files.best}")
+    _print(f"metrics     {run_files.metrics}, {run_files.history}")
+    summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
+    _print(f"{run_files.experiment} seed {metadata['seed']}: {summary} (epoch {best} of {len(history)})")
+
+
 def _multiply_adds(model):
-    """Multiplications with an addition that one image of the model's size takes, as PyTorch counts them."""
-    from torch.utils.flop_counter import FlopCounterMode  # as above
+    """Multiply-adds of a forward pass on one image of the model's size, as PyTorch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode  # only here: it takes long to import
 
     image = torch.zeros(1, 3, model.size, model.size, device=next(model.parameters()).device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -678,123 +402,20 @@ def _multiply_adds(model):
     return counter.get_total_flops() // 2
 
 
-def _line(history, epochs, took, scores):
-    """One line on the epoch that just ended."""
-    row, best = history[-1], _best(history)
-    beaten = scores.miou > scores.background[1].miou
-    return (
-        f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  loss {row['train_loss']:.4f} (val {row['val_loss']:.4f})  "
-        f"pixel accuracy {row['val_pixel_accuracy']:.4f}  mean IoU {row['val_miou']:.4f} "
-        f"(best {best['val_miou']:.4f}, epoch {best['epoch']})  {took:.1f} s"
-        + ("" if beaten else f"  no better than all {scores.background[0]}")
-    )
-
-
-def _plot(files, history, train, val, model, best, scores):
-    """Draw the pictures of a run.
-
-    Args:
-        model: of the best epoch.
-        best: the number of that epoch.
-        scores: dict from a name, such as "val" or "test", to the model's Scores, that of val first.
-    """
-    import plotting  # only here: it takes time and memory that no training should wait or pay for
-
-    name, val_scores = next(iter(scores.items()))
-    title = f"{files.stem} on {_dataset(val)}"
-    chosen = torch.linspace(0, len(val.split) - 1, min(5, len(val.split))).round().long()
-    with torch.inference_mode():
-        logits = model(val.normalise(val.images[chosen])).contiguous()
-    rows = []
-    for index, image_logits in zip(chosen.tolist(), logits):
-        truth = val.split.mask(index)
-        prediction = predict(image_logits, truth.shape).cpu().numpy()
-        rows.append((val.split.ids[index], np.asarray(val.split.photo(index)), truth, prediction))
-    plotting.curves(
-        files.plot("curves"), f"{title}, val at {val.size}x{val.size}", history, best, val_scores.background
-    )
-    plotting.class_iou(files.plot("iou"), f"{title}, epoch {best}", val.classes, scores)
-    plotting.confusion(files.plot("confusion"), f"{title}, {name}, epoch {best}", val.classes, val_scores.matrix)
-    plotting.predictions(files.plot("predictions"), f"{title}, val, epoch {best}", val.classes, rows)
-    if train.augment is not None:
-        images, masks = train.augmented(16)
-        images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
-        plotting.samples(files.plot("augmentation"), f"{title}, train", train.classes, images, masks)
-
-
-def _keep(files, history, train, val):
-    """After a stop by Ctrl-C or an error: draw what there is, and say what is kept."""
-    if util.ranks()[0] > 0:
-        return
-    if not history:
-        _say(f"{files.stem}: stopped before its first epoch ended, so there is nothing to keep")
-        return
-    drawn = ""
-    try:
-        best = _read(files.best, "val_matrix")
-        scores = {f"val at {val.size}x{val.size}": Scores(math.nan, best["val_matrix"], val.classes)}
-        _plot(files, history, train, val, load(files.best, val.device), best["epoch"], scores)
-        drawn = f", drew {files.plot('*')}"
-    except (UserError, RuntimeError) as error:  # the reason for the stop, such as a full disk, matters more
-        _say(util.reason(error))
-    kept = [str(path) for path in (files.best, files.last) if path.exists()]
-    _say(
-        f"{files.stem}: stopped after epoch {len(history)}; kept {' and '.join(kept) or 'nothing'}{drawn}"
-        + (": the same command with --resume continues" if len(kept) == 2 else "")
-    )
-
-
-def _finish(files, about, device, history, seconds, train, val, test, criterion):
-    """Score the best checkpoint at the masks' own sizes; write the figures and plots, print tables and paths."""
-    with util.first_process_first():  # it wrote the file
-        model = load(files.best, device)
-    scores = {loader.split.name: evaluate(model, loader, criterion) for loader in (val, test) if loader is not None}
-    if util.ranks()[0] > 0:
-        return
-    figures = {
-        "experiment": files.stem,
-        "dataset": about["dataset"],
-        "seed": about["seed"],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "epochs": len(history),
-        "best_epoch": _best(history)["epoch"],
-        "parameters": _parameters(model),
-        "multiply_adds": _multiply_adds(model),
-        "seconds": round(seconds, 3),
-        "flags": {name: about["flags"][name] for name in ("epochs", "batch_size", "limit")},
-        "versions": about["versions"],
-        "val": scores["val"].as_dict(),
-        "test": scores["test"].as_dict() if test is not None else None,
-    }
-    with util.replacing(files.images) as file:
-        np.savez_compressed(file, **{name: result.images.numpy() for name, result in scores.items()})
-    with util.replacing(files.figures) as file:
-        file.write(json.dumps(figures, indent=2, allow_nan=False).encode() + b"\n")
-    _plot(files, history, train, val, model, figures["best_epoch"], scores)
-    _say(_table(scores, val.classes))
-    for name, result in scores.items():
-        constant_name, constant = result.background
-        if not result.miou > constant.miou:
-            _say(f"warning: on {name} this is no better than predicting {constant_name} everywhere")
-    _say(f"\nplots       {files.plot('*')}\ncheckpoint  {files.best}\nfigures     {files.figures}, {files.rows}")
-    summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
-    _say(f"{files.stem} seed {about['seed']}: {summary} (best of {len(history)} epochs: {_best(history)['epoch']})")
-
-
 def _table(scores, classes):
-    """The final figures as text: IoU of each class, then the totals beside those of a constant prediction."""
+    """The results as text: IoU of each class, then mean IoU and pixel accuracy next to those of the baseline."""
     columns = [result.as_dict() for result in scores.values()]
-    constant = next(iter(scores.values())).background[0]
+    baseline_name = next(iter(scores.values())).baseline[0]
 
     def row(name, values):
         cells = ("-" if value is None else f"{value:.4f}" for value in values)
         return f"{name:34}" + "".join(f" {cell:>9}" for cell in cells)
 
-    lines = ["", f"{'IoU of class':34}" + "".join(f" {name:>9}" for name in scores)]
+    lines = ["", f"{'IoU per class':34}" + "".join(f" {name:>9}" for name in scores)]
     lines += [row(f"  {name}", [column["iou"][name] for column in columns]) for name in classes]
     for name, key in (("mean IoU", "miou"), ("pixel accuracy", "pixel_accuracy")):
         lines.append(row(name, [column[key] for column in columns]))
-        lines.append(row(f"  of {constant} everywhere", [column["background"][key] for column in columns]))
+        lines.append(row(f"  {baseline_name}", [column["background"][key] for column in columns]))
     lines.append(row("loss", [column["loss"] for column in columns]))
-    lines.append(row("the assignment's own IoU", [column["assignment_iou"] for column in columns]))
+    lines.append(row("the assignment's IoU", [column["assignment_iou"] for column in columns]))
     return "\n".join(lines)

@@ -15,6 +15,8 @@ class ResNetFCN(nn.Module):
     The backbone's parameters take no gradient, and its batch norm is FrozenBatchNorm2d, whose statistics are constant
     in training mode too.
 
+    Images are expected in ImageNet's normalisation, see ``voc.normalise``.
+
     Args:
         num_classes: channels of the logits.
         weights: a member of torchvision's ResNet18_Weights, which torchvision downloads once; None initialises the
@@ -38,6 +40,6 @@ class ResNetFCN(nn.Module):
         self.decoder = nn.Sequential(*layers, nn.Conv2d(32, num_classes, kernel_size=1))
 
     def forward(self, images):
-        """Map images, float32 [B, 3, H, W] of any size in ImageNet's normalisation, to logits [B, num_classes, H, W]."""
+        """Map images, float32 [B, 3, H, W] of any size, to logits [B, num_classes, H, W]."""
         logits = self.decoder(self.backbone(images))
         return functional.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,9 +1,9 @@
 """Render the toy set: VOC's layout, classes, split sizes and imbalance, drawn from a seed, for machines without VOC.
 
-Each class has a silhouette and a texture of its own, and of its two colours one lies around a hue of its own; place,
-scale, rotation, aspect, the other colour, light and clutter are random. The masks are the same pixel for pixel on every
-machine: geometry uses nothing but ``random.random()``, whose sequence Python guarantees, and the operations that
-IEEE 754 rounds alike everywhere (+, -, *, /, comparison). Photos go through JPEG and may differ in the last bits.
+Each class has its own silhouette, texture and hue; position, scale, rotation, aspect, second colour, light and clutter
+are random. The masks have the same pixels on every machine: geometry uses only ``random.random()``, whose sequence
+Python guarantees, and operations that IEEE 754 defines exactly (+, -, *, /, comparison). Photos are JPEGs and may differ
+in the last bits.
 """
 
 import colorsys
@@ -16,18 +16,18 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from util import appearing, writing
-from voc import CLASSES, VOID, picture
+from files import atomic_folder, writing
+from util import VOID
+from voc import CLASSES, palette_image
 
 SPLITS = {"train": 209, "val": 213, "test": 210}
 SIZES = (
     ((500, 375),) * 6 + ((375, 500),) * 3 + ((500, 333),) * 4 + ((333, 500),) * 2 + ((480, 360), (500, 400), (500, 281))
 )
-GOLDEN = 0.618034  # multiples of the golden ratio spread any number of hues evenly over the circle
-BORDER = 2  # pixels of void on either side of an object's outline
+GOLDEN_RATIO = 0.618034  # its multiples spread any number of hues evenly
+BORDER = 2  # pixels of void on either side of an outline
 
-# How often a class is drawn and its size beside others, set after the real VOC2007 masks: person in nearly half of all,
-# large vehicles and animals large, bottles and potted plants small.
+# Relative frequency and size of each class, similar to the real VOC2007 masks.
 FREQUENCY_AND_SIZE = {
     "aeroplane": (12, 1.0), "bicycle": (11, 1.0), "bird": (13, 0.9), "boat": (11, 0.9), "bottle": (17, 0.8),
     "bus": (14, 1.3), "car": (15, 0.9), "cat": (15, 1.2), "chair": (26, 0.9), "cow": (11, 1.0),
@@ -35,8 +35,8 @@ FREQUENCY_AND_SIZE = {
     "pottedplant": (17, 0.8), "sheep": (10, 0.9), "sofa": (17, 1.1), "train": (10, 1.3), "tvmonitor": (20, 0.9),
 }  # fmt: skip
 
-# Silhouettes in a square from -1 to 1, x to the right, y down: four numbers are an ellipse (centre x, y, radii), more
-# are the corners of a polygon. Parts are united; those after "cut" are taken away.
+# Silhouettes in a square from -1 to 1, x to the right, y down. Four numbers are an ellipse (centre x, y, radii), more
+# are the corners of a polygon. A silhouette is the union of its parts, without those between "cut" and "add".
 SILHOUETTES = {
     "aeroplane": [
         (0, 0, 1, 0.17),
@@ -174,11 +174,11 @@ def _wave(phase):
 
 
 def _cell(x, y):
-    """Distance from the middle of the unit square that a point lies in, 0 .. 0.71."""
+    """Distance of a point from the centre of its unit square, 0 .. 0.71."""
     return np.hypot(x % 1 - 0.5, y % 1 - 0.5)
 
 
-# A texture is a function of x, y in texture periods and of smooth noise n in 0..1; it mixes two colours, 0 .. 1.
+# A texture maps x, y in periods and smooth noise n in 0..1 to the weight of the second colour, 0..1.
 TEXTURES = {
     "aeroplane": lambda x, y, n: _wave(y) > 0.3,
     "bicycle": lambda x, y, n: _wave(1.25 * x) > 0.5,
@@ -204,7 +204,7 @@ TEXTURES = {
 
 
 def _inside(parts, x, y):
-    """Which of the points lie in a silhouette: bool array of the shape of ``x`` and ``y``."""
+    """Which points are inside a silhouette: bool array of the shape of ``x`` and ``y``."""
     inside, adding = np.zeros(x.shape, bool), True
     for part in parts:
         if isinstance(part, str):
@@ -212,14 +212,14 @@ def _inside(parts, x, y):
             continue
         if len(part) == 4:
             u, v = (x - part[0]) / part[2], (y - part[1]) / part[3]
-            hit = u * u + v * v < 1
+            covered = u * u + v * v < 1
         else:
-            hit = np.zeros(x.shape, bool)
+            covered = np.zeros(x.shape, bool)
             corners = list(zip(part[::2], part[1::2]))
             for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
                 if ay != by:  # a point is inside when a ray to its left crosses the outline an odd number of times
-                    hit ^= ((ay > y) != (by > y)) & (x < (y - ay) * (bx - ax) / (by - ay) + ax)
-        inside = inside | hit if adding else inside & ~hit
+                    covered ^= ((ay > y) != (by > y)) & (x < (y - ay) * (bx - ax) / (by - ay) + ax)
+        inside = inside | covered if adding else inside & ~covered
     return inside
 
 
@@ -233,18 +233,14 @@ def _smooth(noise, height, width, cells, channels):
 
 
 def _colour(noise):
-    """A random muted colour, as most things have: float32 array [3] in 0 .. 1."""
+    """A random muted colour: float32 array [3] in 0 .. 1."""
     colour = noise.random(3, np.float32)
     return 0.3 * colour + 0.7 * colour[0]
 
 
 def _two_colours(noise, label):
-    """Two colours for an object that differ visibly in brightness: float32 arrays [3] in 0 .. 1.
-
-    The first lies around the class's own hue, as grass is mostly green, and the hues of neighbours overlap; the second
-    is any.
-    """
-    hue = (GOLDEN * label + 0.03 * noise.standard_normal()) % 1
+    """Two colours of clearly different brightness, the first near the hue of the class: float32 arrays [3]."""
+    hue = (GOLDEN_RATIO * label + 0.03 * noise.standard_normal()) % 1
     while True:
         first = np.array(colorsys.hsv_to_rgb(hue, 0.75, noise.uniform(0.5, 1)), np.float32)
         second = _colour(noise)
@@ -252,25 +248,25 @@ def _two_colours(noise, label):
             return first, second
 
 
-def _place(rng, width, height, label, number):
-    """Draw an object's place and size; the result maps pixels into the square of its silhouette.
+def _draw_object(rng, width, height, label, num_objects):
+    """Draw an object's position and size; the result maps pixels into the square of its silhouette.
 
     Returns:
-        a dict of label (class index), centre x, y in pixels, half extents along its own axes in pixels, cosine and sine
-        of its rotation (at most 15 degrees) and whether it is mirrored.
+        a dict: label (class index), x, y (centre in pixels), half (half extents along its own axes in pixels), cos, sin
+        (of its rotation by at most 15 degrees) and flip (-1 or 1).
     """
-    # Many objects share an image, so each is smaller then; the spread of sizes is wide, as in VOC.
-    size = FREQUENCY_AND_SIZE[CLASSES[label]][1] * (0.32 + 0.34 * rng.random()) / (1 + 0.15 * (number - 1))
+    # the more objects in an image, the smaller each
+    size = FREQUENCY_AND_SIZE[CLASSES[label]][1] * (0.32 + 0.34 * rng.random()) / (1 + 0.15 * (num_objects - 1))
     extent = size * min(width, height)
     aspect = 0.85 + 0.3 * rng.random()
-    turn = 0.26 * rng.random() - 0.13  # half the tangent: keeps cosine and sine free of library functions
+    t = 0.26 * rng.random() - 0.13  # tangent of half the angle: gives cosine and sine without library functions
     return {
         "label": label,
         "x": width * (0.15 + 0.7 * rng.random()),
         "y": height * (0.2 + 0.6 * rng.random()),
         "half": (extent * aspect, extent / aspect),
-        "cos": (1 - turn * turn) / (1 + turn * turn),
-        "sin": 2 * turn / (1 + turn * turn),
+        "cos": (1 - t * t) / (1 + t * t),
+        "sin": 2 * t / (1 + t * t),
         "flip": -1.0 if rng.random() < 0.5 else 1.0,
     }
 
@@ -286,19 +282,19 @@ def _choose(rng, weights):
 
 
 def _scene(rng):
-    """Draw an image's size and its objects, the farthest first: ((width, height), list of dicts of ``_place``)."""
+    """Draw an image's size and its objects, background first: (width, height), list of dicts of ``_draw_object``."""
     width, height = SIZES[int(rng.random() * len(SIZES))]
-    number = 1 + _choose(rng, {0: 40, 1: 28, 2: 18, 3: 9, 4: 5})
+    num_objects = _choose(rng, {1: 40, 2: 28, 3: 18, 4: 9, 5: 5})
     frequency = {name: pair[0] for name, pair in FREQUENCY_AND_SIZE.items()}
-    labels = [CLASSES.index(_choose(rng, frequency)) for _ in range(number)]
-    return (width, height), [_place(rng, width, height, label, number) for label in labels]
+    labels = [CLASSES.index(_choose(rng, frequency)) for _ in range(num_objects)]
+    return (width, height), [_draw_object(rng, width, height, label, num_objects) for label in labels]
 
 
-def _own_axes(item, width, height):
-    """The window of an image that can hold an object, and its pixels' offsets along the object's own axes.
+def _object_coordinates(item, width, height):
+    """The window of an image that can contain an object, and the pixels of that window in the object's coordinates.
 
     Returns:
-        (rows, columns): slices into the image; x, y: float64 arrays of that window, in pixels from the object's centre.
+        (rows, columns): slices into the image. x, y: float64 arrays of that window, in pixels from the object's centre.
     """
     reach = int(1.5 * max(item["half"])) + 2
     rows = slice(max(0, int(item["y"]) - reach), min(height, int(item["y"]) + reach))
@@ -309,33 +305,33 @@ def _own_axes(item, width, height):
 
 
 def _border(instances):
-    """The pixels within BORDER of an outline: where a window's largest and smallest instance number differ."""
+    """The pixels within BORDER of an outline: those with different instances in their neighbourhood."""
     padded = np.pad(instances, BORDER, mode="edge")
     high, low = padded, padded
     for axis in (0, 1):
-        number = high.shape[axis] - 2 * BORDER
-        shifts = [range(start, start + number) for start in range(2 * BORDER + 1)]
+        length = high.shape[axis] - 2 * BORDER
+        shifts = [range(start, start + length) for start in range(2 * BORDER + 1)]
         high = np.maximum.reduce([high.take(shift, axis) for shift in shifts])
         low = np.minimum.reduce([low.take(shift, axis) for shift in shifts])
     return high != low
 
 
 def _backdrop(noise, width, height):
-    """A cluttered background without any class in it: float32 array [height, width, 3] in 0 .. 1."""
+    """A cluttered background: float32 array [height, width, 3] in 0 .. 1."""
     first, second = _colour(noise), _colour(noise)
     photo = first + (second - first) * _smooth(noise, height, width, 3, 1)
     photo += 0.25 * (_smooth(noise, height, width, 14, 1) - 0.5) + 0.1 * (_smooth(noise, height, width, 14, 3) - 0.5)
     for _ in range(noise.integers(4, 12)):
-        turn = np.pi * noise.random()
+        angle = np.pi * noise.random()
         clutter = {
             "x": width * noise.random(),
             "y": height * noise.random(),
             "half": 10 + 0.15 * width * noise.random(2),
-            "cos": np.cos(turn),
-            "sin": np.sin(turn),
+            "cos": np.cos(angle),
+            "sin": np.sin(angle),
             "flip": 1,
         }
-        window, x, y = _own_axes(clutter, width, height)
+        window, x, y = _object_coordinates(clutter, width, height)
         outline = (0, 0, 1, 1) if noise.random() < 0.5 else (-1, -1, 1, -1, 1, 1, -1, 1)
         inside = _inside([outline], x / clutter["half"][0], y / clutter["half"][1])
         photo[window][inside] += 0.7 * (_colour(noise) - photo[window][inside])
@@ -346,7 +342,7 @@ def render_image(seed, name):
     """Draw one image of the toy set.
 
     Args:
-        seed: any integer. name: the image's id; it is drawn from these two alone.
+        seed: any integer. name: the image's id. The image depends on these two only.
 
     Returns:
         photo: uint8 [H, W, 3] in RGB. mask: uint8 [H, W], class indices and VOID.
@@ -356,10 +352,10 @@ def render_image(seed, name):
     photo = _backdrop(noise, width, height)
     mask = np.zeros((height, width), np.uint8)
     instances = np.zeros((height, width), np.uint8)
-    for number, item in enumerate(items, start=1):
-        window, x, y = _own_axes(item, width, height)
+    for instance, item in enumerate(items, start=1):
+        window, x, y = _object_coordinates(item, width, height)
         inside = _inside(SILHOUETTES[CLASSES[item["label"]]], x / item["half"][0], y / item["half"][1])
-        mask[window][inside], instances[window][inside] = item["label"], number
+        mask[window][inside], instances[window][inside] = item["label"], instance
 
         x, y = x[inside], y[inside]
         period = 16 + 6 * noise.random()
@@ -374,9 +370,7 @@ def render_image(seed, name):
 
 
 def render(root, seed=2007):
-    """Render the toy set into the folder ``root``, in VOC layout.
-
-    A rendering that was stopped never looks like a finished one.
+    """Render the toy set into the folder ``root``, in VOC layout, completely or not at all.
 
     Raises:
         UserError: the folder cannot be written.
@@ -385,15 +379,15 @@ def render(root, seed=2007):
     def draw(name):
         photo, mask = render_image(seed, name)
         Image.fromarray(photo).save(folder / "JPEGImages" / f"{name}.jpg", quality=90)
-        picture(mask).save(folder / "SegmentationClass" / f"{name}.png")
+        palette_image(mask).save(folder / "SegmentationClass" / f"{name}.png")
 
     names = [f"{index:06d}" for index in range(1, sum(SPLITS.values()) + 1)]
-    with writing(root), appearing(Path(root)) as folder:
+    with writing(root), atomic_folder(Path(root)) as folder:
         for inner in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
             (folder / inner).mkdir(parents=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for _ in tqdm(pool.map(draw, names), "rendering", len(names), unit=" images", disable=None):
                 pass
-        for split, number in SPLITS.items():
-            chosen, names = names[:number], names[number:]
-            (folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(chosen) + "\n")
+        for split, count in SPLITS.items():
+            ids, names = names[:count], names[count:]
+            (folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(ids) + "\n")

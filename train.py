@@ -1,4 +1,4 @@
-"""The baseline: a small fully convolutional network, trained from scratch with a constant learning rate.
+"""The baseline: a small fully convolutional network, trained from scratch at a constant learning rate.
 
     python train.py
 
@@ -8,6 +8,7 @@ Test mean IoU on the toy set: 0.0909 ± 0.0225 (3 seeds, 12 epochs of 96 images,
 
 import torch
 
+import cli
 import engine
 import util
 import voc
@@ -15,7 +16,7 @@ from basic_fcn import FCN
 
 
 def main():
-    args = engine.arguments(__doc__, epochs=30)
+    args = cli.arguments(__doc__, epochs=30)
     util.seed_everything(args.seed)
 
     augment = None
@@ -28,7 +29,7 @@ def main():
     weight = None
     criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
 
-    # The classifier has to grow its logits from nearly nothing, so it takes larger steps than the layers below.
+    # The classifier starts with logits near zero and needs a higher learning rate than the layers below.
     layers = {"params": model.layers.parameters(), "lr": 5e-4}
     classifier = {"params": model.classifier.parameters(), "lr": 1e-2}
     optimizer = torch.optim.Adam([layers, classifier], fused=True)
@@ -50,4 +51,4 @@ def main():
 
 
 if __name__ == "__main__":
-    util.run(main)
+    cli.run(main)

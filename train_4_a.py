@@ -1,5 +1,4 @@
-"""The baseline with its learning rate annealed along a cosine: large steps first, then ever finer ones.
-
+"""Cosine annealing: the baseline with a learning rate that decays along a cosine to zero.
 Differs from train.py only in the scheduler.
 
     python train_4_a.py
@@ -10,6 +9,7 @@ Test mean IoU on the toy set: 0.0697 ± 0.0049 (3 seeds, 12 epochs of 96 images,
 
 import torch
 
+import cli
 import engine
 import util
 import voc
@@ -17,7 +17,7 @@ from basic_fcn import FCN
 
 
 def main():
-    args = engine.arguments(__doc__, epochs=30)
+    args = cli.arguments(__doc__, epochs=30)
     util.seed_everything(args.seed)
 
     augment = None
@@ -30,7 +30,7 @@ def main():
     weight = None
     criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
 
-    # The classifier has to grow its logits from nearly nothing, so it takes larger steps than the layers below.
+    # The classifier starts with logits near zero and needs a higher learning rate than the layers below.
     layers = {"params": model.layers.parameters(), "lr": 5e-4}
     classifier = {"params": model.classifier.parameters(), "lr": 1e-2}
     optimizer = torch.optim.Adam([layers, classifier], fused=True)
@@ -52,4 +52,4 @@ def main():
 
 
 if __name__ == "__main__":
-    util.run(main)
+    cli.run(main)

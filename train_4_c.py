@@ -1,5 +1,4 @@
-"""Annealed and augmented, with a loss that weighs rare classes more, so that background does not drown them.
-
+"""Weighted loss: rare classes weigh more in the cross-entropy, so that background does not dominate it.
 Differs from train_4_b.py only in the weights of the classes in the loss.
 
     python train_4_c.py
@@ -10,6 +9,7 @@ Test mean IoU on the toy set: 0.2672 ± 0.0223 (3 seeds, 12 epochs of 96 images,
 
 import torch
 
+import cli
 import engine
 import transforms
 import util
@@ -18,10 +18,10 @@ from basic_fcn import FCN
 
 
 def main():
-    args = engine.arguments(__doc__, epochs=30)
+    args = cli.arguments(__doc__, epochs=30)
     util.seed_everything(args.seed)
 
-    augment = transforms.Augmentation(flip=0.5, degrees=15, scale=(0.5, 1.1), plain=1, augmented=2)
+    augment = transforms.Augmentation(flip=0.5, degrees=15, scale=(0.5, 1.1), unchanged=1, augmented=2)
     train, val, test = voc.loaders(
         args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
     )
@@ -31,7 +31,7 @@ def main():
     weight = voc.class_weights(train.split).to(args.device)
     criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
 
-    # The classifier has to grow its logits from nearly nothing, so it takes larger steps than the layers below.
+    # The classifier starts with logits near zero and needs a higher learning rate than the layers below.
     layers = {"params": model.layers.parameters(), "lr": 5e-4}
     classifier = {"params": model.classifier.parameters(), "lr": 1e-2}
     optimizer = torch.optim.Adam([layers, classifier], fused=True)
@@ -53,4 +53,4 @@ def main():
 
 
 if __name__ == "__main__":
-    util.run(main)
+    cli.run(main)

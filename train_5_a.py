@@ -1,4 +1,4 @@
-"""A network of our own: residual, with skips, and lighter than the baseline that it is to beat.
+"""A custom network: a residual encoder and a decoder with skip connections, lighter than the baseline.
 
     python train_5_a.py
 
@@ -8,6 +8,7 @@ Test mean IoU on the toy set: 0.3368 ± 0.0223 (3 seeds, 12 epochs of 96 images,
 
 import torch
 
+import cli
 import engine
 import transforms
 import util
@@ -16,7 +17,7 @@ from custom_fcn import CustomFCN
 
 
 def main():
-    args = engine.arguments(__doc__, epochs=60, batch_size=8)
+    args = cli.arguments(__doc__, epochs=60, batch_size=8)
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5)
@@ -48,4 +49,4 @@ def main():
 
 
 if __name__ == "__main__":
-    util.run(main)
+    cli.run(main)

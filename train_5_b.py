@@ -1,16 +1,18 @@
-"""A frozen ImageNet ResNet-18 under a decoder of transposed convolutions: features learned on a million photos.
+"""Transfer learning: a frozen ResNet-18, trained on ImageNet, with a decoder of transposed convolutions.
 
     python train_5_b.py
 
-The pretrained weights (45 MB) are downloaded once; --no-pretrained does without them, for a try-out.
+The ImageNet weights (45 MB) are downloaded once; --no-pretrained does without them, to try the script.
 Writes best_train_5_b.pt, last_train_5_b.pt, plots/train_5_b_*.png and results/train_5_b_seed*.csv and .json.
 Test mean IoU on the toy set: 0.2206 ± 0.0160 (3 seeds, 12 epochs of 96 images, CPU, PyTorch 2.15; REPORT.md)
-with ResNet-18 weights near to torchvision's, which are not the same file.
+with ResNet-18 weights that are not the same file as torchvision's.
 """
 
 import torch
 from torchvision.models import ResNet18_Weights
 
+import checkpoint
+import cli
 import engine
 import transforms
 import util
@@ -19,7 +21,7 @@ from resnet_fcn import ResNetFCN
 
 
 def main():
-    args = engine.arguments(__doc__, epochs=30, pretrained=True)
+    args = cli.arguments(__doc__, epochs=30, pretrained=True)
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5)
@@ -28,7 +30,7 @@ def main():
     )
 
     weights = ResNet18_Weights.IMAGENET1K_V1 if args.pretrained else None
-    with engine.fetching(weights):
+    with checkpoint.downloading(weights):
         model = ResNetFCN(len(train.classes), weights)
     model.to(args.device)
 
@@ -54,4 +56,4 @@ def main():
 
 
 if __name__ == "__main__":
-    util.run(main)
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""A U-Net: a contracting and an expanding path with a skip at every level, trained from scratch.
+"""U-Net: a contracting and an expanding path with a skip connection at every level, trained from scratch.
 
     python train_5_c.py
 
@@ -8,6 +8,7 @@ Test mean IoU on the toy set: 0.2883 ± 0.0272 (3 seeds, 12 epochs of 96 images,
 
 import torch
 
+import cli
 import engine
 import transforms
 import util
@@ -16,7 +17,7 @@ from unet import UNet
 
 
 def main():
-    args = engine.arguments(__doc__, epochs=60, batch_size=8)
+    args = cli.arguments(__doc__, epochs=60, batch_size=8)
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5)
@@ -48,4 +49,4 @@ def main():
 
 
 if __name__ == "__main__":
-    util.run(main)
+    cli.run(main)

@@ -4,7 +4,9 @@ Every reported metric comes from one int64 confusion matrix per split. The matri
 up, so a metric does not depend on how the split was divided.
 """
 
+import math
 import random
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -113,3 +115,56 @@ def assignment_iou(truth, prediction, num_classes):
     truth = truth.masked_fill(truth == VOID, 0)
     scores = [iou(confusion_matrix(t, p, num_classes)).nan_to_num(0.0).mean() for t, p in zip(truth, prediction)]
     return torch.stack(scores)
+
+
+@dataclass
+class Scores:
+    """The results of a model on one split.
+
+    Attributes:
+        loss: mean of the criterion over the labelled pixels, at the network's input size.
+        matrix: int64 [C, C] on the CPU, see ``confusion_matrix``.
+        classes: the C class names.
+        assignment_iou: see ``assignment_iou``; mean over the images, at the network's input size. None if it was
+            not computed.
+    """
+
+    loss: float
+    matrix: torch.Tensor
+    classes: tuple
+    assignment_iou: float | None = None
+
+    @property
+    def pixel_accuracy(self):
+        return pixel_accuracy(self.matrix)
+
+    @property
+    def miou(self):
+        return mean_iou(self.matrix)
+
+    @property
+    def baseline(self):
+        """Name and Scores of the all-background baseline; of the majority class if there is no background class."""
+        label = self.classes.index("background") if "background" in self.classes else self.matrix.sum(1).argmax().item()
+        matrix = constant_prediction_matrix(self.matrix, label)
+        return f"all-{self.classes[label]} baseline", Scores(math.nan, matrix, self.classes)
+
+    def as_dict(self):
+        """The metrics as plain types for JSON, with None for NaN."""
+        baseline = self.baseline[1]
+        ious = iou(self.matrix).tolist()
+        return {
+            "loss": _none_if_nan(self.loss),
+            "pixel_accuracy": _none_if_nan(self.pixel_accuracy),
+            "miou": _none_if_nan(self.miou),
+            "iou": {name: _none_if_nan(value) for name, value in zip(self.classes, ious)},
+            "background": {
+                "pixel_accuracy": _none_if_nan(baseline.pixel_accuracy),
+                "miou": _none_if_nan(baseline.miou),
+            },
+            "assignment_iou": self.assignment_iou,
+        }
+
+
+def _none_if_nan(value):
+    return value if math.isfinite(value) else None

@@ -126,7 +126,7 @@ class Split:
         limit: keep only the first N ids; None keeps all.
 
     Attributes:
-        root: Path of the folder.
+        root: Path of the folder. dataset: its name.
         name, limit: as given.
         ids: list of str.
         classes: tuple of class names, from ``classes.txt`` if there is one, else VOC's 21.
@@ -137,6 +137,7 @@ class Split:
 
     def __init__(self, root, split, limit=None):
         self.root = _find_root(root)
+        self.dataset = self.root.resolve().name
         self.name = split
         self.limit = limit
         path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
@@ -360,7 +361,7 @@ class Loader:
             raise UserError(f"{split.root}: no mask of the split {split.name} has a labelled pixel: all is void")
         smallest, world_size = len(split) * self.repeats // len(self), processes.world_size()
         if training and smallest < world_size:
-            raise UserError(f"batches of {smallest} images are too small for {world_size} processes: raise --batch-size")
+            raise UserError(f"batches of {smallest} images for {world_size} processes are too small: raise --batch-size")
         if self.device.type == "cuda" and self.data.nbytes < torch.cuda.mem_get_info(self.device)[0] / 4:
             self.data = self.data.to(self.device)
         self.images, self.masks = self.data[..., :3].permute(0, 3, 1, 2), self.data[..., 3]

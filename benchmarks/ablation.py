@@ -81,7 +81,7 @@ STUDIES = {
 
 
 def main():
-    parser = util.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--out", type=Path, default=Path("ablation"))
@@ -109,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    util.run(main)
+    cli.run(main)

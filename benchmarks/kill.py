@@ -87,11 +87,11 @@ def undisturbed(args, folder):
 
 
 def main():
-    parser = util.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--data", default="data/VOCdevkit/Toy")
-    parser.add_argument("--kills", type=engine.whole(1), default=60)
-    parser.add_argument("--processes", type=engine.whole(1), default=1)
-    parser.add_argument("--minutes", type=engine.whole(1), default=30, help="stop after so long in any case")
+    parser.add_argument("--kills", type=cli.integer(1), default=60)
+    parser.add_argument("--processes", type=cli.integer(1), default=1)
+    parser.add_argument("--minutes", type=cli.integer(1), default=30, help="stop after so long in any case")
     args = parser.parse_args()
     draw = random.Random(0)
     kills, runs, resumed, mismatches, broken = 0, 0, 0, [], []
@@ -129,4 +129,4 @@ def main():
 
 
 if __name__ == "__main__":
-    util.run(main)
+    cli.run(main)

@@ -48,7 +48,7 @@ def score(pairs, number):
 @torch.inference_mode()
 def predictions(path, split):
     """Yield truth and the prediction of a checkpoint for each image of a split."""
-    model = engine.load(path)
+    model = checkpoint.load(path)
     for index in range(len(split)):
         photo, mask = split.pair(index, SIZE)
         logits = model(voc.normalise(torch.tensor(photo).permute(2, 0, 1)[None], "cpu", model.mean, model.std))
@@ -56,16 +56,16 @@ def predictions(path, split):
 
 
 def main():
-    parser = util.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("checkpoints", nargs="*", type=Path)
     parser.add_argument("--data", default="data/VOCdevkit/VOC2007")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--limit", type=engine.whole(1))
+    parser.add_argument("--limit", type=cli.integer(1))
     args = parser.parse_args()
     split = voc.Split(args.data, args.split, args.limit)
     number = len(split.classes)
     images = (Image.fromarray(split.mask(index)) for index in range(len(split)))
-    masks = [torch.tensor(voc.squeeze(image, SIZE, Image.Resampling.NEAREST)) for image in images]
+    masks = [torch.tensor(voc.resize(image, SIZE, Image.Resampling.NEAREST)) for image in images]
     rows = [[f"{split.classes[0]} everywhere", *score(((mask, torch.zeros_like(mask)) for mask in masks), number)]]
     truths = ((mask, mask.masked_fill(mask == voc.VOID, 0)) for mask in masks)
     rows.append(["the truth itself", *score(truths, number)])
@@ -76,4 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    util.run(main)
+    cli.run(main)

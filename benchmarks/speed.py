@@ -4,7 +4,7 @@
     python benchmarks/speed.py --data data/VOCdevkit/Toy --limit 48 --all    all seven, on a part of it
 
 For each experiment, an epoch of training and validation is timed in turn, ROUNDS times over, each way in a process of
-its own: ours; ours with glibc's malloc as it comes (see ``util.keep_memory``); (a) a plain loop, which decodes each
+its own: ours; ours with glibc's malloc as it comes (see ``processes.set_malloc_options``); (a) a plain loop, which decodes each
 picture when its turn comes and counts IoU with NumPy image by image and class by class; (b) the same loop fed by
 DataLoader's worker processes and torchvision's v2 transforms; and with --compile, ours compiled. All see the same
 images in the same order and start from the same weights; without augmentation, they end at nearly the same weights: a
@@ -144,7 +144,7 @@ class Ours:
     def __init__(self, parts, compiled=False, keep_memory=True):
         self.train, self.val, self.criterion = parts["train"], parts["val"], parts["criterion"]
         if keep_memory:
-            util.keep_memory(self.train.device)
+            processes.set_malloc_options(self.train.device)
         self.model = copy.deepcopy(parts["model"]).to(memory_format=torch.channels_last)
         self.optimizer = optimizer_of(parts, self.model)
         self.network, self.features = self.model, {}
@@ -155,9 +155,9 @@ class Ours:
     def epoch(self, number):
         """Train and validate; return the seconds of both."""
         began = time.perf_counter()
-        engine._train(self.network, self.train, number, self.criterion, self.optimizer)
+        engine.train_epoch(self.network, self.train, number, self.criterion, self.optimizer)
         middle = time.perf_counter()
-        scores = engine.evaluate(self.network, self.val, self.criterion, native=False, features=self.features)
+        scores = engine.evaluate(self.network, self.val, self.criterion, full_resolution=False, features=self.features)
         self.miou = scores.miou
         return middle - began, time.perf_counter() - middle
 
@@ -208,7 +208,7 @@ def step_flops(ours):
     images, masks = next(ours.train.batches(1))
     ours.model.train()
     with FlopCounterMode(display=False) as counter:
-        engine._loss(ours.criterion, ours.model(images), masks)[0].backward()
+        engine.batch_loss(ours.criterion, ours.model(images), masks)[0].backward()
     ours.model.zero_grad()
     return counter.get_total_flops() / len(images)
 
@@ -257,7 +257,7 @@ def measure(script, args):
         processes.Process(target=serve, args=(theirs, way, script, args.flags)).start()
         pipes[way].recv()  # one after the other, since the first decodes what the others find
         times[way] = []
-    device = engine.device("auto")
+    device = cli.parse_device("auto")
     rates = [product_rate(device)]
     for number in range(1, ROUNDS + 1):
         for way, pipe in pipes.items():
@@ -349,7 +349,7 @@ train.main()
 ALONE = f"if True:\n    import torch\n{PRINT}"
 GIVEN = """
 import util
-util.keep_memory = lambda device: None
+processes.set_malloc_options = lambda device: None
 """
 WHOLE = f"""
 import sys, train
@@ -376,10 +376,10 @@ def start_and_memory(args, folder):
 
 def growth(args):
     """How a training epoch of the baseline grows with images and pixels, as multiples of the smallest."""
-    device = engine.device("auto")
+    device = cli.parse_device("auto")
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
     rows, unit = [], None
-    util.keep_memory(device)
+    processes.set_malloc_options(device)
     for size in (112, 224, 448):
         rows.append([f"{size} x {size}"])
         for images in (13, 52, 208):
@@ -388,7 +388,7 @@ def growth(args):
             model = FCN(len(split.classes)).to(device, memory_format=torch.channels_last)
             optimizer = torch.optim.Adam(model.parameters(), fused=True)
             epochs = [
-                functools.partial(engine._train, model, train, k, criterion, optimizer)
+                functools.partial(engine.train_epoch, model, train, k, criterion, optimizer)
                 for k in range(ROUNDS if images < 208 else 1)
             ]
             took = min(map(seconds, epochs))
@@ -398,14 +398,14 @@ def growth(args):
 
 
 def main():
-    parser = util.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     parser.add_argument("--data", default="data/VOCdevkit/Toy")
-    parser.add_argument("--limit", type=engine.whole(1))
+    parser.add_argument("--limit", type=cli.integer(1))
     parser.add_argument("--all", action="store_true", help="all seven experiments, not the baseline alone")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
     args.flags = ["--data", args.data] + (["--limit", str(args.limit)] if args.limit else [])
-    device = engine.device("auto")
+    device = cli.parse_device("auto")
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, median of {ROUNDS} rounds\n")
     rows = [measure(script, args) for script in (compare.EXPERIMENTS if args.all else ["train"])]
@@ -418,4 +418,4 @@ def main():
 
 
 if __name__ == "__main__":
-    util.run(main)
+    cli.run(main)

@@ -12,8 +12,8 @@ from PIL import Image
 # Before torch is imported, here and in what the tests start: on tensors this small, threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import engine  # noqa: E402
-import util  # noqa: E402
+import checkpoint  # noqa: E402
+import cli  # noqa: E402
 import voc  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -87,7 +87,7 @@ def call(folder, program, line):
         patch.chdir(folder)
         patch.setattr(sys, "argv", [Path(program.__file__).name, *line.split()])
         try:
-            util.run(program.main)
+            cli.run(program.main)
         except SystemExit as stop:
             return stop.code
     return 0
@@ -97,7 +97,7 @@ def call(folder, program, line):
 def models_of_the_tests():
     """Let engine.load find tiny_net.py, which lies beside this file."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "ROOT", Path(__file__).resolve().parent)
+        patch.setattr(checkpoint, "ROOT", Path(__file__).resolve().parent)
         yield
 
 
@@ -105,4 +105,4 @@ class Evil:
     """Runs code of its own where it is unpickled."""
 
     def __reduce__(self):
-        return (exec, ("import engine; engine.ran = True",))
+        return (exec, ("import checkpoint; checkpoint.ran = True",))

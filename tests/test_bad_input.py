@@ -274,7 +274,7 @@ def test_bad_input_is_named_in_one_line(finished, tiny, capsys, spoil, program, 
     assert "error: " in said[0] and word in said[0]
     assert took < SECONDS
     assert {path: path.read_bytes() for path in place.glob("*.pt")} == before
-    assert not hasattr(engine, "ran")
+    assert not hasattr(checkpoint, "ran")
 
 
 def test_what_is_unusual_but_right_is_taken(tmp_path, capsys):

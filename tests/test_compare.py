@@ -238,7 +238,7 @@ def test_killed_in_the_middle_and_run_again_it_ends_with_the_same_table(tiny, tm
     code = (
         "import compare, sys, util; compare.EXPERIMENTS = {n: compare.EXPERIMENTS[n] for n in ('train', 'train_4_a')}; "
     )
-    line = [sys.executable, "-c", code + "util.run(compare.main)", "--data", tiny, "--device", "cpu", "--limit", "2"]
+    line = [sys.executable, "-c", code + "cli.run(compare.main)", "--data", tiny, "--device", "cpu", "--limit", "2"]
     line += ["--batch-size", "2", "--epochs", "2", "--seeds", "0"]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
     tables = []

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import engine, transforms, util, voc
 
-engine.ROOT = Path(__file__).resolve().parent  # where engine.load looks for the network
+checkpoint.ROOT = Path(__file__).resolve().parent  # where engine.load looks for the network
 
 class Net(torch.nn.Module):  # without batch norm, which would see each process's part of a batch
     def __init__(self, num_classes):
@@ -33,9 +33,9 @@ class Net(torch.nn.Module):  # without batch norm, which would see each process'
         return self.classifier(self.body(images).relu())
 
 def main():
-    args = engine.arguments("A test.", epochs=2, batch_size=4)
+    args = cli.arguments("A test.", epochs=2, batch_size=4)
     util.seed_everything(args.seed)
-    augment = transforms.Augmentation(flip=0.5, degrees=20, scale=(0.5, 1.2), plain=1, augmented=1)
+    augment = transforms.Augmentation(flip=0.5, degrees=20, scale=(0.5, 1.2), unchanged=1, augmented=1)
     train, val, test = voc.loaders(args.data, args.batch_size, 32, augment, args.limit, args.seed, args.device)
     model = Net(len(train.classes))
     weight = voc.class_weights(train.split)
@@ -46,7 +46,7 @@ def main():
     )
 
 if __name__ == "__main__":
-    util.run(main)
+    cli.run(main)
 """
 
 
@@ -105,10 +105,10 @@ import torch
 import engine, util, voc
 
 def main():
-    args = engine.arguments("A test.", epochs=1, batch_size=4)
-    engine.ROOT = Path(__file__).resolve().parent
-    sys.path.insert(0, str(engine.ROOT))
-    model = engine.load(engine.ROOT / "1" / "best_train_net.pt")
+    args = cli.arguments("A test.", epochs=1, batch_size=4)
+    checkpoint.ROOT = Path(__file__).resolve().parent
+    sys.path.insert(0, str(checkpoint.ROOT))
+    model = checkpoint.load(checkpoint.ROOT / "1" / "best_train_net.pt")
     _, val, test = voc.loaders(args.data, args.batch_size, 32)
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
     scores = [vars(engine.evaluate(model, loader, criterion, native)) for loader in (val, test) for native in (0, 1)]
@@ -116,7 +116,7 @@ def main():
     torch.save(scores, args.out / f"{rank}_of_{processes}.pt")
 
 if __name__ == "__main__":
-    util.run(main)
+    cli.run(main)
 """)
     for number in (1, 3):  # of 2 batches of val and 1 of test, some processes get none
         line = torchrun(number, script, "--data", runs / "Tiny", "--out", tmp_path)
@@ -159,7 +159,7 @@ def test_killing_one_process_ends_the_other_with_a_message(runs, tmp_path, envir
     assert "SIGKILL" in said or "exitcode: -9" in said.replace(" ", "").replace("exitcode:-9", "exitcode: -9")
     with pytest.raises(ProcessLookupError):
         os.kill(pids["0"], 0)
-    assert engine._read(tmp_path / "last_train_net.pt", "history")["history"]  # whole, and ready to resume
+    assert checkpoint._read(tmp_path / "last_train_net.pt", "history")["history"]  # whole, and ready to resume
 
 
 def test_too_few_images_for_the_processes_are_named(tiny, monkeypatch):

@@ -300,7 +300,7 @@ def test_verify_lists_every_fault(tiny, capsys):
 
 def test_ctrl_c_keeps_what_has_arrived(server, tmp_path, archives):
     """A user's Ctrl-C in a stalled download: exit code 130, the first third kept for the next start."""
-    code = f"import download, util; download.ARCHIVES[2007] = {download.ARCHIVES[2007]}; util.run(download.main)"
+    code = f"import download, util; download.ARCHIVES[2007] = {download.ARCHIVES[2007]}; cli.run(download.main)"
     command = [sys.executable, "-c", code, "--out", str(tmp_path / "data"), "--mirror", f"{server.base}/stall"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     partial = tmp_path / "data" / f"{TRAINVAL}.part"

@@ -105,7 +105,7 @@ def test_a_checkpoint_tells_where_it_comes_from(finished):
 
 def test_the_best_checkpoint_reproduces_the_figures_exactly(finished):
     data, out, figures = finished
-    model = engine.load(out / "best_train.pt")
+    model = checkpoint.load(out / "best_train.pt")
     assert model.classes == voc.CLASSES and not model.training
     _, val, test = voc.loaders(data, 3, model.size)
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
@@ -136,7 +136,7 @@ def test_evaluation_is_in_eval_mode_and_changes_nothing(finished):
     data, out, _ = finished
     _, val, _ = voc.loaders(data, 3, SIZE)
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
-    model = engine.load(out / "best_train.pt")
+    model = checkpoint.load(out / "best_train.pt")
     expected = engine.evaluate(model, val, criterion).as_dict()
     assert engine.evaluate(model.train(), val, criterion).as_dict() == expected  # no dropout, no batch statistics
     assert same(model.state_dict(), weights(out / "best_train.pt"))
@@ -145,7 +145,7 @@ def test_evaluation_is_in_eval_mode_and_changes_nothing(finished):
 def test_figures_are_those_of_a_plain_loop_at_the_masks_own_size(finished):
     """An independent evaluation, image by image with PIL and NumPy, gives what the JSON says."""
     data, out, figures = finished
-    model = engine.load(out / "best_train.pt")
+    model = checkpoint.load(out / "best_train.pt")
     split = voc.Split(data, "test")
     intersection, union, right, total, nll, labelled = np.zeros(21), np.zeros(21), 0, 0, 0.0, 0
     for name in split.ids:
@@ -189,14 +189,14 @@ def test_background_scores_are_those_of_the_split(finished):
 
 def test_loss_does_not_depend_on_the_batch_size_even_weighted(finished):
     data, out, _ = finished
-    model = engine.load(out / "best_train.pt")
+    model = checkpoint.load(out / "best_train.pt")
     weight = torch.linspace(0.2, 3, 21)
     for criterion in (
         torch.nn.CrossEntropyLoss(ignore_index=255),
         torch.nn.CrossEntropyLoss(ignore_index=255, weight=weight),
     ):
         losses = [
-            engine.evaluate(model, voc.loaders(data, n, SIZE)[1], criterion, native=False).loss for n in (1, 3, 4)
+            engine.evaluate(model, voc.loaders(data, n, SIZE)[1], criterion, full_resolution=False).loss for n in (1, 3, 4)
         ]
         assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)  # float32 means
 
@@ -220,7 +220,7 @@ def test_the_loss_is_the_criterions_own(options):
     masks = torch.randint(0, 3, (4, 6, 5), generator=generator)
     masks[0, :4], masks[2] = voc.VOID, voc.VOID
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID, **options)
-    loss, total = engine._loss(criterion, logits, masks)
+    loss, total = engine.batch_loss(criterion, logits, masks)
     (gradient,) = torch.autograd.grad(loss, logits)
     expected = criterion(logits, masks)
     torch.testing.assert_close(loss, expected)
@@ -241,7 +241,7 @@ def test_a_batch_that_is_void_all_over_moves_no_weight_and_counts_in_no_mean(tin
         model = TinyNet(21)
         before = [parameter.clone() for parameter in model.parameters()]
         train.batches = lambda epoch: iter(batches)
-        loss = engine._train(model, train, 1, criterion, torch.optim.SGD(model.parameters(), lr=1))
+        loss = engine.train_epoch(model, train, 1, criterion, torch.optim.SGD(model.parameters(), lr=1))
         return loss, [torch.equal(one, other) for one, other in zip(before, model.parameters())]
 
     loss, unmoved = step(void)
@@ -295,7 +295,7 @@ def test_a_stopped_run_keeps_its_files_and_resumes_to_the_same_bytes(tiny, tmp_p
     said = capsys.readouterr().out
     assert "stopped after epoch 2" in said and "best_train.pt" in said and "--resume" in said
     assert len(rows(out)) == 3 and len(list((out / "plots").glob("train_*.png"))) == 4
-    assert engine.load(out / "best_train.pt").classes == voc.CLASSES
+    assert checkpoint.load(out / "best_train.pt").classes == voc.CLASSES
     fit(tiny, out, epochs=4, scheduler=cosine, resume=True)
     assert rows(out) == rows(tmp_path / "whole")
     for name in ("best_train.pt", "last_train.pt"):
@@ -457,8 +457,8 @@ def test_a_strange_checkpoint_is_refused_and_runs_no_code(finished, tmp_path, ch
     state = change(torch.load(out / "best_train.pt", weights_only=True))
     torch.save(state, tmp_path / "strange.pt")
     with pytest.raises(UserError, match=word) as error:
-        engine.load(tmp_path / "strange.pt")
-    assert "strange.pt" in str(error.value) and "\n" not in str(error.value) and not hasattr(engine, "ran")
+        checkpoint.load(tmp_path / "strange.pt")
+    assert "strange.pt" in str(error.value) and "\n" not in str(error.value) and not hasattr(checkpoint, "ran")
 
 
 @pytest.mark.parametrize(("content", "word"), [(b"", "readable"), (b"text", "readable"), (None, "no such file")])
@@ -466,7 +466,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path, content, word):
     if content is not None:
         (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(UserError, match=f"a.pt: .*{word}"):
-        engine.load(tmp_path / "a.pt")
+        checkpoint.load(tmp_path / "a.pt")
 
 
 def test_a_torn_checkpoint_is_named(finished, tmp_path):
@@ -474,12 +474,12 @@ def test_a_torn_checkpoint_is_named(finished, tmp_path):
     content = (out / "best_train.pt").read_bytes()
     (tmp_path / "torn.pt").write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="torn.pt: is no readable checkpoint"):
-        engine.load(tmp_path / "torn.pt")
+        checkpoint.load(tmp_path / "torn.pt")
 
 
 def test_flags_and_their_defaults(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    args = engine.arguments("An experiment.", epochs=7)
+    args = cli.arguments("An experiment.", epochs=7)
     assert (args.data, args.epochs, args.batch_size, args.seed) == ("data/VOCdevkit/VOC2007", 7, 16, 0)
     assert (str(args.out), args.resume, args.limit) == (".", False, None)
     assert args.device.type == (

@@ -113,7 +113,7 @@ def test_running_out_of_memory_says_what_to_lower(stopped, monkeypatch, capsys, 
     def step(*given):
         raise error
 
-    monkeypatch.setattr(engine, "_step", step)
+    monkeypatch.setattr(engine, "training_step", step)
     assert train_on(stopped, "--epochs 3 --resume") == 2
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1 and "): lower --batch-size" in said.err
@@ -122,7 +122,7 @@ def test_running_out_of_memory_says_what_to_lower(stopped, monkeypatch, capsys, 
 
 def test_a_cpu_that_runs_out_of_memory_is_understood(capsys):
     with pytest.raises(SystemExit) as stop:
-        util.run(lambda: torch.empty(1 << 60, dtype=torch.uint8))
+        cli.run(lambda: torch.empty(1 << 60, dtype=torch.uint8))
     said = capsys.readouterr().err
     assert stop.value.code == 2 and len(said.splitlines()) == 1 and "lower --batch-size" in said
 
@@ -202,14 +202,14 @@ def test_a_folder_made_read_only_is_named_before_the_training_and_data_there_is_
 
 
 def test_a_folder_that_vanishes_is_named(stopped, monkeypatch, capsys):
-    real = engine._train
+    real = engine.train_epoch
 
     def vanish(*given):
         shutil.rmtree(stopped / "out")
         return real(*given)
 
     shutil.copytree(stopped, stopped / "out", symlinks=True)
-    monkeypatch.setattr(engine, "_train", vanish)
+    monkeypatch.setattr(engine, "train_epoch", vanish)
     assert train_on(stopped, "--epochs 3 --resume --out out") == 2
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1 and "cannot be written (No such file or directory)" in said.err
@@ -221,11 +221,11 @@ import sys, time
 import engine, plotting, train, util, voc
 def slow(what):
     return lambda *given: (print(what, flush=True), time.sleep(60))
-engine._train, plotting.class_iou = slow("training"), slow("drawing")
+engine.train_epoch, plotting.class_iou = slow("training"), slow("drawing")
 real = voc.loaders
 voc.loaders = lambda *given, size, **named: real(*given, size=32, **named)
 sys.argv[0] = "train.py"
-util.run(train.main)
+cli.run(train.main)
 """
 
 
@@ -260,5 +260,5 @@ def test_what_a_killed_process_left_in_the_cache_is_taken_away_but_not_what_anot
     for path in (old, new):
         path.write_text("")
     os.utime(old, (time.time() - 2 * voc.ABANDONED,) * 2)
-    voc.squeezed(voc.Split(data, "train"), 32)
+    voc.load_resized(voc.Split(data, "train"), 32)
     assert new.exists() and not old.exists()

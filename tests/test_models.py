@@ -167,8 +167,8 @@ def test_a_frozen_backbone_sees_each_batch_once_however_often_it_is_scored(tiny)
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
     features = {}
     for _ in range(2):
-        expected = engine.evaluate(model, val, criterion, native=False)
-        kept = engine.evaluate(model, val, criterion, native=False, features=features)
+        expected = engine.evaluate(model, val, criterion, full_resolution=False)
+        kept = engine.evaluate(model, val, criterion, full_resolution=False, features=features)
         assert torch.equal(kept.matrix, expected.matrix) and kept.loss == expected.loss
         with torch.no_grad():  # the decoder goes on learning
             model.decoder[-1].bias.normal_()

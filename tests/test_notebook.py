@@ -65,7 +65,7 @@ def test_it_shows_the_models_that_exist(tiny, tmp_path):
     loader = voc.loaders(tiny, 4, size=32)[1]
     criterion = torch.nn.CrossEntropyLoss(ignore_index=voc.VOID)
     for name in ("train", "train_5_a"):
-        scores = engine.evaluate(engine.load(tmp_path / f"best_{name}.pt"), loader, criterion)
+        scores = engine.evaluate(checkpoint.load(tmp_path / f"best_{name}.pt"), loader, criterion)
         assert f"{name:14} {scores.miou:8.4f}" in text
     shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "data" in output]
     assert sum("image/png" in output.data for output in shown) == 2

@@ -10,7 +10,7 @@ import torch
 import plotting
 import util
 import voc
-from engine import Scores
+from util import Scores
 
 HISTORY = [
     {

@@ -51,7 +51,7 @@ def read(path):
 def test_a_mask_has_the_photos_size_and_is_what_evaluation_predicts(tiny, checkpoint, tmp_path, monkeypatch, capsys):
     execute(monkeypatch, checkpoint, tiny / "JPEGImages", "--out", tmp_path / "out", "--device", "cpu")
     loader = voc.loaders(tiny, 1, 64)[1]
-    model = engine.load(checkpoint)
+    model = checkpoint.load(checkpoint)
     for index, (images, _) in enumerate(loader.batches()):
         name = loader.split.ids[index]
         mode, mask = read(tmp_path / "out" / f"{name}_mask.png")

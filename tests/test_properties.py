@@ -108,7 +108,7 @@ def checkpoint():
 
 def load_and_use(path):
     """Load a checkpoint, where that is not refused, and predict with it."""
-    model = read_or_refused(lambda: engine.load(path))
+    model = read_or_refused(lambda: checkpoint.load(path))
     if model is not None:
         images = torch.zeros(1, 3, min(model.size, 64), min(model.size, 64), dtype=torch.uint8)
         logits = model(voc.normalise(images, "cpu", model.mean, model.std))

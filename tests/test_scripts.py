@@ -65,7 +65,7 @@ def test_an_experiment_runs_from_another_folder_and_leaves_its_files(tiny, tmp_p
     for name in plots:
         picture = np.array(Image.open(tmp_path / "plots" / f"{stem}_{name}.png").convert("L"))
         assert min(picture.shape) > 400 and picture.std() > 10  # large enough to print, and not blank
-    model = engine.load(tmp_path / f"best_{stem}.pt")
+    model = checkpoint.load(tmp_path / f"best_{stem}.pt")
     assert model.classes == voc.CLASSES and model.size == 224
     assert (tmp_path / f"last_{stem}.pt").exists()
     weighted = script >= "train_4_c.py"  # computed and printed where used, and nowhere else
@@ -104,7 +104,7 @@ def test_without_pretrained_weights_every_output_says_so(tiny, tmp_path):
         files = [path.name for path in (tmp_path / folder).iterdir() if path.is_file()]
         assert files and all("train_5_b_no_pretrained" in name for name in files)
     assert done.stdout.splitlines()[0].startswith("train_5_b_no_pretrained: ")
-    assert engine._read(tmp_path / "best_train_5_b_no_pretrained.pt", "epoch")["experiment"].endswith("no_pretrained")
+    assert checkpoint._read(tmp_path / "best_train_5_b_no_pretrained.pt", "epoch")["experiment"].endswith("no_pretrained")
 
 
 def test_4_a_anneals_the_rate_once_an_epoch_over_all_epochs(tiny, tmp_path):
@@ -159,7 +159,7 @@ def test_a_signal_in_training_keeps_plots_and_checkpoint_and_resume_goes_on(tiny
     out, err = process.communicate(timeout=60)
     assert process.returncode == code and err == said
     assert "stopped after epoch" in out and "best_train.pt" in out
-    engine.load(tmp_path / "best_train.pt")
+    checkpoint.load(tmp_path / "best_train.pt")
     assert len(list((tmp_path / "plots").glob("train_*.png"))) == 4
     done = len((tmp_path / "results" / "train_seed0.csv").read_text().splitlines()) - 1
     resumed = command("train.py", "--data", tiny, "--epochs", done + 1, "--resume", *CPU)

@@ -129,7 +129,7 @@ def test_three_times_the_set_is_each_image_once_as_it_is_and_twice_augmented(tmp
     for split in ("train", "val"):
         write_split(root, split, map(str, range(7)))
     plain, _, _ = voc.loaders(root, size=32, batch_size=4)
-    augment = Augmentation(**EVERYTHING, plain=1, augmented=2)
+    augment = Augmentation(**EVERYTHING, unchanged=1, augmented=2)
     triple, _, _ = voc.loaders(root, size=32, batch_size=4, augment=augment)
     originals = torch.cat([images for images, _ in plain.batches(1)])
     images, masks = (torch.cat(parts) for parts in zip(*triple.batches(1)))

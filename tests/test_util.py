@@ -147,7 +147,7 @@ def test_a_user_error_ends_a_command_with_one_line_and_exit_code_2(capsys):
         raise util.UserError("file.txt: is empty: fill it")
 
     with pytest.raises(SystemExit) as stop:
-        util.run(main)
+        cli.run(main)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: file.txt: is empty: fill it\n"
 
@@ -156,7 +156,7 @@ def test_a_user_error_ends_a_command_with_one_line_and_exit_code_2(capsys):
 def test_freed_memory_is_kept_for_the_next_batch():
     code = """
 import re, torch, util
-util.keep_memory(torch.device("cpu"))
+processes.set_malloc_options(torch.device("cpu"))
 del (block := [torch.ones(64 << 18)])[0]  # 64 MiB
 print(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
@@ -169,7 +169,7 @@ print(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
 @pytest.mark.parametrize(("ignored", "code", "said"), [(False, 130, ""), (True, 0, "went on\n")])
 def test_ctrl_c_is_ignored_where_a_shell_has_asked_for_that(ignored, code, said):
     """As shells do for what they start in the background."""
-    line = "import os, signal, util; util.run(lambda: os.kill(os.getpid(), signal.SIGINT)); print('went on')"
+    line = "import os, signal, util; cli.run(lambda: os.kill(os.getpid(), signal.SIGINT)); print('went on')"
     before = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN) if ignored else None
     done = subprocess.run([sys.executable, "-c", line], cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=before)
     assert (done.returncode, done.stdout) == (code, said)
