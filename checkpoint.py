@@ -27,13 +27,13 @@ MAX_SIZE = 1 << 13  # largest side of a network's input in pixels that a checkpo
 PACKAGES = ("torch", "torchvision", "numpy", "pillow")
 
 
-def metadata(script, experiment, args, model, loader):
+def metadata(args, model, loader):
     """The provenance of a run, and what ``load`` needs to rebuild its model: a dict of plain types."""
     module = type(model).__module__
     flags = {name: value if isinstance(value, (int, type(None))) else str(value) for name, value in vars(args).items()}
     return {
-        "experiment": experiment,
-        "script": Path(script).read_text(encoding="utf-8"),
+        "experiment": args.experiment,
+        "script": args.script.read_text(encoding="utf-8"),
         "flags": flags,
         "seed": args.seed,
         "dataset": loader.split.dataset,
@@ -41,7 +41,7 @@ def metadata(script, experiment, args, model, loader):
         "size": loader.size,
         "mean": list(loader.mean),
         "std": list(loader.std),
-        "module": Path(script).stem if module == "__main__" else module,
+        "module": args.script.stem if module == "__main__" else module,
         "class": type(model).__name__,
         "arguments": model.arguments,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
@@ -85,13 +85,9 @@ def _save(path, state):
 
 
 def resume(run_files, metadata, model, optimizer, scheduler):
-    """Restore the state that ``save_last`` wrote.
+    """Restore the state that ``save_last`` wrote; return history (a list of dicts) and seconds (float) so far.
 
-    Returns:
-        history (list of dicts, one per epoch) and seconds (float) of the run so far.
-
-    Raises:
-        UserError: the file is damaged or belongs to another run than ``metadata`` describes.
+    Raises a UserError if the file is damaged or belongs to another run than ``metadata`` describes.
     """
     state = _read(run_files.last, "history")
     try:
@@ -118,19 +114,16 @@ def resume(run_files, metadata, model, optimizer, scheduler):
 def _check_same_run(run_files, state, metadata, has_schedule):
     """Raise a UserError that names the first thing in which a run differs from the one it is to continue."""
     advice = "resume with the same, or start again without --resume"
-    flags = ["seed", "batch_size", "limit"]
-    if has_schedule:
-        flags.append("epochs")
-    settings = [(name, state["flags"][name], metadata["flags"][name]) for name in flags]
-    settings += [(name, state[name], metadata[name]) for name in ("dataset", "classes", "size")]
-    for name, before, now in settings:
-        if before != now:
-            raise UserError(f"{run_files.last}: its run had {name} {before}, not {now}: {advice}")
-    changes = list(difflib.unified_diff(_code(state["script"]), _code(metadata["script"]), n=0, lineterm=""))
+    before, now = ({**source["flags"], **source} for source in (state, metadata))
+    names = ["seed", "batch_size", "limit", "dataset", "classes", "size"]
+    for name in [*names, "epochs"] if has_schedule else names:
+        if before[name] != now[name]:
+            raise UserError(f"{run_files.last}: its run had {name} {before[name]}, not {now[name]}: {advice}")
+    changes = list(difflib.unified_diff(_code(before["script"]), _code(now["script"]), n=0, lineterm=""))
     if changes:
         first_change = changes[3]  # after the three lines of the diff's header
         raise UserError(f"{run_files.last}: the script has changed since ({first_change!r}): {advice}")
-    done, epochs = len(state["history"]), metadata["flags"]["epochs"]
+    done, epochs = len(before["history"]), now["epochs"]
     if done > epochs:
         raise UserError(f"{run_files.last}: its run has {done} epochs, more than {epochs}: raise --epochs")
     if not run_files.best.exists():
@@ -146,7 +139,7 @@ def _code(script):
 
 
 def _read(path, key):
-    """The content of a checkpoint, which must hold ``key``; UserError if the file is not one of this project."""
+    """The content of a checkpoint with the entry ``key``; UserError if the file is not one of this project."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -167,14 +160,11 @@ def best_matrix(path):
 
 
 def load(path, device="cpu"):
-    """Load the model of a checkpoint, ready to predict.
+    """Load the model of a checkpoint, ready to predict: in eval mode on ``device``, in channels_last.
 
-    The model's class is looked up by module and class name among the project's top-level files, and the file is read
-    with ``weights_only=True``: a stranger's checkpoint cannot run code.
-
-    Returns:
-        the model in eval mode on ``device``, in channels_last, with the attributes ``classes`` (tuple of names),
-        ``size`` (side in pixels of the square to which photos are resized), ``mean`` and ``std`` (its normalisation).
+    Its attributes ``classes`` (tuple of names), ``size`` (side in pixels of the square to which photos are resized),
+    ``mean`` and ``std`` (of the normalisation) are set. Its class is looked up by name among the project's top-level
+    files, and the file is read with ``weights_only=True``: a stranger's checkpoint cannot run code.
 
     Raises:
         UserError: the file is missing, unreadable or not of this project, or the model's file is missing.

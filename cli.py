@@ -24,25 +24,25 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains the flags)")
 
 
-def arguments(doc, epochs, batch_size=16, pretrained=False):
+def arguments(script, doc, epochs, batch_size=16, pretrained=False):
     """Parse the flags of an experiment, and join the other processes if torchrun started several.
 
     Args:
-        doc: the script's docstring, shown by ``--help``.
+        script, doc: the script's ``__file__`` and its docstring, which ``--help`` shows.
         epochs, batch_size: the experiment's defaults.
         pretrained: whether the experiment starts from pretrained weights; adds the flag ``--no-pretrained``.
 
     Returns:
-        argparse.Namespace with data (str), epochs, batch_size, seed (int), device (torch.device), out (Path),
-        resume, compile (bool), limit (int or None) and, for an experiment with pretrained weights, pretrained (bool).
-
-    Raises:
-        UserError: a flag is unknown or out of range.
+        argparse.Namespace with script (Path), experiment (the stem of its files' names), data (str), epochs,
+        batch_size, seed (int), device (torch.device), out (Path), resume, compile (bool), limit (int or None) and, for
+        an experiment with pretrained weights, pretrained (bool).
     """
     parser = shared_flags(doc, epochs, batch_size, pretrained)
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="continue from last_*.pt, or start if there is none")
     args = parser.parse_args()
+    args.script = Path(script)
+    args.experiment = args.script.stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
     args.device = processes.join(args.device)
     return args
 
@@ -66,7 +66,7 @@ def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):
 
 
 def integer(smallest, largest=2**32 - 1):  # NumPy takes no larger seed
-    """A parser of integers in a range, for argparse."""
+    """An argparse type: an integer in a range."""
 
     def parse(text):
         if not text.lstrip("+-").isdecimal() or not smallest <= int(text) <= largest:
@@ -77,7 +77,7 @@ def integer(smallest, largest=2**32 - 1):  # NumPy takes no larger seed
 
 
 def parse_device(text):
-    """The torch.device of a ``--device`` flag, for argparse."""
+    """An argparse type: a torch.device that this machine has."""
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
@@ -106,13 +106,13 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if _out_of_memory(error):
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             print(f"error: out of memory ({reason(error)}): lower --batch-size, or size in the script", file=sys.stderr)
             sys.exit(2)
-        if not _connection_lost(error):
+        connection_lost = isinstance(error, distributed.DistBackendError) or "gloo" in str(error)
+        if processes.world_size() == 1 or not connection_lost:
             raise
-        rank, world_size = processes.rank(), processes.world_size()
-        print(f"error: rank {rank} of {world_size} stopped because another process is gone: {error}", file=sys.stderr)
+        print(f"error: rank {processes.rank()} stopped because another process is gone: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -128,14 +128,3 @@ def _handle_signal(number, frame):
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + number)
-
-
-def _out_of_memory(error):
-    # on a CPU, PyTorch raises a plain RuntimeError
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _connection_lost(error):
-    if processes.world_size() == 1:
-        return False
-    return isinstance(error, distributed.DistBackendError) or "gloo" in str(error)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import cli
 import files
@@ -40,10 +41,7 @@ EXPERIMENTS = {
 }
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last is used for more, and is then too large.
-T_QUANTILES = (
-    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
-    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860,
-)  # fmt: skip
+T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 MIN_SEEDS = 3  # fewer seeds give no useful interval
 
 
@@ -106,11 +104,10 @@ def collect(out):
 
 def is_done(args, experiment, seed):
     """Whether there is a finished run with these flags. A flag that was not given matches any value."""
-    wanted = {"limit": args.limit}
+    wanted = {"dataset": Path(args.data).resolve().name, "limit": args.limit}
     wanted |= {name: value for name in ("epochs", "batch_size") if (value := getattr(args, name)) is not None}
     runs = [Run.read(path).metrics for path in result_paths(args.out, experiment, seed)]
-    dataset = Path(args.data).resolve().name
-    return any(run["dataset"] == dataset and wanted.items() <= run["flags"].items() for run in runs)
+    return any(wanted.items() <= {"dataset": run["dataset"], **run["flags"]}.items() for run in runs)
 
 
 def command(args, script, seed):
@@ -153,16 +150,10 @@ def run_missing(args):
 
 
 def paired_difference(runs, base, split):
-    """The difference in mean IoU between two experiments, paired by seed, with its 95 % interval.
+    """The mean difference in mean IoU between two experiments, paired by seed, and its 95 % interval.
 
-    The interval is that of the paired t-test, from MIN_SEEDS seeds on.
-
-    Args:
-        runs, base: dicts from seed to Run.
-        split: "val" or "test".
-
-    Returns:
-        mean, low, high: floats; low and high are None with fewer seeds, and all are None without a common seed.
+    The interval is that of the paired t-test. ``runs`` and ``base`` map a seed to a Run. Returns mean, low and high; low
+    and high are None with fewer than MIN_SEEDS seeds, and all are None without a common seed.
     """
     differences = [runs[seed].score(split, "miou") - base[seed].score(split, "miou") for seed in runs if seed in base]
     differences = [value for value in differences if not math.isnan(value)]
@@ -191,34 +182,31 @@ def difference_row(name, runs, base_name, base, split):
     by_class = mean_without_nan(differences)
     classes = list(next(iter(base.values())).metrics[split]["iou"])
     ranked = [index for index in np.argsort(by_class) if not math.isnan(by_class[index])]
-    gains = [index for index in ranked[:-4:-1] if by_class[index] >= 0.005]
-    losses = [index for index in ranked[:3] if by_class[index] <= -0.005]
-    gains, losses = (", ".join(f"{classes[i]} {by_class[i]:+.2f}" for i in indices) or "-" for indices in (gains, losses))
+    changes = {index: f"{classes[index]} {by_class[index]:+.2f}" for index in ranked}
+    gains = [changes[index] for index in ranked[:-4:-1] if by_class[index] >= 0.005]
+    losses = [changes[index] for index in ranked[:3] if by_class[index] <= -0.005]
     return {
         "experiment": name,
         "builds on": base_name,
         f"difference in {split} mean IoU": f"{mean:+.4f}",
         "95 % interval": "-" if low is None else f"{low:+.4f} to {high:+.4f}",
         "": "-" if low is None else "clear" if low > 0 or high < 0 else "not clear",
-        "classes that gain": gains,
-        "classes that lose": losses,
+        "classes that gain": ", ".join(gains) or "-",
+        "classes that lose": ", ".join(losses) or "-",
     }
 
 
 def mean_without_nan(arrays):
     """The mean over a list of float arrays, element by element; NaN only where all are NaN."""
-    arrays = np.stack(arrays)
-    counts = (~np.isnan(arrays)).sum(0)
-    return np.divide(np.nansum(arrays, 0), counts, out=np.full(counts.shape, np.nan), where=counts > 0)
+    return torch.tensor(np.stack(arrays)).nanmean(0).numpy()
 
 
-def mean_and_std(values, digits=4):
+def mean_and_std(values):
     """Mean ± standard deviation as text, NaN left out; without ± for a single value."""
     values = [value for value in values if not math.isnan(value)]
     if not values:
         return "-"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
 def markdown_table(rows):
@@ -229,11 +217,7 @@ def markdown_table(rows):
 
 
 def select(groups, args):
-    """The dataset, limit and runs to report: those of the flags, or the only ones there are.
-
-    Raises:
-        UserError: there are none, or several to choose from.
-    """
+    """The dataset, limit and runs to report: those of the flags, or the only ones there are, else a UserError."""
     if not groups:
         raise UserError(f"{args.out}: holds no finished run: python compare.py --seeds 0 1 2 runs the experiments")
     key = (Path(args.data).resolve().name, args.limit)
@@ -275,7 +259,7 @@ def report(dataset, limit, experiments, failures):
     results = [result_row(name, list(seeds.values()), splits, reference_seconds) for name, seeds in experiments.items()]
     pairs = [(name, base_of(name)) for name in experiments if base_of(name) in experiments]
     rows = [difference_row(name, experiments[name], base, experiments[base], splits[-1]) for name, base in pairs]
-    differences = [row for row in rows if row is not None]
+    differences = [row for row in rows if row]
 
     machines = sorted({f"{run.metrics['device']}, torch {run.metrics['versions']['torch']}" for run in runs})
     images = "all images" if limit is None else f"the first {limit} images of each split"

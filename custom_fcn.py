@@ -37,8 +37,6 @@ def upsample(features, shape):
 class CustomFCN(nn.Module):
     """Downsample by 32 in five steps, upsample the features to 1/4 in three, and the logits to full resolution.
 
-    It differs from the baseline by skip connections, residual blocks, a context vector and batch norm before ReLU, and
-    takes fewer multiply-adds: the baseline spends most of its own on transposed convolutions at full width.
     ``python benchmarks/ablation.py network`` measures what each part contributes; REPORT.md has the results.
 
     Args:

@@ -74,9 +74,7 @@ def _size(path):
 def _fetch(url, partial):
     """Append the missing rest of the file at ``url`` to ``partial``; start again if the server cannot continue.
 
-    Raises:
-        OSError, http.client.HTTPException: the connection was refused, stalled or lost; what has arrived is kept.
-        UserError: ``partial`` cannot be written.
+    Raises OSError or http.client.HTTPException if the connection is refused, stalls or is lost.
     """
     start = _size(partial)
     request = Request(url, headers={"Range": f"bytes={start}-"} if start else {})
@@ -105,17 +103,9 @@ def _fetch(url, partial):
 
 
 def download(name, checksum, urls, folder):
-    """Download a file from the first of ``urls`` that delivers it completely.
+    """Download a file into ``folder`` from the first of ``urls`` that delivers it with the right MD5; return its Path.
 
-    Args:
-        name: the file's name. checksum: its MD5 in hex. urls: its addresses, tried in order.
-        folder: Path of the folder to write to. ``<name>.part`` there holds what has arrived; the next call continues it.
-
-    Returns:
-        Path of the file, its MD5 checked.
-
-    Raises:
-        UserError: every address failed, with the reason of each, or the file cannot be written.
+    ``<name>.part`` holds what has arrived; the next call continues it. Raises a UserError if every address fails.
     """
     target, partial = folder / name, folder / f"{name}.part"
     if target.exists() and md5(target) == checksum:
@@ -148,10 +138,9 @@ def download(name, checksum, urls, folder):
 
 
 def unpack(archives, root):
-    """Unpack tar archives that hold ``VOCdevkit/<name of root>/...`` into ``root``, completely or not at all.
+    """Unpack tar archives of files in ``VOCdevkit/<name of root>`` into ``root``, completely or not at all.
 
-    Raises:
-        UserError: an archive is damaged or holds anything but files and folders below that path, or the disk is full.
+    Raises a UserError if an archive is damaged or holds anything else, or if the disk is full.
     """
     with writing(root), atomic_folder(root) as unfinished:
         for archive in archives:
@@ -167,7 +156,7 @@ def _unpack_into(archive, folder, prefix):
                     part == ".." or set(part) & set('\\:*?"<>|') for part in parts
                 )
                 if not inside or not (member.isfile() or member.isdir()):
-                    raise UserError(f"{archive}: holds {member.name!r}, which does not belong in an archive of VOC: refused")
+                    raise UserError(f"{archive}: holds {member.name!r}, which is not a file of VOC: refused")
                 target = folder.joinpath(*parts[len(prefix) :])
                 if member.isdir():
                     target.mkdir(parents=True, exist_ok=True)
@@ -180,11 +169,7 @@ def _unpack_into(archive, folder, prefix):
 
 
 def identify(path, *keys):
-    """Identify an archive by its MD5: its dataset (a key of ARCHIVES) and its name.
-
-    Raises:
-        UserError: it does not belong to the datasets ``keys``.
-    """
+    """The dataset, one of the given keys of ARCHIVES, and the name of an archive, by its MD5; UserError if unknown."""
     try:
         found = md5(path)
     except OSError as error:
@@ -237,19 +222,11 @@ def get_sbd(out, mirrors=(), tars=()):
 
 
 def merge_sbd(archive, voc2012, root):
-    """Create a folder in VOC layout from VOC2012 and SBD's masks, completely or not at all.
+    """Create ``root`` in VOC layout from the folder of VOC2012 and SBD's archive, completely or not at all.
 
     Its train split is VOC2012's and every image with a mask in SBD, without VOC2012's val images; val is VOC2012's.
     If both have a mask, VOC2012's is used, whose borders are void. Photos are hard links if the disk supports them.
-
-    Args:
-        archive: SBD's ``benchmark.tgz``. voc2012: the folder of VOC2012. root: the folder to create.
-
-    Returns:
-        the number of train photos.
-
-    Raises:
-        UserError: the archive is damaged, SciPy is not installed, or the disk is full.
+    Returns the number of train photos.
     """
     try:
         from scipy.io import loadmat
@@ -298,7 +275,6 @@ def verify(root):
     faults = 0
     for name in ("train", "val", "test"):
         if name == "test" and not (root / "ImageSets" / "Segmentation" / "test.txt").exists():
-            print(f"{root} has no test.txt: results will be on val only")
             continue
         try:
             split = voc.Split(root, name)

@@ -1,13 +1,10 @@
 """Evaluation and training, the same for all experiments."""
 
-import csv
-import io
 import json
 import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,13 +20,10 @@ from util import VOID, Scores, UserError
 
 
 def batch_loss(criterion, logits, masks):
-    """Compute the criterion on a batch in float32.
+    """Compute the criterion on a batch in float32; return it with the weight of the batch in a mean over batches.
 
-    Returns:
-        loss: what the criterion returns, a scalar.
-        weight: what a mean over pixels divides by: the number of labelled pixels, or with class weights their sum.
-            Weighted by it, the losses of batches or processes average to the loss of all pixels. It is 0 for a batch
-            without labelled pixels, whose loss is finite but means nothing.
+    The weight is the number of labelled pixels, or with class weights in the cross-entropy the sum of theirs. It is 0
+    for a batch without labelled pixels, whose loss is finite but means nothing.
     """
     if isinstance(criterion, CrossEntropyLoss) and criterion.weight is not None:
         weights = functional.pad(criterion.weight, (0, VOID + 1 - len(criterion.weight)))  # 0 for void
@@ -53,7 +47,7 @@ def _mean_loss(losses, device):
 
 
 def _forward(model, images):
-    """The logits of a batch, in bfloat16 on GPUs that support it and else in float32: CPUs are slower in bfloat16."""
+    """The logits of a batch, computed in bfloat16 on GPUs that support it, else in float32."""
     if images.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
         with torch.autocast("cuda", torch.bfloat16):
             return model(images)
@@ -68,12 +62,10 @@ def predict_mask(logits, shape):
 
 @torch.inference_mode()
 def evaluate(model, loader, criterion, full_resolution=True):
-    """Evaluate a model on all images of a loader. Several processes share the batches, and all get the same Scores.
+    """Evaluate a model on all images of a voc.Loader; return Scores. Several processes share the batches.
 
     Args:
         model: maps images [B, 3, S, S] to logits [B, C, S, S]; left in eval mode.
-        loader: a voc.Loader on the model's device.
-        criterion: the loss to report.
         full_resolution: evaluate at the resolution of each mask, to which the logits are upsampled, and compute the
             assignment's IoU: for reported metrics. Otherwise evaluate at the loader's size: faster, for validation
             during training.
@@ -106,11 +98,7 @@ def evaluate(model, loader, criterion, full_resolution=True):
 
 
 def training_step(network, images, masks, criterion, optimizer):
-    """Take one optimizer step on a batch.
-
-    Returns:
-        loss and weight of the batch, see ``batch_loss``, and the norm of the gradient: tensors without a graph.
-    """
+    """Take one optimizer step; return loss and weight of the batch, see ``batch_loss``, and the gradient's norm."""
     optimizer.zero_grad()
     loss, weight = batch_loss(criterion, _forward(network, images), masks)
     # DistributedDataParallel averages the gradients: scaled like this, the average is that of the whole batch
@@ -124,9 +112,7 @@ def training_step(network, images, masks, criterion, optimizer):
 def train_epoch(network, loader, epoch, criterion, optimizer):
     """Take one step per batch; return the mean loss over the labelled pixels of the epoch.
 
-    Raises:
-        UserError: the loss or the gradient of a batch is not finite. The weights are unusable then; the caller has the
-            checkpoints of the epochs before.
+    Raises a UserError if the loss or the gradient of a batch is not finite; the weights are unusable then.
     """
     network.train()
     steps, batch_indices = [], []
@@ -156,14 +142,13 @@ def _check_finite(losses, norms, batch_indices, ids, epoch):
     raise UserError(f"the {name} is {value} in {place}: {hint}")
 
 
-def fit(*, script, args, model, train, val, test, criterion, optimizer, scheduler, patience):
+def fit(args, model, train, val, test, *, criterion, optimizer, scheduler, patience):
     """Train a model, save its best and last state, then evaluate the best on val and test, plot and print a summary.
 
-    Writes the files of ``files.RunFiles`` under ``args.out``. The best epoch is the one with the highest mean IoU on
-    val at the loader's size.
+    Writes the files of ``files.RunFiles``. The best epoch has the highest mean IoU on val at the loader's size. After
+    Ctrl-C or an error, the checkpoints and plots of the epochs before are kept.
 
     Args:
-        script: the experiment's ``__file__``. With ``--no-pretrained``, its files are named ``<stem>_no_pretrained``.
         args: from ``cli.arguments``.
         model: on ``args.device``; ``model.arguments`` holds the keyword arguments of its constructor.
         train, val, test: voc.Loaders; test may be None.
@@ -173,14 +158,12 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
         patience: stop after so many epochs without a better mean IoU.
 
     Raises:
-        UserError: a file cannot be written, ``--resume`` finds the files of another run, or the loss is not finite. The
-            plots and checkpoints of the epochs before are kept, as they are after Ctrl-C.
+        UserError: a file cannot be written, ``--resume`` finds the files of another run, or the loss is not finite.
     """
-    experiment = Path(script).stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
-    run_files = files.RunFiles(args.out, experiment, args.seed)
+    run_files = files.RunFiles(args.out, args.experiment, args.seed)
     processes.set_malloc_options(args.device)
     model.to(memory_format=torch.channels_last)
-    metadata = checkpoint.metadata(script, experiment, args, model, train)
+    metadata = checkpoint.metadata(args, model, train)
     history, seconds = [], 0.0
     if args.resume and run_files.last.exists():
         history, seconds = checkpoint.resume(run_files, metadata, model, optimizer, scheduler)
@@ -193,7 +176,7 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
 
     try:
         epochs = range(len(history) + 1, args.epochs + 1)
-        for epoch in _progress(epochs, len(epochs), experiment, unit="epoch"):
+        for epoch in _progress(epochs, len(epochs), args.experiment, unit="epoch"):
             if history and len(history) - best_epoch(history)["epoch"] >= patience:
                 _print(f"no better mean IoU for {patience} epochs: stopping early")
                 break
@@ -209,8 +192,7 @@ def fit(*, script, args, model, train, val, test, criterion, optimizer, schedule
                 "val_pixel_accuracy": scores.pixel_accuracy,
                 "val_miou": scores.miou,
             }
-            # The best is written before the last: if the run is killed in between, the epoch is repeated and gives
-            # the same best.
+            # best before last: a run that is killed in between repeats the epoch and finds the same best
             if best_epoch([*history, row]) is row:
                 checkpoint.save_best(run_files.best, metadata, model, epoch, scores)
             if scheduler is not None:
@@ -246,14 +228,10 @@ def _print(text):
 
 
 def _write_history(path, history):
-    if not processes.is_main():
-        return
-    text = io.StringIO()
-    writer = csv.DictWriter(text, history[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    with files.atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+    if processes.is_main():
+        lines = [",".join(history[0])] + [",".join(map(str, row.values())) for row in history]
+        with files.atomic_write(path) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def _num_parameters(model):
@@ -300,13 +278,7 @@ def _epoch_line(history, epochs, seconds, scores):
 
 
 def _draw_plots(run_files, history, train, val, model, epoch, scores):
-    """Draw the plots of a run.
-
-    Args:
-        model: of the best epoch.
-        epoch: the number of that epoch.
-        scores: dict from a split's name to the model's Scores; the first is of val.
-    """
+    """Draw the plots of a run: ``model`` is that of the best ``epoch``, ``scores`` maps splits to Scores, val first."""
     import plotting  # only here: training should not wait for matplotlib
 
     title = f"{run_files.experiment} on {val.split.dataset}"

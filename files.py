@@ -27,11 +27,8 @@ def writing(path):
 def atomic_write(path):
     """Yield a binary file that replaces ``path`` when the block ends, so that ``path`` is always complete.
 
-    The data goes to ``<path>.<process id>.unfinished`` first. If writing fails, that file is deleted and ``path``
-    stays as it was. What a killed process left is deleted by a later write.
-
-    Raises:
-        UserError: the file cannot be written.
+    Until then it is ``<path>.<process id>.unfinished``. If writing fails, it is deleted, and a UserError is raised. What
+    a killed process left is deleted by a later write.
     """
     unfinished = Path(f"{path}.{os.getpid()}.unfinished")
     with writing(path):
@@ -49,9 +46,7 @@ def atomic_write(path):
 
 
 def _delete_stale(path):
-    """Delete what killed processes left of earlier writes of ``path``."""
-    path = Path(path)
-    for unfinished in path.parent.glob(f"{path.name}.*.unfinished"):
+    for unfinished in Path(path).parent.glob(f"{Path(path).name}.*.unfinished"):
         with contextlib.suppress(FileNotFoundError):  # another process has just finished or deleted it
             if time.time() - unfinished.stat().st_mtime > STALE_AFTER:
                 unfinished.unlink()
@@ -71,14 +66,11 @@ def atomic_folder(folder):
 
 
 class RunFiles:
-    """The paths of a run's files below the output folder; their folders are created.
+    """The paths of a run's files below the output folder. Raises a UserError if a folder cannot be written.
 
     Attributes:
         experiment: the stem of all file names.
         best, last: the checkpoints. history, metrics: the CSV and the JSON in ``results``. plots: a folder.
-
-    Raises:
-        UserError: a folder cannot be written; better found now than after the first epoch.
     """
 
     def __init__(self, out, experiment, seed):
@@ -89,7 +81,7 @@ class RunFiles:
         for folder in (self.plots, self.metrics.parent, out):
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
+                tempfile.TemporaryFile(dir=folder).close()  # fails now rather than after the first epoch
 
     def plot(self, name):
         return self.plots / f"{self.experiment}_{name}.png"

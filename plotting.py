@@ -1,4 +1,8 @@
-"""Plots, written to given paths without a display."""
+"""Plots, written as PNG to a given path without a display.
+
+``classes`` are the class names, masks are integer arrays [H, W] of class indices and VOID, photos are uint8 [H, W, 3],
+and ``baseline`` is the name of a constant prediction with its Scores or its mean IoU.
+"""
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -30,11 +34,9 @@ def _save(figure, path):
 
 
 def curves(path, title, history, best_epoch, baseline):
-    """Draw loss, pixel accuracy, mean IoU and learning rate over the epochs, with the best epoch marked.
+    """Draw loss, pixel accuracy, mean IoU and learning rate over the epochs.
 
-    Args:
-        history: list of dicts with epoch, learning_rate, train_loss, val_loss, val_pixel_accuracy and val_miou.
-        baseline: name and Scores of a constant prediction on val, drawn as a horizontal line.
+    ``history`` is a list of dicts with epoch, learning_rate, train_loss, val_loss, val_pixel_accuracy and val_miou.
     """
     figure = _figure(10, 7)
     figure.suptitle(title)
@@ -65,12 +67,7 @@ def curves(path, title, history, best_epoch, baseline):
 
 
 def class_iou(path, title, classes, scores):
-    """Draw the IoU of each class as bars, one colour per split or model.
-
-    Args:
-        classes: the class names.
-        scores: dict from the name of a split or a model, at most seven, to its Scores.
-    """
+    """Draw the IoU of each class as bars. ``scores`` maps the names of up to seven splits or models to their Scores."""
     figure = _figure(max(6, 0.13 * len(classes) * (2 + len(scores))) + 3, 5)
     figure.suptitle(title)
     axis = figure.subplots()
@@ -111,13 +108,9 @@ def confusion(path, title, classes, matrix):
 
 
 def predictions(path, title, classes, samples, models=("prediction",)):
-    """Draw photo, ground truth and one or more predictions side by side, with a legend of the classes in them.
+    """Draw photo, ground truth and predictions side by side.
 
-    Args:
-        classes: the class names.
-        samples: list of (name, photo uint8 [H, W, 3], ground truth [H, W], prediction [H, W], ...) with class indices
-            and VOID.
-        models: the title of each column of predictions.
+    ``samples`` is a list of (name, photo, ground truth mask, predicted mask, ...), with one prediction per model.
     """
     columns = 2 + len(models)
     figure = _figure(3.1 * columns + 1.7, 2.6 * len(samples) + 0.6)
@@ -135,12 +128,7 @@ def predictions(path, title, classes, samples, models=("prediction",)):
 
 
 def overlay(path, title, classes, photo, mask):
-    """Draw a photo with its classes on top in VOC's colours, background transparent, and a legend.
-
-    Args:
-        photo: uint8 [H, W, 3].
-        mask: integer array [H, W] of class indices.
-    """
+    """Draw a photo with its classes on top in VOC's colours, background transparent."""
     height, width = mask.shape
     figure = _figure(8, min(24, max(3, 6.5 * height / width)))
     axis = figure.subplots()
@@ -153,13 +141,7 @@ def overlay(path, title, classes, photo, mask):
 
 
 def samples(path, title, classes, images, masks):
-    """Draw augmented samples: each image with its mask to the right of it.
-
-    Args:
-        classes: the class names.
-        images: uint8 array [N, H, W, 3], N a multiple of 4.
-        masks: integer array [N, H, W], class indices and VOID.
-    """
+    """Draw photos, a multiple of 4, each with its mask to the right of it."""
     figure = _figure(14, 1.6 * len(images) / 4 + 0.4)
     figure.suptitle(title)
     axes = figure.subplots(len(images) // 4, 8).flat
@@ -173,12 +155,7 @@ def samples(path, title, classes, images, masks):
 
 
 def comparison(path, title, scores, baseline):
-    """Draw the mean IoU of experiments: bars for means, whiskers for standard deviations, dots for seeds.
-
-    Args:
-        scores: dict from an experiment to its list of mean IoU, one per seed.
-        baseline: name and mean IoU of a constant prediction, drawn as a vertical line.
-    """
+    """Draw the mean IoU of experiments. ``scores`` maps each to a list with one mean IoU per seed."""
     scores = {name: values for name, values in scores.items() if values}
     figure = _figure(8, 0.5 * len(scores) + 1.4)
     axis = figure.subplots()
@@ -198,12 +175,7 @@ def comparison(path, title, scores, baseline):
 
 
 def classes_by_experiment(path, title, experiments, classes, ious):
-    """Draw IoU per class and experiment as a heat map.
-
-    Args:
-        experiments, classes: names of rows and columns.
-        ious: float array [experiments, classes] in 0..1, NaN for a class that does not occur.
-    """
+    """Draw IoU per class as a heat map: float array [experiments, classes] in 0..1, NaN for an absent class."""
     figure = _figure(0.5 * len(classes) + 3, 0.42 * len(experiments) + 2.4)
     axis = figure.subplots()
     highest = max(np.nanmax(ious), 0.01)
@@ -220,12 +192,7 @@ def classes_by_experiment(path, title, experiments, classes, ious):
 
 
 def histories(path, title, runs, baseline):
-    """Draw loss and mean IoU over the epochs: one column per experiment, one line per seed.
-
-    Args:
-        runs: dict from an experiment to a list with the history of each seed, as in ``curves``.
-        baseline: name and mean IoU of a constant prediction on val, drawn as a horizontal line.
-    """
+    """Draw loss and mean IoU over the epochs. ``runs`` maps an experiment to the histories of its seeds."""
     figure = _figure(2.1 * len(runs) + 1, 4.6)
     figure.suptitle(title)
     axes = figure.subplots(2, len(runs), sharex="col", sharey="row", squeeze=False)

@@ -22,33 +22,24 @@ from util import UserError
 
 
 def find_photos(paths):
-    """The photos among files and folders (without subfolders), each once, in order.
-
-    Raises:
-        UserError: a path does not exist, or a folder holds no photo.
-    """
+    """The photos among files and folders (without subfolders), each once, in order; UserError for a wrong path."""
     photos = []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder: correct the path")
-        found = [file for file in sorted(path.iterdir()) if is_photo(file)] if path.is_dir() else [path]
+        if path.is_file():
+            photos.append(path)
+            continue
+        found = [file for file in sorted(path.iterdir()) if file.suffix.lower() in voc.PHOTO_SUFFIXES]
         if not found:
             raise UserError(f"{path}: holds no photo ({', '.join(voc.PHOTO_SUFFIXES)}): correct the path")
         photos += found
     return list(dict.fromkeys(photos))
 
 
-def is_photo(path):
-    return path.is_file() and path.suffix.lower() in voc.PHOTO_SUFFIXES
-
-
 @torch.inference_mode()
 def segment(model, photo, device="cpu"):
-    """Predict the classes of a photo.
-
-    Args:
-        model: from ``checkpoint.load``, on ``device``.
-        photo: PIL image in RGB, of any size.
+    """Predict the classes of a photo, a PIL image in RGB, with a model from ``checkpoint.load`` on ``device``.
 
     Returns:
         uint8 array [H, W] of class indices, of the photo's size.
@@ -63,7 +54,9 @@ def main():
     parser.add_argument("checkpoint", help="a best_*.pt")
     parser.add_argument("photos", nargs="+", metavar="photo", help="photos, or folders of photos")
     parser.add_argument("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--device", type=cli.parse_device, default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
+    parser.add_argument(
+        "--device", type=cli.parse_device, default="auto", help="auto (default), cpu, cuda, cuda:N or mps"
+    )
     args = parser.parse_args()
 
     photos = find_photos(args.photos)

@@ -14,11 +14,8 @@ from util import UserError
 def join(device):
     """Join the process group if torchrun started several processes.
 
-    Returns:
-        the torch.device of this process: ``device`` itself, or under torchrun on GPUs the one of its local rank.
-
-    Raises:
-        UserError: there are more processes than GPUs, or the device is neither cuda nor cpu.
+    Returns the torch.device of this process, on GPUs that of its local rank. Raises a UserError if there are more
+    processes than GPUs, or if the device is neither cuda nor cpu.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
@@ -48,18 +45,14 @@ def leave():
     os._exit(0)
 
 
-def _initialized():
-    return distributed.is_available() and distributed.is_initialized()
-
-
 def rank():
     """The rank of this process; 0 unless torchrun started several."""
-    return distributed.get_rank() if _initialized() else 0
+    return distributed.get_rank() if world_size() > 1 else 0
 
 
 def world_size():
     """The number of processes; 1 unless torchrun started several."""
-    return distributed.get_world_size() if _initialized() else 1
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def is_main():

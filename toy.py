@@ -249,12 +249,8 @@ def _two_colours(noise, label):
 
 
 def _draw_object(rng, width, height, label, num_objects):
-    """Draw an object's position and size; the result maps pixels into the square of its silhouette.
-
-    Returns:
-        a dict: label (class index), x, y (centre in pixels), half (half extents along its own axes in pixels), cos, sin
-        (of its rotation by at most 15 degrees) and flip (-1 or 1).
-    """
+    """Draw an object: a dict of label (class index), x and y (centre in pixels), half (half extents along its own axes
+    in pixels), cos and sin (of its rotation by at most 15 degrees) and flip (-1 or 1)."""
     # the more objects in an image, the smaller each
     size = FREQUENCY_AND_SIZE[CLASSES[label]][1] * (0.32 + 0.34 * rng.random()) / (1 + 0.15 * (num_objects - 1))
     extent = size * min(width, height)
@@ -291,11 +287,8 @@ def _scene(rng):
 
 
 def _object_coordinates(item, width, height):
-    """The window of an image that can contain an object, and the pixels of that window in the object's coordinates.
-
-    Returns:
-        (rows, columns): slices into the image. x, y: float64 arrays of that window, in pixels from the object's centre.
-    """
+    """The window of an image that can contain an object, two slices, and the coordinates x, y of its pixels along the
+    object's axes, float64 arrays in pixels from its centre."""
     reach = int(1.5 * max(item["half"])) + 2
     rows = slice(max(0, int(item["y"]) - reach), min(height, int(item["y"]) + reach))
     columns = slice(max(0, int(item["x"]) - reach), min(width, int(item["x"]) + reach))
@@ -339,10 +332,7 @@ def _backdrop(noise, width, height):
 
 
 def render_image(seed, name):
-    """Draw one image of the toy set.
-
-    Args:
-        seed: any integer. name: the image's id. The image depends on these two only.
+    """Draw one image of the toy set from an integer and the image's id.
 
     Returns:
         photo: uint8 [H, W, 3] in RGB. mask: uint8 [H, W], class indices and VOID.
@@ -370,11 +360,7 @@ def render_image(seed, name):
 
 
 def render(root, seed=2007):
-    """Render the toy set into the folder ``root``, in VOC layout, completely or not at all.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
+    """Render the toy set into the folder ``root``, in VOC layout, completely or not at all."""
 
     def draw(name):
         photo, mask = render_image(seed, name)

@@ -17,7 +17,7 @@ from basic_fcn import FCN
 
 
 def main():
-    args = cli.arguments(__doc__, epochs=30)
+    args = cli.arguments(__file__, __doc__, epochs=30)
     util.seed_everything(args.seed)
 
     augment = None
@@ -28,7 +28,7 @@ def main():
     model = FCN(len(train.classes)).to(args.device)
 
     weight = None
-    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
+    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)
 
     # The classifier starts with logits near zero and needs a higher learning rate than the layers below.
     layers = {"params": model.layers.parameters(), "lr": 5e-4}
@@ -38,16 +38,7 @@ def main():
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 
     engine.fit(
-        script=__file__,
-        args=args,
-        model=model,
-        train=train,
-        val=val,
-        test=test,
-        criterion=criterion,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        patience=10,
+        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, patience=10
     )
 
 

@@ -18,7 +18,7 @@ from basic_fcn import FCN
 
 
 def main():
-    args = cli.arguments(__doc__, epochs=30)
+    args = cli.arguments(__file__, __doc__, epochs=30)
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5, degrees=15, scale=(0.5, 1.1), unchanged=1, augmented=2)
@@ -29,7 +29,7 @@ def main():
     model = FCN(len(train.classes)).to(args.device)
 
     weight = None
-    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
+    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)
 
     # The classifier starts with logits near zero and needs a higher learning rate than the layers below.
     layers = {"params": model.layers.parameters(), "lr": 5e-4}
@@ -39,16 +39,7 @@ def main():
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 
     engine.fit(
-        script=__file__,
-        args=args,
-        model=model,
-        train=train,
-        val=val,
-        test=test,
-        criterion=criterion,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        patience=10,
+        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, patience=10
     )
 
 

@@ -17,7 +17,7 @@ from custom_fcn import CustomFCN
 
 
 def main():
-    args = cli.arguments(__doc__, epochs=60, batch_size=8)
+    args = cli.arguments(__file__, __doc__, epochs=60, batch_size=8)
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5)
@@ -28,23 +28,14 @@ def main():
     model = CustomFCN(len(train.classes)).to(args.device)
 
     weight = voc.class_weights(train.split).to(args.device)
-    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
+    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2, fused=True)
 
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 
     engine.fit(
-        script=__file__,
-        args=args,
-        model=model,
-        train=train,
-        val=val,
-        test=test,
-        criterion=criterion,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        patience=20,
+        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, patience=20
     )
 
 

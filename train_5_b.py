@@ -21,7 +21,7 @@ from resnet_fcn import ResNetFCN
 
 
 def main():
-    args = cli.arguments(__doc__, epochs=30, pretrained=True)
+    args = cli.arguments(__file__, __doc__, epochs=30, pretrained=True)
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5)
@@ -35,23 +35,14 @@ def main():
     model.to(args.device)
 
     weight = voc.class_weights(train.split).to(args.device)
-    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=voc.VOID)
+    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)
 
     optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=3e-3, weight_decay=1e-2, fused=True)
 
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 
     engine.fit(
-        script=__file__,
-        args=args,
-        model=model,
-        train=train,
-        val=val,
-        test=test,
-        criterion=criterion,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        patience=10,
+        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, patience=10
     )
 
 

@@ -44,12 +44,7 @@ class Augmentation:
         return torch.stack((first_row, second_row), 1)
 
     def __call__(self, images, masks, params):
-        """Augment a batch.
-
-        Args:
-            images: uint8 [B, 3, S, S].
-            masks: uint8 [B, S, S], class indices and VOID.
-            params: float32 [B, 2, 3], from ``draw``, on the same device.
+        """Augment images, uint8 [B, 3, S, S], and masks, uint8 [B, S, S], with params [B, 2, 3] from ``draw``.
 
         Returns:
             images and masks, new tensors of the same shapes and type.

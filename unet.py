@@ -1,4 +1,4 @@
-"""A U-Net (Ronneberger, Fischer and Brox, 2015), for photos of any size and for machines without a GPU."""
+"""A U-Net (Ronneberger, Fischer and Brox, 2015)."""
 
 import torch
 from torch import nn
@@ -18,12 +18,11 @@ class UNet(nn.Module):
 
     It departs from the paper in these ways:
 
-    - convolutions are padded: logits have the size of the image, and skips are joined whole instead of cropped;
-    - sides that 16 does not divide are rounded up where they are halved, and cut back where they are doubled;
-    - batch norm follows each 3x3 convolution, in the place of its bias and of the paper's careful initialisation;
+    - convolutions are padded, so that logits have the size of the image and skip connections are not cropped;
+    - sides that 16 does not divide are rounded up when they are halved, and cropped when they are doubled;
+    - batch norm follows each 3x3 convolution and replaces its bias;
     - 32 channels at the first level instead of 64, so that an epoch takes minutes on two CPU cores;
-    - no dropout at the end of the contracting path;
-    - no extra weight on the pixels between touching objects, which the paper's task, telling cells apart, needs.
+    - no dropout, and no extra weight on pixels between touching objects.
 
     Args:
         num_classes: channels of the logits.
@@ -52,6 +51,6 @@ class UNet(nn.Module):
             features = convolution(self.pool(features) if skips else features)
             skips.append(features)
         for upsample, convolution, skip in zip(self.upsample, self.expanding, skips[-2::-1]):
-            height, width = skip.shape[-2:]  # an odd side was halved upwards, and comes back one pixel too long
+            height, width = skip.shape[-2:]  # an odd side was rounded up, and comes back one pixel too long
             features = convolution(torch.cat((skip, upsample(features)[..., :height, :width]), dim=1))
         return self.classifier(features)

@@ -35,15 +35,14 @@ def seed_everything(seed):
 
 
 def confusion_matrix(truth, prediction, num_classes):
-    """Count pixels by ground truth and predicted class; pixels whose ground truth is void are not counted.
+    """Count pixels by ground truth (rows) and prediction (columns), without those whose ground truth is void.
 
     Args:
         truth: integer tensor of any shape with values 0 .. num_classes - 1 or VOID (255).
         prediction: integer tensor of the same shape and device with values 0 .. num_classes - 1.
-        num_classes: C.
 
     Returns:
-        int64 tensor [C, C] on the same device: rows ground truth, columns prediction.
+        int64 tensor [num_classes, num_classes] on the same device.
 
     Raises:
         ValueError: the shapes differ, or a value is not a class (values on a GPU are not checked).
@@ -77,10 +76,8 @@ def pixel_accuracy(matrix):
 def iou(matrix):
     """Intersection over union of each class over a whole split, as PASCAL VOC defines it (Everingham et al., 2010).
 
-    ``iou[c] = C[c, c] / (row c + column c - C[c, c])`` for a confusion matrix C [C, C].
-
-    Returns:
-        float64 tensor [C] in [0, 1]; NaN for a class in neither ground truth nor prediction.
+    ``iou[c] = C[c, c] / (row c + column c - C[c, c])`` for a confusion matrix C: float64 tensor in [0, 1], NaN for a
+    class in neither ground truth nor prediction.
     """
     intersection = matrix.diagonal().double()
     return intersection / (matrix.sum(0) + matrix.sum(1) - intersection)
@@ -123,10 +120,8 @@ class Scores:
 
     Attributes:
         loss: mean of the criterion over the labelled pixels, at the network's input size.
-        matrix: int64 [C, C] on the CPU, see ``confusion_matrix``.
-        classes: the C class names.
-        assignment_iou: see ``assignment_iou``; mean over the images, at the network's input size. None if it was
-            not computed.
+        matrix: int64 [C, C] on the CPU, see ``confusion_matrix``. classes: the C class names.
+        assignment_iou: mean over the images, at the network's input size; None if it was not computed.
     """
 
     loss: float

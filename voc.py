@@ -3,9 +3,7 @@
 A folder in VOC layout holds ``JPEGImages/<id>.jpg``, ``SegmentationClass/<id>.png`` and
 ``ImageSets/Segmentation/<split>.txt`` with one id per line; for other classes than VOC's, ``classes.txt`` with one name
 per line. Masks hold class indices, and 255 for void, the unlabelled pixels: void stays 255 up to the loss
-(``ignore_index``) and the metrics.
-
-Print how often each class occurs, void excluded:
+(``ignore_index``) and the metrics. Print how often each class occurs:
 
     python voc.py --data data/VOCdevkit/VOC2007 --split train
 """
@@ -71,8 +69,7 @@ def _find_root(root):
     root = Path(root)
     if (root / "ImageSets" / "Segmentation").is_dir():
         return root
-    nearby = [*sorted(root.glob("*")), *sorted(root.glob("*/*")), *root.parents]
-    for folder in nearby:
+    for folder in (*sorted(root.glob("*")), *sorted(root.glob("*/*")), *root.parents):
         if (folder / "ImageSets" / "Segmentation").is_dir():
             raise UserError(f"{root} is not in VOC layout, but {folder} is: use --data {folder}")
     raise UserError(
@@ -113,7 +110,7 @@ def to_rgb(image):
 
 
 def resize(image, size, resampling=Image.Resampling.BILINEAR):
-    """Resize a PIL image to the network's input, size x size, by default bilinear with antialiasing; a uint8 array."""
+    """Resize a PIL image to ``size`` x ``size``, by default bilinear with antialiasing, as a uint8 array."""
     return np.asarray(image.resize((size, size), resampling))
 
 
@@ -122,36 +119,33 @@ class Split:
 
     Args:
         root: the folder in VOC layout.
-        split: name of the list in ``ImageSets/Segmentation``, without ``.txt``.
+        name: name of the list in ``ImageSets/Segmentation``, without ``.txt``.
         limit: keep only the first N ids; None keeps all.
 
     Attributes:
         root: Path of the folder. dataset: its name.
-        name, limit: as given.
-        ids: list of str.
-        classes: tuple of class names, from ``classes.txt`` if there is one, else VOC's 21.
+        ids: list of str. classes: tuple of class names, from ``classes.txt`` if there is one, else VOC's 21.
 
     Raises:
         UserError: the folder or the split does not exist, or the split is empty or lists an id twice.
     """
 
-    def __init__(self, root, split, limit=None):
-        self.root = _find_root(root)
+    def __init__(self, root, name, limit=None):
+        self.root, self.name, self.limit = _find_root(root), name, limit
         self.dataset = self.root.resolve().name
-        self.name = split
-        self.limit = limit
-        path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        path = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
+        hint = "write one image id per line into it"
         if not path.exists():
-            raise UserError(f"{path}: no such split: write one image id per line into it")
-        ids = _read_lines(path, "write one image id per line into it")
+            raise UserError(f"{path}: no such split: {hint}")
+        ids = _read_lines(path, hint)
         if not ids:
-            raise UserError(f"{path}: the split is empty: write one image id per line into it")
-        for name in ids:
-            if not name.isprintable() or Path(name).is_absolute() or ".." in Path(name).parts:
-                raise UserError(f"{path}: {name!r} is not the name of a file in this folder: correct the line")
-        name, count = Counter(ids).most_common(1)[0]
+            raise UserError(f"{path}: the split is empty: {hint}")
+        for image_id in ids:
+            if not image_id.isprintable() or Path(image_id).is_absolute() or ".." in Path(image_id).parts:
+                raise UserError(f"{path}: {image_id!r} is not the name of a file in this folder: correct the line")
+        image_id, count = Counter(ids).most_common(1)[0]
         if count > 1:
-            raise UserError(f"{path}: lists {name} {count} times: keep one")
+            raise UserError(f"{path}: lists {image_id} {count} times: keep one")
         self.ids = ids[:limit]
         self.classes = self._read_classes()
 
@@ -233,11 +227,7 @@ class Split:
 
 
 def class_counts(split):
-    """Count the pixels of each class over all masks of a Split, at their own resolution, void excluded.
-
-    Returns:
-        int64 arrays [C]: the pixels of each class, and the images that show it.
-    """
+    """Count the pixels of each class over all masks of a Split, and the images that show it: two int64 arrays [C]."""
     num_classes = len(split.classes)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         per_image = pool.map(lambda index: np.bincount(split.mask(index).ravel(), minlength=256), range(len(split)))
@@ -246,17 +236,10 @@ def class_counts(split):
 
 
 def class_weights(split):
-    """Class weights for a loss on imbalanced data: ``1 / ln(1.02 + p)``, p being a class's share of the pixels.
+    """Class weights against imbalance: ``1 / ln(1.02 + p)``, p being a class's share of the labelled pixels of a Split.
 
-    The formula is that of ENet (Paszke et al., 2016). Weights lie between 1.42 for a class that fills every mask and
-    50.5 for one in none, so that no class dominates and an absent one has a finite weight. ``python
-    benchmarks/ablation.py weights`` compares it with two other formulas.
-
-    Args:
-        split: a Split; its masks are counted at their own resolution, void excluded.
-
-    Returns:
-        float32 tensor [C].
+    The formula is that of ENet (Paszke et al., 2016). The weights, a float32 tensor [C], lie between 1.42 for a class
+    that fills every mask and 50.5 for one that is in none. ``benchmarks/ablation.py weights`` compares other formulas.
     """
     pixels, _ = class_counts(split)
     return torch.tensor(1 / np.log(1.02 + pixels / pixels.sum()), dtype=torch.float32)
@@ -277,17 +260,11 @@ def normalise(images, device, mean=MEAN, std=STD):
 
 
 def load_resized(split, size):
-    """All photos and masks of a Split at ``size`` x ``size``: red, green, blue and class of each pixel.
+    """``Split.resized`` of all images: uint8 tensor [N, size, size, 4] on the CPU.
 
-    They are decoded and checked once and cached as a ``.npy`` file in ``.cache`` in the data's folder, which later runs
-    map into memory. Its name holds ``Split.digest``, so that a change of any file is noticed. If the folder cannot be
-    written, nothing is cached.
-
-    Returns:
-        uint8 tensor [N, size, size, 4] on the CPU. Writing to it changes no file.
-
-    Raises:
-        UserError: as ``Split.resized``.
+    They are decoded and checked once, and cached as a ``.npy`` file in ``.cache`` in the data's folder, which later
+    runs map into memory. Its name holds ``Split.digest``, so that a change of any file is noticed. If the folder cannot
+    be written, nothing is cached.
     """
     name = f"{split.name}_{size}" + ("" if split.limit is None else f"_limit{split.limit}")
     path = split.root / ".cache" / f"{name}_{split.digest(size)}.npy"
@@ -315,11 +292,8 @@ def load_resized(split, size):
 class Loader:
     """Batches of one split: resized to a square, augmented, normalised, on the device.
 
-    Every photo and mask is decoded and checked once, see ``load_resized``: faults in the data show before training, and
-    an epoch decodes nothing. Normalisation is part of the loader, so that it is the same for every split.
-
-    Under torchrun, each process gets its part of every training batch, and whole batches of the other splits. Together
-    these are the batches that a single process would get.
+    All images are decoded and checked at the start, see ``load_resized``. Under torchrun, each process gets its part of
+    every training batch, and whole batches of the other splits: together the batches of a single process.
 
     Args:
         split: a Split.
@@ -336,15 +310,13 @@ class Loader:
         device: where batches go.
 
     Attributes:
-        split, size, classes, augment: as given, and the split's class names.
         repeats: how many times an epoch shows each image.
         images, masks: the whole split, uint8 [N, 3, S, S] and [N, S, S], on the GPU if it takes less than a quarter of
             its free memory, else on the CPU.
         mean, std: of ``normalise``, tuples of three floats.
 
     Raises:
-        UserError: a photo or a mask is invalid (see ``Split``), no pixel of the split is labelled, or a training batch
-            has fewer images than there are processes.
+        UserError: as ``Split.resized``; no pixel of the split is labelled; fewer images in a batch than processes.
     """
 
     mean, std = MEAN, STD
@@ -359,9 +331,10 @@ class Loader:
             self.data = load_resized(split, size)
         if not any((mask != VOID).any() for mask in self.data[..., 3]):  # usually stops at the first mask
             raise UserError(f"{split.root}: no mask of the split {split.name} has a labelled pixel: all is void")
-        smallest, world_size = len(split) * self.repeats // len(self), processes.world_size()
-        if training and smallest < world_size:
-            raise UserError(f"batches of {smallest} images for {world_size} processes are too small: raise --batch-size")
+        smallest = len(split) * self.repeats // len(self)
+        if training and smallest < processes.world_size():
+            count = processes.world_size()
+            raise UserError(f"{count} processes cannot share a batch of {smallest} images: raise --batch-size")
         if self.device.type == "cuda" and self.data.nbytes < torch.cuda.mem_get_info(self.device)[0] / 4:
             self.data = self.data.to(self.device)
         self.images, self.masks = self.data[..., :3].permute(0, 3, 1, 2), self.data[..., 3]
@@ -375,11 +348,7 @@ class Loader:
         return normalise(images, self.device, self.mean, self.std)
 
     def augmented_samples(self, count):
-        """The first images of the split, repeated if there are fewer than ``count``, each augmented once, for a plot.
-
-        Returns:
-            uint8 [count, 3, S, S] and [count, S, S].
-        """
+        """Augment the first ``count`` images for a plot, again from the first if there are fewer; uint8 as stored."""
         images, masks = self._take(torch.arange(count) % len(self.split))
         params = self.augment.draw(count, torch.Generator().manual_seed(self.seed))
         return self.augment(images, masks, self._move(params))
@@ -388,8 +357,7 @@ class Loader:
         """Yield this process's batches of an epoch.
 
         Yields:
-            images: float32 [B, 3, S, S], normalised, channels last, on the device.
-            masks: int64 [B, S, S], class indices and VOID, on the device.
+            images: float32 [B, 3, S, S], normalised, channels last. masks: int64 [B, S, S], class indices and VOID.
             indices: int64 [B] on the CPU, the position of each image in the split.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -427,10 +395,9 @@ class Loader:
 
 
 def loaders(root, batch_size, size, augment=None, limit=None, seed=0, device="cpu"):
-    """Loaders of the splits train, val and test of a folder in VOC layout; only train is shuffled and augmented.
+    """Loaders of the splits train, val and test; only train is shuffled and augmented. See Split and Loader.
 
-    The third is None if there is no ``test.txt``: the reported metrics are then on val alone. ``limit`` keeps the first
-    N images of each split. The other arguments, and the errors, are those of Loader.
+    The third is None if there is no ``test.txt``: the reported metrics are then on val only.
     """
     root = _find_root(root)
     shared = {"size": size, "batch_size": batch_size, "seed": seed, "device": device}

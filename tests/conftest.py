@@ -1,4 +1,4 @@
-"""Small data sets in VOC layout, and the real files where they lie beside the project."""
+"""Small data sets in VOC layout, a network that trains in an instant, and the real data if it lies beside the project."""
 
 import os
 import signal
@@ -9,26 +9,29 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# Before torch is imported, here and in what the tests start: on tensors this small, threads only wait for each other.
+# Set before torch is imported, here and in processes that tests start: on small tensors, more threads are slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import checkpoint  # noqa: E402
 import cli  # noqa: E402
+import train  # noqa: E402
 import voc  # noqa: E402
+from tiny_net import TinyNet  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
 SHARED = ROOT.parent / "shared"
 
-# A shell's background job ignores Ctrl-C, and so would all that the tests start from there.
+# A shell's background job ignores Ctrl-C, and so would the processes that tests start there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def linked(folder, place):
-    """A folder that links to a data set's own folders, so that nothing is written beside the originals."""
-    place.mkdir()
-    for inner in folder.iterdir():
-        (place / inner.name).symlink_to(inner)
-    return place
+def linked(folder, target):
+    """Make ``target`` a folder with links to what a data set holds, so that nothing is written to the original."""
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).symlink_to(path)
+    return target
 
 
 @pytest.fixture(scope="session")
@@ -51,9 +54,7 @@ def write_pair(root, name, photo, mask):
     for folder in ("JPEGImages", "SegmentationClass"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     Image.fromarray(photo).save(root / "JPEGImages" / f"{name}.jpg", quality=95)
-    image = Image.fromarray(mask)
-    image.putpalette(voc.PALETTE.tobytes())
-    image.save(root / "SegmentationClass" / f"{name}.png")
+    voc.palette_image(mask).save(root / "SegmentationClass" / f"{name}.png")
 
 
 @pytest.fixture
@@ -64,45 +65,52 @@ def tiny(tmp_path):
 
 def make_tiny(root, splits=(("train", 5), ("val", 4), ("test", 3))):
     rng = np.random.default_rng(0)
-    number = 0
-    for split, images in splits:
+    index = 0
+    for split, count in splits:
         ids = []
-        for _ in range(images):
+        for _ in range(count):
             height, width = rng.integers(40, 61, 2)
             mask = np.zeros((height, width), np.uint8)
-            mask[5:25, 8:30] = 1 + number % 3
+            mask[5:25, 8:30] = 1 + index % 3
             mask[22:35, 20:38] = 15
             mask[20:22] = voc.VOID
             photo = np.clip(voc.PALETTE[mask] + rng.integers(0, 40, (height, width, 3)), 0, 255).astype(np.uint8)
-            ids.append(f"{number:06d}")
+            ids.append(f"{index:06d}")
             write_pair(root, ids[-1], photo, mask)
-            number += 1
+            index += 1
         write_split(root, split, ids)
     return root
 
 
-def call(folder, program, line):
-    """Run a program's main in a folder, as a shell would, but in this process; return its exit code."""
+def run_main(folder, module, flags):
+    """Run a script's main in a folder as a shell would, but in this process; return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(sys, "argv", [Path(program.__file__).name, *line.split()])
+        patch.setattr(sys, "argv", [Path(module.__file__).name, *flags.split()])
         try:
-            cli.run(program.main)
+            cli.run(module.main)
         except SystemExit as stop:
             return stop.code
     return 0
 
 
+def use_tiny_net(patch):
+    """Let train.py train TinyNet at 32x32, and ``checkpoint.load`` find it in this folder."""
+    loaders = voc.loaders
+    patch.setattr(voc, "loaders", lambda *args, size, **options: loaders(*args, size=32, **options))
+    patch.setattr(train, "FCN", TinyNet)
+    patch.setattr(checkpoint, "ROOT", TESTS)
+
+
 @pytest.fixture(scope="module")
-def models_of_the_tests():
-    """Let engine.load find tiny_net.py, which lies beside this file."""
+def tiny_net():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "ROOT", Path(__file__).resolve().parent)
+        use_tiny_net(patch)
         yield
 
 
-class Evil:
-    """Runs code of its own where it is unpickled."""
+class Malicious:
+    """Runs code when it is unpickled."""
 
     def __reduce__(self):
         return (exec, ("import checkpoint; checkpoint.ran = True",))
