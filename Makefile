@@ -6,10 +6,10 @@ demo: $(ENV)/installed $(TOY)
 	$(ENV)/bin/python train.py --data $(TOY) --limit 64 --epochs 10 --batch-size 4 --out demo
 
 test: $(ENV)/installed-dev
-	$(ENV)/bin/python -m pytest
+	$(ENV)/bin/python -m pytest -n 2 --dist loadscope
 
 $(ENV)/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=/path/to/python3 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is required: make PYTHON=/path/to/python3 ...")'
 	$(PYTHON) -m venv $(ENV)
 	$(ENV)/bin/python -m pip install -r requirements.txt
 	touch $@

@@ -25,6 +25,7 @@ from util import UserError, reason
 ROOT = Path(__file__).resolve().parent  # where ``load`` looks for the files of networks
 MAX_SIZE = 1 << 13  # largest side of a network's input in pixels that a checkpoint may ask for
 PACKAGES = ("torch", "torchvision", "numpy", "pillow")
+ADVICE = "resume with the same, or start again without --resume"
 
 
 def metadata(args, model, loader):
@@ -49,7 +50,7 @@ def metadata(args, model, loader):
 
 
 def save_best(path, metadata, model, epoch, scores):
-    """Write ``best_*.pt``: the model of ``epoch`` with its engine.Scores on val."""
+    """Write ``best_*.pt``: the model of ``epoch`` with its mean IoU and confusion matrix on val."""
     results = {"epoch": epoch, "val_miou": scores.miou, "val_matrix": scores.matrix}
     _save(path, metadata | results | {"model": model.state_dict()})
 
@@ -89,7 +90,7 @@ def resume(run_files, metadata, model, optimizer, scheduler):
 
     Raises a UserError if the file is damaged or belongs to another run than ``metadata`` describes.
     """
-    state = _read(run_files.last, "history")
+    state = read(run_files.last, "history")
     try:
         _check_same_run(run_files, state, metadata, has_schedule=scheduler is not None)
         model.load_state_dict(state["model"])
@@ -106,23 +107,20 @@ def resume(run_files, metadata, model, optimizer, scheduler):
     except UserError:
         raise
     except Exception as error:  # a missing or wrong entry raises one of many types
-        raise UserError(
-            f"{run_files.last}: belongs to another model or optimizer ({reason(error)}): start again without --resume"
-        ) from None
+        raise UserError(f"{run_files.last}: fits another model or optimizer ({reason(error)}): {ADVICE}") from None
 
 
 def _check_same_run(run_files, state, metadata, has_schedule):
     """Raise a UserError that names the first thing in which a run differs from the one it is to continue."""
-    advice = "resume with the same, or start again without --resume"
     before, now = ({**source["flags"], **source} for source in (state, metadata))
     names = ["seed", "batch_size", "limit", "dataset", "classes", "size"]
     for name in [*names, "epochs"] if has_schedule else names:
         if before[name] != now[name]:
-            raise UserError(f"{run_files.last}: its run had {name} {before[name]}, not {now[name]}: {advice}")
+            raise UserError(f"{run_files.last}: its run had {name} {before[name]}, not {now[name]}: {ADVICE}")
     changes = list(difflib.unified_diff(_code(before["script"]), _code(now["script"]), n=0, lineterm=""))
     if changes:
         first_change = changes[3]  # after the three lines of the diff's header
-        raise UserError(f"{run_files.last}: the script has changed since ({first_change!r}): {advice}")
+        raise UserError(f"{run_files.last}: the script has changed since ({first_change!r}): {ADVICE}")
     done, epochs = len(before["history"]), now["epochs"]
     if done > epochs:
         raise UserError(f"{run_files.last}: its run has {done} epochs, more than {epochs}: raise --epochs")
@@ -138,25 +136,17 @@ def _code(script):
     return ast.unparse(tree).splitlines()
 
 
-def _read(path, key):
+def read(path, key):
     """The content of a checkpoint with the entry ``key``; UserError if the file is not one of this project."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: train a model first, or correct the path") from None
     except Exception as error:  # a damaged archive raises one of many types
-        raise UserError(
-            f"{path}: is not a readable checkpoint ({reason(error)}): pass a best_*.pt of this project"
-        ) from None
+        raise UserError(f"{path}: is not a readable checkpoint ({reason(error)}): pass a best_*.pt") from None
     if not isinstance(state, dict) or not {"module", "class", "arguments", "model", "classes", key} <= state.keys():
-        raise UserError(f"{path}: was not written by this project: pass a best_*.pt of this project")
+        raise UserError(f"{path}: was not written by this project: pass a best_*.pt")
     return state
-
-
-def best_matrix(path):
-    """Epoch (int) and val confusion matrix (int64 [C, C], at the network's input size) of a ``best_*.pt``."""
-    state = _read(path, "val_matrix")
-    return state["epoch"], state["val_matrix"]
 
 
 def load(path, device="cpu"):
@@ -169,7 +159,7 @@ def load(path, device="cpu"):
     Raises:
         UserError: the file is missing, unreadable or not of this project, or the model's file is missing.
     """
-    state = _read(path, "size")
+    state = read(path, "size")
     module, class_name = state["module"], state["class"]
     missing = UserError(f"{path}: its model {class_name} of {module}.py is not in {ROOT}: put the file there")
     if not str(module).isidentifier() or not (ROOT / f"{module}.py").is_file():
@@ -189,7 +179,7 @@ def load(path, device="cpu"):
             raise ValueError(f"its size is {model.size}")
     except Exception as error:  # a missing or wrong entry raises one of many types
         raise UserError(
-            f"{path}: does not fit {class_name} in {module}.py ({reason(error)}): has that file changed since?"
+            f"{path}: does not fit the {class_name} in {module}.py ({reason(error)}): has it changed?"
         ) from None
     return model.eval().to(device, memory_format=torch.channels_last)
 
@@ -202,7 +192,6 @@ def downloading(weights):
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         folder, name = Path(torch.hub.get_dir()) / "checkpoints", Path(urlsplit(weights.url).path).name
         raise UserError(
-            f"{folder / name}: pretrained weights cannot be loaded ({reason(error)}): download {weights.url} into "
-            "that folder (or into hub/checkpoints of a folder that TORCH_HOME names), or try the script with "
-            "--no-pretrained"
+            f"{folder / name}: pretrained weights cannot be loaded ({reason(error)}): download {weights.url} into that "
+            "folder, or into hub/checkpoints below $TORCH_HOME; --no-pretrained does without"
         ) from None

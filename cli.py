@@ -33,9 +33,8 @@ def arguments(script, doc, epochs, batch_size=16, pretrained=False):
         pretrained: whether the experiment starts from pretrained weights; adds the flag ``--no-pretrained``.
 
     Returns:
-        argparse.Namespace with script (Path), experiment (the stem of its files' names), data (str), epochs,
-        batch_size, seed (int), device (torch.device), out (Path), resume, compile (bool), limit (int or None) and, for
-        an experiment with pretrained weights, pretrained (bool).
+        argparse.Namespace with the flags, script (Path) and experiment (the stem of its files' names). data is a str,
+        device a torch.device and out a Path; limit may be None.
     """
     parser = shared_flags(doc, epochs, batch_size, pretrained)
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")

@@ -1,8 +1,8 @@
 """Compare the experiments over several seeds; run what is missing first.
 
-    python compare.py                  report the runs that are there
-    python compare.py --seeds 0 1 2    first run what is missing of the seven scripts for these seeds
-    python compare.py --seeds 0 1 2 --experiments train train_mine    the same for these scripts
+    python compare.py                                             report the runs that are there
+    python compare.py --seeds 0 1 2                               first run what is missing of the seven scripts
+    python compare.py --seeds 0 1 2 --experiments train train_x   the same for train.py and train_x.py
 
 Each run is the command that a user would type, with the output folder OUT/seed0, OUT/seed1 and so on. A stopped run is
 resumed, a finished one is not repeated, and one that fails is reported at the end. Runs in OUT itself count too.
@@ -152,8 +152,8 @@ def run_missing(args):
 def paired_difference(runs, base, split):
     """The mean difference in mean IoU between two experiments, paired by seed, and its 95 % interval.
 
-    The interval is that of the paired t-test. ``runs`` and ``base`` map a seed to a Run. Returns mean, low and high; low
-    and high are None with fewer than MIN_SEEDS seeds, and all are None without a common seed.
+    The interval is that of the paired t-test. ``runs`` and ``base`` map a seed to a Run. Returns mean, low and high:
+    low and high are None with fewer than MIN_SEEDS seeds, and all are None without a common seed.
     """
     differences = [runs[seed].score(split, "miou") - base[seed].score(split, "miou") for seed in runs if seed in base]
     differences = [value for value in differences if not math.isnan(value)]

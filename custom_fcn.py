@@ -37,9 +37,7 @@ def upsample(features, shape):
 class CustomFCN(nn.Module):
     """Downsample by 32 in five steps, upsample the features to 1/4 in three, and the logits to full resolution.
 
-    ``python benchmarks/ablation.py network`` measures what each part contributes; REPORT.md has the results.
-
-    Args:
+    Args (``python benchmarks/ablation.py network`` measures what each part contributes):
         num_classes: channels of the logits.
         skips: add the encoder's features at 1/4, 1/8 and 1/16 of the image's size to the decoder's.
         residual: give each pair of convolutions in the encoder a shortcut.
@@ -58,9 +56,8 @@ class CustomFCN(nn.Module):
         )
         self.narrow = nn.Conv2d(widths[-1], width, kernel_size=1)
         self.context = nn.Conv2d(widths[-1], width, kernel_size=1) if context else None
-        self.skips = (
-            nn.ModuleList(nn.Conv2d(channels, width, kernel_size=1) for channels in widths[-2::-1]) if skips else None
-        )
+        skip_convolutions = (nn.Conv2d(channels, width, kernel_size=1) for channels in widths[-2::-1])
+        self.skips = nn.ModuleList(skip_convolutions) if skips else None
         self.decoder = nn.ModuleList(convolution(width, width) for _ in range(3))
         self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
 

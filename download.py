@@ -152,10 +152,9 @@ def _unpack_into(archive, folder, prefix):
         with writing(folder), tarfile.open(archive) as tar:
             for member in tqdm(tar, f"unpacking {archive.name}", unit=" files", disable=None):
                 parts = PurePosixPath(member.name).parts
-                inside = parts[: len(prefix)] == prefix[: len(parts)] and not any(
-                    part == ".." or set(part) & set('\\:*?"<>|') for part in parts
-                )
-                if not inside or not (member.isfile() or member.isdir()):
+                unsafe = any(part == ".." or set(part) & set('\\:*?"<>|') for part in parts)
+                inside = parts[: len(prefix)] == prefix[: len(parts)]
+                if unsafe or not inside or not (member.isfile() or member.isdir()):
                     raise UserError(f"{archive}: holds {member.name!r}, which is not a file of VOC: refused")
                 target = folder.joinpath(*parts[len(prefix) :])
                 if member.isdir():
@@ -306,9 +305,7 @@ def _url(text):
 def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--year", type=int, choices=sorted(SPLITS), default=2007, help="default: %(default)s")
-    parser.add_argument(
-        "--out", type=Path, default="data", metavar="DIR", help="folder for VOCdevkit/ (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default="data", metavar="DIR", help="parent of VOCdevkit (default: data)")
     parser.add_argument("--mirror", type=_url, action="append", default=[], metavar="URL", help="a mirror to try first")
     parser.add_argument("--tar", type=Path, action="append", default=[], metavar="FILE", help="an archive on disk")
     instead = parser.add_mutually_exclusive_group()

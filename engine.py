@@ -259,10 +259,10 @@ def _describe(run_files, args, model, train, val, test, criterion, epochs_done):
         _print(f"{train.split.root} has no test.txt: the results are on val, which also selects the best epoch")
     if args.compile:
         _print("the first epoch includes the time of torch.compile")
-    if epochs_done:
-        _print(f"continuing {run_files.last} after epoch {epochs_done}")
-    elif args.resume:
-        _print(f"no {run_files.last} yet: starting")
+    if args.resume:
+        _print(
+            f"continuing {run_files.last} after epoch {epochs_done}" if epochs_done else "nothing to resume: starting"
+        )
 
 
 def _epoch_line(history, epochs, seconds, scores):
@@ -315,9 +315,9 @@ def _report_stop(run_files, history, train, val):
         return
     plots = ""
     try:
-        epoch, matrix = checkpoint.best_matrix(run_files.best)
-        scores = {f"val at {val.size}x{val.size}": Scores(math.nan, matrix, val.classes)}
-        _draw_plots(run_files, history, train, val, checkpoint.load(run_files.best, val.device), epoch, scores)
+        best = checkpoint.read(run_files.best, "val_matrix")
+        scores = {f"val at {val.size}x{val.size}": Scores(math.nan, best["val_matrix"], val.classes)}
+        _draw_plots(run_files, history, train, val, checkpoint.load(run_files.best, val.device), best["epoch"], scores)
         plots = f", drew {run_files.plot('*')}"
     except (UserError, RuntimeError) as error:  # the reason for the stop, such as a full disk, matters more
         _print(util.reason(error))

@@ -27,8 +27,8 @@ def writing(path):
 def atomic_write(path):
     """Yield a binary file that replaces ``path`` when the block ends, so that ``path`` is always complete.
 
-    Until then it is ``<path>.<process id>.unfinished``. If writing fails, it is deleted, and a UserError is raised. What
-    a killed process left is deleted by a later write.
+    Until then it is ``<path>.<process id>.unfinished``. If writing fails, it is deleted, and a UserError is raised. A
+    later write deletes what a killed process has left.
     """
     unfinished = Path(f"{path}.{os.getpid()}.unfinished")
     with writing(path):

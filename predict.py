@@ -54,9 +54,7 @@ def main():
     parser.add_argument("checkpoint", help="a best_*.pt")
     parser.add_argument("photos", nargs="+", metavar="photo", help="photos, or folders of photos")
     parser.add_argument("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")
-    parser.add_argument(
-        "--device", type=cli.parse_device, default="auto", help="auto (default), cpu, cuda, cuda:N or mps"
-    )
+    parser.add_argument("--device", type=cli.parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     args = parser.parse_args()
 
     photos = find_photos(args.photos)

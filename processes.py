@@ -12,10 +12,9 @@ from util import UserError
 
 
 def join(device):
-    """Join the process group if torchrun started several processes.
+    """Join the process group if torchrun started several processes; return this one's torch.device.
 
-    Returns the torch.device of this process, on GPUs that of its local rank. Raises a UserError if there are more
-    processes than GPUs, or if the device is neither cuda nor cpu.
+    Raises a UserError if there are more processes than GPUs, or if the device is neither cuda nor cpu.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device

@@ -39,9 +39,7 @@ class Augmentation:
         margin = (1 - scale).abs()
         x, y = margin * (2 * x - 1), margin * (2 * y - 1)
         cos, sin = scale * angle.cos(), scale * angle.sin()
-        first_row = torch.stack((sign * cos, -sin, x), 1)
-        second_row = torch.stack((sign * sin, cos, y), 1)
-        return torch.stack((first_row, second_row), 1)
+        return torch.stack((sign * cos, -sin, x, sign * sin, cos, y), 1).view(count, 2, 3)
 
     def __call__(self, images, masks, params):
         """Augment images, uint8 [B, 3, S, S], and masks, uint8 [B, S, S], with params [B, 2, 3] from ``draw``.

@@ -1,8 +1,4 @@
-"""Metrics from one confusion matrix, the seed of a run, and errors that the user can correct.
-
-Every reported metric comes from one int64 confusion matrix per split. The matrices of batches, images or processes add
-up, so a metric does not depend on how the split was divided.
-"""
+"""Metrics from one confusion matrix per split, the seed of a run, and errors that the user can correct."""
 
 import math
 import random
@@ -88,13 +84,6 @@ def mean_iou(matrix):
     return iou(matrix).nanmean().item()
 
 
-def constant_prediction_matrix(matrix, label):
-    """The confusion matrix that predicting class ``label`` everywhere has on the split of ``matrix`` [C, C]."""
-    constant = torch.zeros_like(matrix)
-    constant[:, label] = matrix.sum(1)
-    return constant
-
-
 def assignment_iou(truth, prediction, num_classes):
     """IoU as the assignment's own code computes it, for comparison with its published results only.
 
@@ -102,9 +91,7 @@ def assignment_iou(truth, prediction, num_classes):
     itself; a class in neither ground truth nor prediction of an image counts as 0 in the mean over all classes. A
     perfect prediction of an image with two of 21 classes scores 2/21.
 
-    Args:
-        truth: integer tensor [B, H, W] with values 0 .. num_classes - 1 or VOID (255).
-        prediction: integer tensor [B, H, W] with values 0 .. num_classes - 1.
+    Args: as ``confusion_matrix``, with shape [B, H, W].
 
     Returns:
         float64 tensor [B] in [0, 1], one score per image; the score of a split is the mean over its images.
@@ -141,7 +128,8 @@ class Scores:
     def baseline(self):
         """Name and Scores of the all-background baseline; of the majority class if there is no background class."""
         label = self.classes.index("background") if "background" in self.classes else self.matrix.sum(1).argmax().item()
-        matrix = constant_prediction_matrix(self.matrix, label)
+        matrix = torch.zeros_like(self.matrix)
+        matrix[:, label] = self.matrix.sum(1)
         return f"all-{self.classes[label]} baseline", Scores(math.nan, matrix, self.classes)
 
     def as_dict(self):

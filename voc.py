@@ -183,18 +183,15 @@ class Split:
         path = self.paths(index)[1]
         image = open_image(path)
         if image.mode not in ("P", "L", "1"):
-            raise UserError(
-                f"{path}: is an image in mode {image.mode}, but a mask holds class indices: "
-                "save it as a palette or 8-bit greyscale PNG whose values are the class indices"
-            )
+            advice = "save class indices as a palette or 8-bit greyscale PNG"
+            raise UserError(f"{path}: is an image in mode {image.mode}, not a mask of class indices: {advice}")
         mask = np.asarray(image).astype(np.uint8)
         num_classes = len(self.classes)
         invalid = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)[num_classes:VOID])
         if invalid.size:
-            raise UserError(
-                f"{path}: holds the value {invalid[0] + num_classes}, which is neither a class (0 .. {num_classes - 1})"
-                f" nor void ({VOID}): correct the mask, or list its classes in {self.root / 'classes.txt'}"
-            )
+            value, advice = invalid[0] + num_classes, f"correct the mask, or {self.root / 'classes.txt'}"
+            known = f"a class (0 .. {num_classes - 1}) nor void ({VOID})"
+            raise UserError(f"{path}: holds the value {value}, which is neither {known}: {advice}")
         return mask
 
     def resized(self, index, size):
@@ -207,10 +204,8 @@ class Split:
         """
         photo, mask = self.photo(index), Image.fromarray(self.mask(index))
         if photo.size != mask.size:
-            raise UserError(
-                f"{self.paths(index)[1]}: is {mask.width}x{mask.height}, but its photo is "
-                f"{photo.width}x{photo.height}: a mask needs the size of its photo"
-            )
+            sizes = f"{mask.width}x{mask.height}, but its photo is {photo.width}x{photo.height}"
+            raise UserError(f"{self.paths(index)[1]}: is {sizes}: a mask needs the size of its photo")
         return np.dstack((resize(photo, size), resize(mask, size, Image.Resampling.NEAREST)))
 
     def digest(self, size):
@@ -218,11 +213,8 @@ class Split:
         state = [size, len(self.classes), PIL.__version__]
         for index in range(len(self)):
             for path in self.paths(index):
-                try:
-                    stat = path.stat()
-                    state += [path.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-                except OSError:  # reported when it is opened
-                    state += [path.name, None]
+                stat = path.stat() if os.path.exists(path) else None  # a missing file is reported when it is opened
+                state.append((path.name, stat and (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)))
         return hashlib.sha256(repr(state).encode()).hexdigest()[:DIGEST_LENGTH]
 
 
@@ -298,8 +290,8 @@ class Loader:
     Args:
         split: a Split.
         size: side of the square in pixels.
-        batch_size: the largest batch, over all processes. The split is divided into batches of nearly equal size, so
-            that no epoch ends with a batch of one, on which batch norm would learn noise.
+        batch_size: the largest batch, over all processes. Batches are of nearly equal size, so that none has a single
+            image, on which batch norm would learn noise.
         training: shuffle in every epoch. Otherwise the images come in the order of the split.
         augment: None, or an object such as ``transforms.Augmentation``: ``augment.draw(count, generator)`` returns
             random parameters, one row of a tensor per image, from a torch.Generator on the CPU, and
@@ -314,9 +306,6 @@ class Loader:
         images, masks: the whole split, uint8 [N, 3, S, S] and [N, S, S], on the GPU if it takes less than a quarter of
             its free memory, else on the CPU.
         mean, std: of ``normalise``, tuples of three floats.
-
-    Raises:
-        UserError: as ``Split.resized``; no pixel of the split is labelled; fewer images in a batch than processes.
     """
 
     mean, std = MEAN, STD

@@ -7,20 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from tiny_net import TinyNet
 
-# Set before torch is imported, here and in processes that tests start: on small tensors, more threads are slower.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import checkpoint  # noqa: E402
-import cli  # noqa: E402
-import train  # noqa: E402
-import voc  # noqa: E402
-from tiny_net import TinyNet  # noqa: E402
+import checkpoint
+import cli
+import train
+import voc
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SHARED = ROOT.parent / "shared"
+
+# On small tensors, more threads are slower: here, and in the processes that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell's background job ignores Ctrl-C, and so would the processes that tests start there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -95,11 +98,12 @@ def run_main(folder, module, flags):
 
 
 def use_tiny_net(patch):
-    """Let train.py train TinyNet at 32x32, and ``checkpoint.load`` find it in this folder."""
+    """Make runs fast: train.py trains TinyNet, which ``checkpoint.load`` finds here, at 32x32, and renders no plot."""
     loaders = voc.loaders
     patch.setattr(voc, "loaders", lambda *args, size, **options: loaders(*args, size=32, **options))
     patch.setattr(train, "FCN", TinyNet)
     patch.setattr(checkpoint, "ROOT", TESTS)
+    patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(os.urandom(100_000)))
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def test_without_pretrained_weights_every_output_says_so(tiny, tmp_path):
         files = [path.name for path in (tmp_path / folder).iterdir() if path.is_file()]
         assert files and all("train_5_b_no_pretrained" in name for name in files)
     assert done.stdout.splitlines()[0].startswith("train_5_b_no_pretrained: ")
-    assert checkpoint._read(tmp_path / "best_train_5_b_no_pretrained.pt", "epoch")["experiment"].endswith("no_pretrained")
+    assert checkpoint.read(tmp_path / "best_train_5_b_no_pretrained.pt", "epoch")["experiment"].endswith("no_pretrained")
 
 
 def test_4_a_anneals_the_rate_once_an_epoch_over_all_epochs(tiny, tmp_path):
