@@ -41,7 +41,7 @@ EXPERIMENTS = {
 }
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last is used for more, and is then too large.
-T_QUANTILES = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+T_QUANTILES = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
 MIN_SEEDS = 3  # fewer seeds give no useful interval
 
 
@@ -190,7 +190,7 @@ def difference_row(name, runs, base_name, base, split):
         "builds on": base_name,
         f"difference in {split} mean IoU": f"{mean:+.4f}",
         "95 % interval": "-" if low is None else f"{low:+.4f} to {high:+.4f}",
-        "": "-" if low is None else "clear" if low > 0 or high < 0 else "not clear",
+        "clear": "-" if low is None else "yes" if low > 0 or high < 0 else "no",
         "classes that gain": ", ".join(gains) or "-",
         "classes that lose": ", ".join(losses) or "-",
     }
