@@ -260,7 +260,7 @@ def load_resized(split, size):
     """
     name = f"{split.name}_{size}" + ("" if split.limit is None else f"_limit{split.limit}")
     path = split.root / ".cache" / f"{name}_{split.digest(size)}.npy"
-    with contextlib.suppress(OSError, ValueError):  # not there yet, or damaged
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
         return torch.from_numpy(np.load(path, mmap_mode="c"))
 
     pixels = np.empty((len(split), size, size, 4), np.uint8)

@@ -107,7 +107,7 @@ def train_two_steps(model):
     """Train a model on random images in training mode; return its state before."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     # given all parameters, and with weight decay, which moves a parameter even if its gradient is 0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     model.train()
     for _ in range(2):
         optimizer.zero_grad()
@@ -154,7 +154,7 @@ def test_the_unet_has_the_layers_of_the_paper():
 
 @pytest.mark.parametrize("level", range(4))
 def test_the_unet_has_a_skip_connection_at_every_level(level):
-    """With the upsampling into a level cut, the logits still depend on this level and those above, and on none below."""
+    """With the upsampling into a level cut, the logits depend on this level and those above, and on none below."""
     model = UNet(5, width=8)
     for parameter in model.upsample[3 - level].parameters():
         nn.init.zeros_(parameter)

@@ -2,13 +2,11 @@
 
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_tiny, run_main, write_split
+from conftest import make_tiny, run_main, write_split
 from PIL import Image
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
@@ -255,21 +253,3 @@ def test_data_is_loaded_even_if_the_cache_cannot_be_written(tiny, monkeypatch):
     monkeypatch.setattr(os, "fsync", disk_is_full)
     assert torch.equal(load(tiny), expected)
     assert list((tiny / ".cache").iterdir()) == []
-
-
-def test_data_with_an_error_is_not_cached(tiny):
-    (tiny / "JPEGImages" / "000003.jpg").write_bytes(b"damaged")
-    with pytest.raises(UserError, match="000003.jpg"):
-        load(tiny)
-    assert not (tiny / ".cache").exists()
-
-
-def test_processes_that_start_together_all_load_the_complete_data(tmp_path):
-    root = make_tiny(tmp_path / "Tiny", (("train", 60), ("val", 1)))
-    code = "import sys, voc; print(voc.load_resized(voc.Split(sys.argv[1], 'train'), 64).long().sum().item())"
-    command = [sys.executable, "-c", code, root]
-    processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    sums = {process.communicate()[0] for process in processes}
-    split = voc.Split(root, "train")
-    assert sums == {f"{sum(int(split.resized(index, 64).sum(dtype=int)) for index in range(60))}\n"}
-    assert [path.suffix for path in (root / ".cache").iterdir()] == [".npy"]
