@@ -1,58 +1,53 @@
-"""What each way of counting makes of the same predictions: the official metric, and the assignment's step by step.
+"""Score the same predictions by the official metric and by the assignment's, one difference between them at a time.
 
     python benchmarks/metric.py --data data/VOCdevkit/Toy --split test best_train.pt best_train_5_a.pt
 
-Scores the first class everywhere (VOC's background), the truth itself and the checkpoints given, all at 224x224, so
-that nothing but the counting differs. Without checkpoints, masks are enough.
+Scores class 0 everywhere (VOC's background), the ground truth itself and the checkpoints given, all at 224x224, so that
+only the way of counting differs. Without checkpoints, no photos are needed.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import checkpoint
+import cli
 import compare
-import engine
 import util
 import voc
 
 SIZE = 224
-WAYS = (
-    "mean IoU",
-    "void as background",
-    "mean over images",
-    "and absent classes as 0",
-    "the assignment's: all three",
-)
 
 
-def score(pairs, number):
-    """Mean IoU of (truth, prediction) pairs, integer tensors [H, W], by each of WAYS."""
-    total, void_as_background = torch.zeros(2, number, number, dtype=torch.int64)
-    each, absent_as_0, assignment = [], [], []
+def mean_ious(pairs, num_classes):
+    """The mean IoU of (ground truth, prediction), integer tensors [H, W], by each metric: a dict from name to text."""
+    matrices, void_as_background, assignment = [], [], []
     for truth, prediction in pairs:
-        matrix = util.confusion_matrix(truth, prediction, number)
-        total += matrix
-        void_as_background += util.confusion_matrix(truth.masked_fill(truth == voc.VOID, 0), prediction, number)
-        each.append(util.mean_iou(matrix))
-        absent_as_0.append(util.iou(matrix).nan_to_num(0).mean().item())
-        assignment.append(util.assignment_iou(truth[None], prediction[None], number).item())
-    means = map(statistics.mean, (each, absent_as_0, assignment))
-    return [util.mean_iou(total), util.mean_iou(void_as_background), *means]
+        matrices.append(util.confusion_matrix(truth, prediction, num_classes))
+        void_as_background.append(util.confusion_matrix(truth % util.VOID, prediction, num_classes))  # 255 becomes 0
+        assignment.append(util.assignment_iou(truth[None], prediction[None], num_classes).item())
+    scores = {
+        "mean IoU": util.mean_iou(sum(matrices)),
+        "void as background": util.mean_iou(sum(void_as_background)),
+        "mean over images": np.mean([util.mean_iou(matrix) for matrix in matrices]),
+        "and absent classes as 0": np.mean([util.iou(matrix).nan_to_num(0).mean() for matrix in matrices]),
+        "the assignment's: all three": np.mean(assignment),
+    }
+    return {metric: f"{score:.4f}" for metric, score in scores.items()}
 
 
 @torch.inference_mode()
-def predictions(path, split):
-    """Yield truth and the prediction of a checkpoint for each image of a split."""
+def predict(path, split):
+    """Yield the prediction of a checkpoint for each image of a split."""
     model = checkpoint.load(path)
     for index in range(len(split)):
-        photo, mask = split.pair(index, SIZE)
-        logits = model(voc.normalise(torch.tensor(photo).permute(2, 0, 1)[None], "cpu", model.mean, model.std))
-        yield torch.tensor(mask), logits[0].argmax(0)
+        photo = torch.tensor(voc.resize(split.photo(index), SIZE)).permute(2, 0, 1)
+        yield model(voc.normalise(photo[None], "cpu", model.mean, model.std))[0].argmax(0)
 
 
 def main():
@@ -63,16 +58,14 @@ def main():
     parser.add_argument("--limit", type=cli.integer(1))
     args = parser.parse_args()
     split = voc.Split(args.data, args.split, args.limit)
-    number = len(split.classes)
     images = (Image.fromarray(split.mask(index)) for index in range(len(split)))
     masks = [torch.tensor(voc.resize(image, SIZE, Image.Resampling.NEAREST)) for image in images]
-    rows = [[f"{split.classes[0]} everywhere", *score(((mask, torch.zeros_like(mask)) for mask in masks), number)]]
-    truths = ((mask, mask.masked_fill(mask == voc.VOID, 0)) for mask in masks)
-    rows.append(["the truth itself", *score(truths, number)])
-    for path in args.checkpoints:
-        rows.append([f"`{path.name}`", *score(predictions(path, split), number)])
+    predictions = {f"{split.classes[0]} everywhere": [torch.zeros_like(mask) for mask in masks]}
+    predictions["the ground truth itself"] = [mask % util.VOID for mask in masks]
+    predictions |= {f"`{path.name}`": predict(path, split) for path in args.checkpoints}
+    scores = {name: mean_ious(zip(masks, predicted), len(split.classes)) for name, predicted in predictions.items()}
     print(f"{split.root} {split.name}, {len(split)} images at {SIZE}x{SIZE}, torch {torch.__version__}\n")
-    print(compare.table(["prediction", *WAYS], [[row[0], *(f"{value:.4f}" for value in row[1:])] for row in rows]))
+    print(compare.markdown_table([{"prediction": name} | row for name, row in scores.items()]))
 
 
 if __name__ == "__main__":

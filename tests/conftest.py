@@ -1,6 +1,7 @@
-"""Small data sets in VOC layout, a network that trains in an instant, and the real data if it lies beside the project."""
+"""Small data sets in VOC layout, fast runs on them, and the real data if it lies beside the project."""
 
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -89,7 +90,7 @@ def run_main(folder, module, flags):
     """Run a script's main in a folder as a shell would, but in this process; return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(sys, "argv", [Path(module.__file__).name, *flags.split()])
+        patch.setattr(sys, "argv", [Path(module.__file__).name, *shlex.split(flags)])
         try:
             cli.run(module.main)
         except SystemExit as stop:
