@@ -96,7 +96,7 @@ def test_report_has_mean_and_deviation_over_the_seeds_of_every_experiment(tmp_pa
         assert row["time per epoch"] == ("2.0" if row["experiment"] == "train_4_a" else "1.0")
     assert [row["published, VOC2007"] for row in results] == ["0.055", "0.0613", ""]
     # an experiment of the user builds on the baseline
-    for row, name, clear in zip(rows[8:], ("train_4_a", "train_mine"), ("no", "yes")):
+    for row, name, clear in zip(rows[8:], ("train_4_a", "train_mine"), ("no", "yes"), strict=True):
         expected = np.mean(mious[name]) - np.mean(mious["train"])
         assert row[:3] == [name, "train", f"{expected:+.4f}"] and row[4] == clear
     for name in ("comparison", "classes", "curves"):
@@ -192,7 +192,7 @@ def test_failed_run_is_reported_and_the_others_go_on_with_the_same_flags(tmp_pat
 SLOW_RUN = """
 import pathlib, signal, sys, time
 def save(number, frame):
-    time.sleep(0.5)
+    time.sleep(1.5)
     pathlib.Path("saved").touch()
     sys.exit(128 + number)
 for number in (signal.SIGINT, signal.SIGTERM):
