@@ -1,7 +1,4 @@
-"""Best and last checkpoints: save, resume and load.
-
-A checkpoint holds tensors and plain types only, so that ``torch.load`` reads it with ``weights_only=True``.
-"""
+"""Best and last checkpoints, which hold tensors and plain types only: save, resume and load."""
 
 import ast
 import contextlib

@@ -91,9 +91,8 @@ def parse_device(text):
 def run(main):
     """Call ``main()`` as a command.
 
-    Exit code 2 and one line for a UserError or if memory runs out, 1 if another process of the run is gone, 130 for
-    Ctrl-C, 143 for SIGTERM. Both signals raise an exception in ``main``, so that it can save what it has; a second one
-    ends the process at once.
+    Exit code 2 and one line for a UserError or if memory runs out, 1 if another process is gone, 130 for Ctrl-C, 143
+    for SIGTERM. A signal raises an exception in ``main``, which can save what it has; a second one ends it at once.
     """
     signal.signal(signal.SIGTERM, _handle_signal)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores Ctrl-C

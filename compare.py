@@ -92,13 +92,15 @@ def result_paths(out, experiment="*", seed="*"):
     return sorted(path for folder in (out, *out.glob("seed*")) for path in (folder / "results").glob(name))
 
 
-def collect(out):
-    """All runs below a folder: a dict from (dataset, limit) to a dict from experiment to a dict from seed to Run."""
+def collect(out, names=None):
+    """The runs below a folder, all or those of some scripts: a dict (dataset, limit) -> experiment -> seed -> Run."""
     groups = {}
     for path in result_paths(out):
         run = Run.read(path)
-        group = groups.setdefault((run.metrics["dataset"], run.metrics["flags"]["limit"]), {})
-        group.setdefault(run.metrics["experiment"], {}).setdefault(run.metrics["seed"], run)
+        experiment = run.metrics["experiment"]
+        if names is None or experiment.removesuffix("_no_pretrained") in names:
+            group = groups.setdefault((run.metrics["dataset"], run.metrics["flags"]["limit"]), {})
+            group.setdefault(experiment, {}).setdefault(run.metrics["seed"], run)
     return groups
 
 
@@ -150,10 +152,10 @@ def run_missing(args):
 
 
 def paired_difference(runs, base, split):
-    """The mean difference in mean IoU between two experiments, paired by seed, and its 95 % interval.
+    """The mean difference in mean IoU between two experiments, paired by seed, and its 95 % interval (paired t-test).
 
-    The interval is that of the paired t-test. ``runs`` and ``base`` map a seed to a Run. Returns mean, low and high:
-    low and high are None with fewer than MIN_SEEDS seeds, and all are None without a common seed.
+    ``runs`` and ``base`` map a seed to a Run. Returns mean, low and high: low and high are None with fewer than
+    MIN_SEEDS seeds, and all are None without a common seed.
     """
     differences = [runs[seed].score(split, "miou") - base[seed].score(split, "miou") for seed in runs if seed in base]
     differences = [value for value in differences if not math.isnan(value)]
@@ -219,14 +221,14 @@ def markdown_table(rows):
 def select(groups, args):
     """The dataset, limit and runs to report: those of the flags, or the only ones there are, else a UserError."""
     if not groups:
-        raise UserError(f"{args.out}: holds no finished run: python compare.py --seeds 0 1 2 runs the experiments")
+        raise UserError(f"{args.out}: holds no such finished run: python compare.py --seeds 0 1 2 runs the experiments")
     key = (Path(args.data).resolve().name, args.limit)
     if key not in groups and len(groups) > 1:
         known = ", ".join(f"{name}" + (f" with --limit {limit}" if limit else "") for name, limit in groups)
         raise UserError(f"{args.out}: holds runs on several datasets ({known}): choose with --data and --limit")
     (dataset, limit), runs = (key, groups[key]) if key in groups else next(iter(groups.items()))
     names = [name for name in EXPERIMENTS if name in runs] + sorted(runs.keys() - EXPERIMENTS.keys())
-    return dataset, limit, {name: runs[name] for name in names if name in (args.experiments or names)}
+    return dataset, limit, {name: runs[name] for name in names}
 
 
 def result_row(name, runs, splits, reference_seconds):
@@ -318,12 +320,14 @@ def main():
         if args.seeds and not (ROOT / f"{name}.py").is_file():
             raise UserError(f"--experiments {name}: there is no {ROOT / name}.py: correct the name")
     failures = run_missing(args)
-    dataset, limit, experiments = select(collect(args.out), args)
-    text = report(dataset, limit, experiments, failures)
-    draw_plots(args.out, dataset, experiments)
-    with files.atomic_write(args.out / "RESULTS.md") as file:
-        file.write(text.encode())
-    print(text)
+    groups = collect(args.out, args.experiments)
+    if groups or not failures:
+        dataset, limit, experiments = select(groups, args)
+        text = report(dataset, limit, experiments, failures)
+        draw_plots(args.out, dataset, experiments)
+        with files.atomic_write(args.out / "RESULTS.md") as file:
+            file.write(text.encode())
+        print(text)
     if failures:
         raise UserError(f"{len(failures)} runs failed; the same command tries them again: {'; '.join(failures)}")
 

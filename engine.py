@@ -146,7 +146,8 @@ def fit(args, model, train, val, test, *, criterion, optimizer, scheduler, patie
     """Train a model, save its best and last state, then evaluate the best on val and test, plot and print a summary.
 
     Writes the files of ``files.RunFiles``. The best epoch has the highest mean IoU on val at the loader's size. After
-    Ctrl-C or an error, the checkpoints and plots of the epochs before are kept.
+    Ctrl-C or an error, the checkpoints and plots of the epochs before are kept. Raises a UserError if a file cannot be
+    written, if ``--resume`` finds the files of another run, or if the loss is not finite.
 
     Args:
         args: from ``cli.arguments``.
@@ -156,9 +157,6 @@ def fit(args, model, train, val, test, *, criterion, optimizer, scheduler, patie
         optimizer: over the model's parameters.
         scheduler: stepped once per epoch, or None.
         patience: stop after so many epochs without a better mean IoU.
-
-    Raises:
-        UserError: a file cannot be written, ``--resume`` finds the files of another run, or the loss is not finite.
     """
     run_files = files.RunFiles(args.out, args.experiment, args.seed)
     processes.set_malloc_options(args.device)
@@ -216,8 +214,7 @@ def best_epoch(history):
 
 def _progress(iterable, total, name, unit="batch"):
     """A progress bar on stderr that disappears at its end; none in other processes or if stderr is not a terminal."""
-    disable = None if processes.is_main() else True  # None lets tqdm decide
-    return tqdm(iterable, name, total, leave=False, disable=disable, unit=unit)
+    return tqdm(iterable, name, total, leave=False, unit=unit, disable=None if processes.is_main() else True)
 
 
 def _print(text):

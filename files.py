@@ -66,11 +66,9 @@ def atomic_folder(folder):
 
 
 class RunFiles:
-    """The paths of a run's files below the output folder. Raises a UserError if a folder cannot be written.
+    """The paths of a run's files below the output folder; raises a UserError if a folder cannot be written.
 
-    Attributes:
-        experiment: the stem of all file names.
-        best, last: the checkpoints. history, metrics: the CSV and the JSON in ``results``. plots: a folder.
+    ``best`` and ``last`` are checkpoints, ``history`` the CSV and ``metrics`` the JSON in ``results``.
     """
 
     def __init__(self, out, experiment, seed):

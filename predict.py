@@ -27,10 +27,9 @@ def find_photos(paths):
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"{path}: no such file or folder: correct the path")
-        if path.is_file():
-            photos.append(path)
-            continue
-        found = [file for file in sorted(path.iterdir()) if file.suffix.lower() in voc.PHOTO_SUFFIXES]
+        found = [path]
+        if path.is_dir():
+            found = [file for file in sorted(path.iterdir()) if file.suffix.lower() in voc.PHOTO_SUFFIXES]
         if not found:
             raise UserError(f"{path}: holds no photo ({', '.join(voc.PHOTO_SUFFIXES)}): correct the path")
         photos += found

@@ -81,10 +81,9 @@ def main_process_first():
 
 
 def set_malloc_options(device):
-    """On a CPU with glibc, let malloc keep freed memory for the next batch; otherwise change nothing.
+    """On a CPU with glibc, keep freed memory for the next batch instead of returning it to the system.
 
-    By default, glibc returns each large block to the system, which then clears and maps every page again for the next
-    batch. ``python benchmarks/speed.py`` measures the time that this saves and the memory that it costs.
+    ``python benchmarks/speed.py`` measures the time that this saves and the memory that it costs.
     """
     if device.type != "cpu":
         return

@@ -224,9 +224,8 @@ def _inside(parts, x, y):
 
 def _smooth(noise, height, width, cells, channels):
     """Smooth noise in 0 .. 1 of about ``cells`` bumps along the longer side: float32 [height, width, channels]."""
-    small = noise.random(
-        (*(max(2, cells * side // max(height, width)) for side in (height, width)), channels), np.float32
-    )
+    rows, columns = (max(2, cells * side // max(height, width)) for side in (height, width))
+    small = noise.random((rows, columns, channels), np.float32)
     layers = [Image.fromarray(small[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(channels)]
     return np.stack([np.asarray(layer) for layer in layers], -1)
 

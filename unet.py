@@ -22,7 +22,7 @@ class UNet(nn.Module):
     - sides that 16 does not divide are rounded up when they are halved, and cropped when they are doubled;
     - batch norm follows each 3x3 convolution and replaces its bias;
     - 32 channels at the first level instead of 64, so that an epoch takes minutes on two CPU cores;
-    - no dropout, and no extra weight on pixels between touching objects.
+    - no dropout, no extra weight on pixels between touching objects.
 
     Args:
         num_classes: channels of the logits.

@@ -176,9 +176,7 @@ class Split:
     def mask(self, index):
         """The mask as a uint8 array [H, W] of class indices and VOID, at its own resolution.
 
-        Raises:
-            UserError: the file is missing or unreadable, is not a palette or greyscale image, or holds a value that is
-                neither a class nor VOID.
+        Raises a UserError if it is missing, unreadable, neither a palette nor a greyscale image, or holds other values.
         """
         path = self.paths(index)[1]
         image = open_image(path)
@@ -197,10 +195,8 @@ class Split:
     def resized(self, index, size):
         """Photo and mask at ``size`` x ``size``, as one uint8 array [size, size, 4]: red, green, blue and class.
 
-        The photo is resized bilinearly with antialiasing, the mask to the nearest pixel.
-
-        Raises:
-            UserError: as ``photo`` and ``mask``, and if the two differ in size.
+        The photo is resized bilinearly with antialiasing, the mask to the nearest pixel. Raises a UserError if one of
+        them is invalid, or if they differ in size.
         """
         photo, mask = self.photo(index), Image.fromarray(self.mask(index))
         if photo.size != mask.size:
