@@ -221,7 +221,7 @@ def markdown_table(rows):
 def select(groups, args):
     """The dataset, limit and runs to report: those of the flags, or the only ones there are, else a UserError."""
     if not groups:
-        raise UserError(f"{args.out}: holds no such finished run: python compare.py --seeds 0 1 2 runs the experiments")
+        raise UserError(f"{args.out}: no finished run found: python compare.py --seeds 0 1 2 runs the experiments")
     key = (Path(args.data).resolve().name, args.limit)
     if key not in groups and len(groups) > 1:
         known = ", ".join(f"{name}" + (f" with --limit {limit}" if limit else "") for name, limit in groups)

@@ -1,4 +1,5 @@
 """Cosine annealing: the baseline with a learning rate that decays along a cosine to zero.
+
 Differs from train.py only in the scheduler.
 
     python train_4_a.py

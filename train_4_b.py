@@ -1,4 +1,5 @@
 """Augmentation: an epoch shows each photo unchanged and twice flipped, rotated and cropped at random.
+
 Differs from train_4_a.py only in the augmentation.
 
     python train_4_b.py

@@ -16,6 +16,7 @@ from tiny_net import TinyNet
 import checkpoint
 import cli
 import train
+import util
 import voc
 
 TESTS = Path(__file__).resolve().parent
@@ -77,7 +78,7 @@ def make_tiny(root, splits=(("train", 5), ("val", 4), ("test", 3))):
             mask = np.zeros((height, width), np.uint8)
             mask[5:25, 8:30] = 1 + index % 3
             mask[22:35, 20:38] = 15
-            mask[20:22] = voc.VOID
+            mask[20:22] = util.VOID
             photo = np.clip(voc.PALETTE[mask] + rng.integers(0, 40, (height, width, 3)), 0, 255).astype(np.uint8)
             ids.append(f"{index:06d}")
             write_pair(root, ids[-1], photo, mask)

@@ -17,6 +17,7 @@ import compare
 import download
 import predict
 import train
+import util
 import voc
 
 pytestmark = pytest.mark.usefixtures("tiny_net")
@@ -71,7 +72,7 @@ def all_void(split):
         for name in (folder / LISTS / f"{split}.txt").read_text().split():
             path = folder / MASKS / f"{name}.png"
             with Image.open(path) as image:
-                void = Image.new("L", image.size, voc.VOID)
+                void = Image.new("L", image.size, util.VOID)
             void.save(path)
 
     return spoil

@@ -136,7 +136,7 @@ def test_unknown_experiments_and_missing_or_damaged_results_are_named(tmp_path, 
     with pytest.raises(util.UserError, match="train_nine"):
         run_compare(tmp_path, monkeypatch, "--experiments", "train", "train_nine", "--seeds", 0)
     assert not started  # not even the first one
-    with pytest.raises(util.UserError, match="no finished run"):
+    with pytest.raises(util.UserError, match="no finished run found"):
         run_compare(tmp_path, monkeypatch)
     write_run(tmp_path, "train", 0, random_ious(0))
     (tmp_path / "results" / "train_seed0.json").write_text('{"experiment": "tr')

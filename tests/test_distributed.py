@@ -29,7 +29,7 @@ def main():
     augment = transforms.Augmentation(flip=0.5, degrees=20, scale=(0.5, 1.2), unchanged=1, augmented=1)
     # 14 samples in batches of 4, 4, 3 and 3: the processes get batches of unequal size
     train, val, test = voc.loaders(args.data, args.batch_size, size=32, augment=augment, seed=args.seed)
-    criterion = torch.nn.CrossEntropyLoss(voc.class_weights(train.split), ignore_index=voc.VOID)
+    criterion = torch.nn.CrossEntropyLoss(voc.class_weights(train.split), ignore_index=util.VOID)
 
     # 5 val images are 2 batches, one per process; 3 test images are 1 batch, and the second process has none
     model = new_model()
@@ -99,7 +99,7 @@ def test_only_the_main_process_prints(runs):
 def test_every_image_is_scored_once_whatever_the_number_of_processes(runs):
     paths = ("1/scores_0.pt", "2/scores_0.pt", "2/scores_1.pt")
     expected, *others = (torch.load(runs / path, weights_only=True) for path in paths)
-    num_labelled = sum((voc.Split(runs / "Tiny", "val").mask(index) != voc.VOID).sum() for index in range(5))
+    num_labelled = sum((voc.Split(runs / "Tiny", "val").mask(index) != util.VOID).sum() for index in range(5))
     assert expected[1]["matrix"].sum() == num_labelled  # val at full resolution
     for scores in others:
         for score, single in zip(scores, expected):

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("tiny_net")
 
 SIZE = 32
 SCRIPT = ROOT / "train.py"
-CRITERION = CrossEntropyLoss(ignore_index=voc.VOID)
+CRITERION = CrossEntropyLoss(ignore_index=util.VOID)
 
 
 def fit(data, out, *, criterion=CRITERION, scheduler=None, patience=9, lr=1e-3, change=None, **flags):
@@ -163,8 +163,8 @@ def test_the_mean_loss_over_batches_equals_the_mean_over_all_pixels(finished, cl
     model = checkpoint.load(out / "best_train.pt")
     val = voc.loaders(data, 4, size=SIZE)[1]
     images, masks, indices = next(val.batches())
-    masks[0, :20], masks[1] = voc.VOID, voc.VOID  # the weights of the batches differ, one may be 0
-    criterion = CrossEntropyLoss(class_weights, ignore_index=voc.VOID)
+    masks[0, :20], masks[1] = util.VOID, util.VOID  # the weights of the batches differ, one may be 0
+    criterion = CrossEntropyLoss(class_weights, ignore_index=util.VOID)
     losses = []
     for size in (1, 3, 4):
         val.batches = functools.partial(zip, *(tensor.split(size) for tensor in (images, masks, indices)))
@@ -181,21 +181,21 @@ def test_the_loss_of_a_batch_is_that_of_the_criterion(options):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 3, 6, 5, generator=generator).to(memory_format=torch.channels_last).requires_grad_()
     masks = torch.randint(0, 3, (4, 6, 5), generator=generator)
-    masks[0, :4], masks[2] = voc.VOID, voc.VOID
-    criterion = CrossEntropyLoss(ignore_index=voc.VOID, **options)
+    masks[0, :4], masks[2] = util.VOID, util.VOID
+    criterion = CrossEntropyLoss(ignore_index=util.VOID, **options)
     loss, weight = engine.batch_loss(criterion, logits, masks)
     (gradient,) = torch.autograd.grad(loss, logits)
     expected = criterion(logits, masks)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, logits)[0])
     class_weights = options.get("weight", torch.ones(3))
-    assert weight == pytest.approx(sum(class_weights[label].item() for label in masks[masks != voc.VOID]))
+    assert weight == pytest.approx(sum(class_weights[label].item() for label in masks[masks != util.VOID]))
 
 
 @pytest.mark.parametrize("class_weights", [None, torch.linspace(1, 2, 21)])
 def test_a_batch_without_labelled_pixels_moves_no_weight(tiny, class_weights):
     images, masks, _ = next(voc.loaders(tiny, 2, size=SIZE)[0].batches(1))
-    criterion = CrossEntropyLoss(class_weights, ignore_index=voc.VOID)
+    criterion = CrossEntropyLoss(class_weights, ignore_index=util.VOID)
     model = TinyNet(21)
     optimizer = torch.optim.SGD(model.parameters(), lr=1)
 
@@ -205,7 +205,7 @@ def test_a_batch_without_labelled_pixels_moves_no_weight(tiny, class_weights):
         assert loss.isfinite() and (weight == 0) == (norm == 0)
         return [not torch.equal(*pair) for pair in zip(before, model.parameters())]
 
-    assert not any(moved(torch.full_like(masks, voc.VOID)))
+    assert not any(moved(torch.full_like(masks, util.VOID)))
     assert all(moved(masks))
 
 
@@ -321,7 +321,7 @@ class Scaled(CrossEntropyLoss):
     """Multiplies the loss of training step n by ``factor(n)``, or with ``gradient_only`` its gradient by one more."""
 
     def __init__(self, factor, gradient_only=False):
-        super().__init__(ignore_index=voc.VOID)
+        super().__init__(ignore_index=util.VOID)
         self.step, self.factor, self.gradient_only = 0, factor, gradient_only
 
     def forward(self, logits, masks):

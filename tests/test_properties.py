@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny_net import TinyNet
 
 import checkpoint
+import util
 import voc
 from util import UserError
 
@@ -67,7 +68,7 @@ def test_a_damaged_data_set_is_read_or_refused(intact, tmp_path, faults):
     for loader in (read_or_refuse(lambda: voc.loaders(root, 2, size=32)) or ())[:2]:
         for images, masks, _ in loader.batches():
             labels = set(masks.unique().tolist())
-            assert images.isfinite().all() and labels <= {*range(len(loader.classes)), voc.VOID}
+            assert images.isfinite().all() and labels <= {*range(len(loader.classes)), util.VOID}
 
 
 MODEL = TinyNet(3)

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as v2
 
+import util
 import voc
 from transforms import Augmentation
 
@@ -34,7 +35,7 @@ def coordinates(count):
 
 def test_every_pixel_keeps_its_label():
     images, masks = augment(*coordinates(32), **ALL)
-    labelled = masks != voc.VOID
+    labelled = masks != util.VOID
     assert labelled.flatten(1).sum(1).min() > SIZE**2 / 5
     column, row = images[:, 0].int(), images[:, 1].int()  # where the pixel comes from
     # Rounding a bilinear value and choosing the nearest pixel may differ by one pixel at the edge of a cell. At the
@@ -94,16 +95,16 @@ def test_flip_rotation_and_scale_together_do_not_shear():
 
 
 def test_a_crop_smaller_than_the_image_lies_inside_it():
-    assert (augment(*coordinates(64), flip=0.5, scale=(0.3, 1.0))[1] != voc.VOID).all()
+    assert (augment(*coordinates(64), flip=0.5, scale=(0.3, 1.0))[1] != util.VOID).all()
 
 
 def test_points_outside_the_image_are_void_and_the_mean_colour():
     images = torch.full((16, 3, SIZE, SIZE), 255, dtype=torch.uint8)
     masks = torch.full((16, SIZE, SIZE), 3, dtype=torch.uint8)
     images, masks = augment(images, masks, **ALL)
-    assert set(masks.unique().tolist()) == {3, voc.VOID}  # interpolation would give values in between
+    assert set(masks.unique().tolist()) == {3, util.VOID}  # interpolation would give values in between
     # No bilinear weight reaches further across the edge than two pixels.
-    outside, inside = (functional.avg_pool2d((masks == label).float(), 5, 1, 2) == 1 for label in (voc.VOID, 3))
+    outside, inside = (functional.avg_pool2d((masks == label).float(), 5, 1, 2) == 1 for label in (util.VOID, 3))
     colours = images.movedim(1, -1)
     assert colours[outside].unique(dim=0).tolist() == [[round(255 * value) for value in voc.MEAN]]
     assert (colours[inside] == 255).all()

@@ -26,7 +26,7 @@ def test_classes_have_vocs_order_and_colours():
     colours = dict(zip(voc.CLASSES, voc.PALETTE[:21].tolist()))
     assert colours["background"] == [0, 0, 0] and colours["aeroplane"] == [128, 0, 0]
     assert colours["person"] == [192, 128, 128] and colours["tvmonitor"] == [0, 64, 128]
-    assert voc.PALETTE[voc.VOID].tolist() == [224, 224, 192]
+    assert voc.PALETTE[util.VOID].tolist() == [224, 224, 192]
 
 
 # Counted on the real masks outside this project: predicting background everywhere, at the resolution of the masks and,
