@@ -58,7 +58,7 @@ class Run:
             metrics = json.loads(path.read_text(encoding="utf-8"))
             with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
                 history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-            metrics["experiment"], metrics["val"]["miou"], metrics["flags"]["limit"]
+            metrics["experiment"], metrics["val"]["miou"], metrics["flags"]["limit"], metrics["defaults"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: was not written by a run ({error!r}): delete it and run again") from None
         return cls(metrics, history)
@@ -76,6 +76,19 @@ class Run:
     def seconds_per_epoch(self):
         return self.metrics["seconds"] / self.metrics["epochs"]
 
+    @property
+    def setting(self):
+        """Dataset, limit, epochs and batch size; None for what is the experiment's own."""
+        flags, defaults = self.metrics["flags"], self.metrics["defaults"]
+        changed = (None if flags[name] == defaults[name] else flags[name] for name in ("epochs", "batch_size"))
+        return (self.metrics["dataset"], flags["limit"], *changed)
+
+    def matches(self, args):
+        """Whether the run is what compare.py's flags ask for. A flag that was not given means the experiment's own."""
+        flags, defaults = self.metrics["flags"], self.metrics["defaults"]
+        wanted = {name: getattr(args, name) or defaults[name] for name in ("epochs", "batch_size")}
+        return self.metrics["dataset"] == Path(args.data).resolve().name and flags == wanted | {"limit": args.limit}
+
     def score(self, split, name):
         """A metric of a split as a float, NaN if there is none."""
         value = (self.metrics[split] or {}).get(name)
@@ -89,27 +102,40 @@ class Run:
 def result_paths(out, experiment="*", seed="*"):
     """The JSON files of finished runs below a folder."""
     name = f"{experiment}_seed{seed}.json"
-    return sorted(path for folder in (out, *out.glob("seed*")) for path in (folder / "results").glob(name))
+    return [path for folder in (*sorted(out.glob("seed*")), out) for path in sorted((folder / "results").glob(name))]
 
 
-def collect(out, names=None):
-    """The runs below a folder, all or those of some scripts: a dict (dataset, limit) -> experiment -> seed -> Run."""
-    groups = {}
-    for path in result_paths(out):
-        run = Run.read(path)
-        experiment = run.metrics["experiment"]
-        if names is None or experiment.removesuffix("_no_pretrained") in names:
-            group = groups.setdefault((run.metrics["dataset"], run.metrics["flags"]["limit"]), {})
-            group.setdefault(experiment, {}).setdefault(run.metrics["seed"], run)
-    return groups
+def collect(args):
+    """The finished runs that the flags ask for: a dict from experiment to a dict from seed to Run.
+
+    If there are none, and all runs in the folder have one setting, these.
+    """
+    runs = [Run.read(path) for path in result_paths(args.out)]
+    names = args.experiments
+    runs = [run for run in runs if names is None or run.metrics["experiment"].removesuffix("_no_pretrained") in names]
+    matching = [run for run in runs if run.matches(args)]
+    if not matching and len({run.setting for run in runs}) == 1:
+        matching = runs
+    experiments = {}
+    for run in matching:
+        experiments.setdefault(run.metrics["experiment"], {}).setdefault(run.metrics["seed"], run)
+    names = [name for name in EXPERIMENTS if name in experiments] + sorted(experiments.keys() - EXPERIMENTS.keys())
+    return {name: experiments[name] for name in names}
+
+
+def no_match(args):
+    """Why there is nothing to report, and what to do."""
+    settings = {Run.read(path).setting for path in result_paths(args.out)}
+    if not settings:
+        return "no finished run found: python compare.py --seeds 0 1 2 runs the experiments"
+    flags = ("--data", "--limit", "--epochs", "--batch-size")
+    texts = [" ".join(f"{flag} {value}" for flag, value in zip(flags, each) if value is not None) for each in settings]
+    return f"no finished run with these flags; there are runs with: {'; '.join(sorted(texts))}"
 
 
 def is_done(args, experiment, seed):
-    """Whether there is a finished run with these flags. A flag that was not given matches any value."""
-    wanted = {"dataset": Path(args.data).resolve().name, "limit": args.limit}
-    wanted |= {name: value for name in ("epochs", "batch_size") if (value := getattr(args, name)) is not None}
-    runs = [Run.read(path).metrics for path in result_paths(args.out, experiment, seed)]
-    return any(wanted.items() <= {"dataset": run["dataset"], **run["flags"]}.items() for run in runs)
+    """Whether there is a finished run that the flags ask for."""
+    return any(Run.read(path).matches(args) for path in result_paths(args.out, experiment, seed))
 
 
 def command(args, script, seed):
@@ -218,19 +244,6 @@ def markdown_table(rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def select(groups, args):
-    """The dataset, limit and runs to report: those of the flags, or the only ones there are, else a UserError."""
-    if not groups:
-        raise UserError(f"{args.out}: no finished run found: python compare.py --seeds 0 1 2 runs the experiments")
-    key = (Path(args.data).resolve().name, args.limit)
-    if key not in groups and len(groups) > 1:
-        known = ", ".join(f"{name}" + (f" with --limit {limit}" if limit else "") for name, limit in groups)
-        raise UserError(f"{args.out}: holds runs on several datasets ({known}): choose with --data and --limit")
-    (dataset, limit), runs = (key, groups[key]) if key in groups else next(iter(groups.items()))
-    names = [name for name in EXPERIMENTS if name in runs] + sorted(runs.keys() - EXPERIMENTS.keys())
-    return dataset, limit, {name: runs[name] for name in names}
-
-
 def result_row(name, runs, splits, reference_seconds):
     """A row with the results of an experiment: a dict from heading to cell."""
     first = runs[0].metrics
@@ -249,9 +262,10 @@ def result_row(name, runs, splits, reference_seconds):
     return row
 
 
-def report(dataset, limit, experiments, failures):
-    """The comparison as Markdown. ``experiments``: a dict from experiment to a dict from seed to Run."""
+def report(experiments, failures):
+    """The comparison as Markdown. ``experiments`` is from ``collect``, ``failures`` from ``run_missing``."""
     runs = [run for seeds in experiments.values() for run in seeds.values()]
+    dataset, limit, *_ = runs[0].setting
     splits = runs[0].splits
     baseline = {"experiment": runs[0].baseline_name}
     for split in splits:
@@ -293,12 +307,13 @@ difference is clear if it excludes 0. The classes are the three that change most
     return text
 
 
-def draw_plots(out, dataset, experiments):
+def draw_plots(out, experiments):
     """Draw the plots of a comparison."""
     run = next(iter(next(iter(experiments.values())).values()))
     split, plots = run.splits[-1], out / "plots"
     with files.writing(plots):
         plots.mkdir(parents=True, exist_ok=True)
+    dataset = run.metrics["dataset"]
     title = f"{dataset}, {split}"
     mious = {name: [run.score(split, "miou") for run in seeds.values()] for name, seeds in experiments.items()}
     mious = {name: [value for value in values if not math.isnan(value)] for name, values in mious.items()}
@@ -320,11 +335,12 @@ def main():
         if args.seeds and not (ROOT / f"{name}.py").is_file():
             raise UserError(f"--experiments {name}: there is no {ROOT / name}.py: correct the name")
     failures = run_missing(args)
-    groups = collect(args.out, args.experiments)
-    if groups or not failures:
-        dataset, limit, experiments = select(groups, args)
-        text = report(dataset, limit, experiments, failures)
-        draw_plots(args.out, dataset, experiments)
+    experiments = collect(args)
+    if not experiments and not failures:
+        raise UserError(f"{args.out}: {no_match(args)}")
+    if experiments:
+        text = report(experiments, failures)
+        draw_plots(args.out, experiments)
         with files.atomic_write(args.out / "RESULTS.md") as file:
             file.write(text.encode())
         print(text)

@@ -21,14 +21,15 @@ import util
 CLASSES = ("background", "cat", "dog")
 
 
-def write_run(out, experiment, seed, ious, limit=None, has_test=True, seconds=6.0, classes=CLASSES):
+def write_run(out, experiment, seed, ious, limit=None, epochs=3, has_test=True, seconds=6.0, classes=CLASSES):
     """Write a made-up run with the given IoU of each class, NaN for an absent one; return the Run."""
     split = {"pixel_accuracy": 0.8, "miou": float(np.nanmean(ious)), "assignment_iou": 0.1}
     split["iou"] = {name: None if math.isnan(iou) else float(iou) for name, iou in zip(classes, ious)}
     split["background"] = {"pixel_accuracy": 0.7, "miou": 0.3}
     metrics = {"experiment": experiment, "dataset": "Made", "seed": seed, "device": "cpu", "epochs": 3}
     metrics |= {"parameters": 1_500_000, "multiply_adds": 2_000_000_000, "seconds": seconds}
-    metrics |= {"flags": {"epochs": 3, "batch_size": 16, "limit": limit}, "versions": {"torch": "2.9"}}
+    metrics |= {"flags": {"epochs": epochs, "batch_size": 16, "limit": limit}, "versions": {"torch": "2.9"}}
+    metrics |= {"defaults": {"epochs": 3, "batch_size": 16}}
     metrics |= {"val": split | {"miou": split["miou"] / 2}, "test": split if has_test else None}
     path = out / "results" / f"{experiment}_seed{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,10 +127,25 @@ def test_report_leaves_out_what_one_seed_without_test_split_and_background_class
 def test_runs_on_several_datasets_are_not_mixed(tmp_path, monkeypatch):
     write_run(tmp_path, "train", 0, random_ious(0), limit=8)
     write_run(tmp_path / "seed1", "train", 1, random_ious(1))
-    with pytest.raises(util.UserError, match="Made with --limit 8, Made"):
+    with pytest.raises(util.UserError, match="there are runs with: --data Made; --data Made --limit 8"):
         run_compare(tmp_path, monkeypatch)
     text = run_compare(tmp_path, monkeypatch, "--data", tmp_path / "Made", "--limit", 8)
     assert "the first 8 images" in text and "| train | 1 |" in text
+
+
+def test_a_short_try_neither_counts_as_done_nor_hides_the_finished_run(tmp_path, monkeypatch, started):
+    flags = ["--data", tmp_path / "Made", "--experiments", "train"]
+    write_run(tmp_path, "train", 0, random_ious(0, 0.1), epochs=1)
+    write_run(tmp_path / "seed1", "train", 1, random_ious(1))
+    first = run_compare(tmp_path, monkeypatch, *flags, "--seeds", 0, 1)  # without --epochs: the script's own 3
+    assert len(started) == 1 and f"{tmp_path / 'seed0'}" in started[0]
+    rows = table_rows(first)
+    row = dict(zip(rows[0], rows[3]))
+    values = [np.mean(random_ious(seed)) for seed in (0, 1)]
+    assert (row["seeds"], row["epochs"]) == ("2", "3") and row["test mean IoU"].startswith(f"{np.mean(values):.4f}")
+    assert run_compare(tmp_path, monkeypatch, *flags).splitlines()[4:] == first.splitlines()[4:]
+    short = table_rows(run_compare(tmp_path, monkeypatch, *flags, "--epochs", 1, "--seeds", 0))
+    assert len(started) == 1 and short[3][1:3] == ["1", "1"]
 
 
 def test_unknown_experiments_and_missing_or_damaged_results_are_named(tmp_path, monkeypatch, started):
@@ -230,7 +246,7 @@ class Process:
     def wait(self):
         pass
 
-with mock.patch("subprocess.Popen", Process), mock.patch("engine._draw_plots"):
+with mock.patch("subprocess.Popen", Process), mock.patch("reporting.draw_plots"):
     cli.run(compare.main)
 """
 
