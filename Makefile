@@ -3,7 +3,7 @@ ENV := .venv
 TOY := data/VOCdevkit/Toy
 
 demo: $(ENV)/installed $(TOY)
-	$(ENV)/bin/python train.py --data $(TOY) --limit 64 --epochs 10 --batch-size 4 --out demo
+	$(ENV)/bin/python train.py --data $(TOY) --limit 64 --epochs 10 --batch-size 4 --out demo --overwrite
 
 test: $(ENV)/installed-dev
 	$(ENV)/bin/python -m pytest -n 2 --dist loadscope

@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 
 import processes
-from util import UserError, reason
+from util import UserError, is_out_of_memory, reason
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,14 +33,17 @@ def arguments(script, doc, epochs, batch_size=16, pretrained=False):
         pretrained: whether the experiment starts from pretrained weights; adds the flag ``--no-pretrained``.
 
     Returns:
-        argparse.Namespace with the flags, script (Path) and experiment (the stem of its files' names). data is a str,
-        device a torch.device and out a Path; limit may be None.
+        argparse.Namespace with the flags, script (Path), experiment (the stem of its files' names) and defaults (dict
+        with the experiment's own epochs and batch_size). data is a str, device a torch.device and out a Path; limit may
+        be None.
     """
     parser = shared_flags(doc, epochs, batch_size, pretrained)
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument("--resume", action="store_true", help="continue from last_*.pt, or start if there is none")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue from last_*.pt, or start if there is none")
+    existing.add_argument("--overwrite", action="store_true", help="delete the experiment's earlier run in --out first")
     args = parser.parse_args()
-    args.script = Path(script)
+    args.script, args.defaults = Path(script), {"epochs": epochs, "batch_size": batch_size}
     args.experiment = args.script.stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
     args.device = processes.join(args.device)
     return args
@@ -104,7 +107,7 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             print(f"error: out of memory ({reason(error)}): lower --batch-size, or size in the script", file=sys.stderr)
             sys.exit(2)
         connection_lost = isinstance(error, distributed.DistBackendError) or "gloo" in str(error)

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from util import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
 STALE_AFTER = 3600  # seconds after which an unfinished file belongs to a process that was killed
+PLOTS = ("curves", "iou", "confusion", "predictions", "augmentation")
 
 
 @contextlib.contextmanager
@@ -68,18 +76,53 @@ def atomic_folder(folder):
 class RunFiles:
     """The paths of a run's files below the output folder; raises a UserError if a folder cannot be written.
 
-    ``best`` and ``last`` are checkpoints, ``history`` the CSV and ``metrics`` the JSON in ``results``.
+    ``best`` and ``last`` are checkpoints, ``history`` the CSV and ``metrics`` the JSON in ``results``. A folder holds
+    one run of an experiment.
     """
 
     def __init__(self, out, experiment, seed):
-        self.experiment, self.plots = experiment, out / "plots"
+        self.experiment, self.plots, self.results = experiment, out / "plots", out / "results"
         self.best, self.last = out / f"best_{experiment}.pt", out / f"last_{experiment}.pt"
-        self.history = out / "results" / f"{experiment}_seed{seed}.csv"
+        self.history = self.results / f"{experiment}_seed{seed}.csv"
         self.metrics = self.history.with_suffix(".json")
-        for folder in (self.plots, self.metrics.parent, out):
+        for folder in (self.plots, self.results, out):
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()  # fails now rather than after the first epoch
 
     def plot(self, name):
         return self.plots / f"{self.experiment}_{name}.png"
+
+    def existing(self):
+        """The files that runs of this experiment, with any seed, have left: a list of Paths."""
+        plots = [self.plot(name) for name in PLOTS]
+        results = [path for kind in ("csv", "json") for path in self.results.glob(f"{self.experiment}_seed*.{kind}")]
+        return [path for path in (self.best, self.last, *plots, *results) if path.exists()]
+
+    def delete(self):
+        """Delete what earlier runs of this experiment have left."""
+        for path in self.existing():
+            with writing(path):
+                path.unlink()
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Keep other runs of this experiment out of the folder during the block; UserError if one is in it.
+
+        The lock is the system's own, on an empty file: it ends with the process, even if that is killed.
+        """
+        path = self.best.with_name(f".{self.experiment}.lock")
+        with writing(path):
+            file = open(path, "w")
+        with file:
+            try:
+                if fcntl is None:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                else:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                problem = f"another run of {self.experiment} is writing to this folder"
+                raise UserError(f"{self.best.parent}: {problem}: wait, or choose another --out") from None
+            except OSError:  # a file system without locks
+                pass
+            yield

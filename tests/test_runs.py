@@ -1,0 +1,105 @@
+"""A second run in the same folder: refused, resumed or, if asked for, in place of the first; never beside it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run_main
+
+import checkpoint
+import train
+
+pytestmark = pytest.mark.usefixtures("tiny_net")
+
+FLAGS = "--data Tiny --limit 2 --batch-size 2 --device cpu"
+
+
+@pytest.fixture
+def folder(tiny):
+    """A folder with a run of seed 0."""
+    assert run(tiny.parent, "--epochs 2") == 0
+    return tiny.parent
+
+
+def run(folder, flags):
+    return run_main(folder, train, f"{FLAGS} {flags}")
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts}
+
+
+@pytest.mark.parametrize("flags", ["--epochs 2", "--epochs 2 --seed 1", "--epochs 1"])
+def test_a_second_run_is_refused_and_changes_nothing(folder, capsys, flags):
+    before = contents(folder)
+    capsys.readouterr()
+    assert run(folder, flags) == 2
+    output, error = capsys.readouterr()
+    assert output == "" and error.count("\n") == 1
+    assert error.startswith("error: best_train.pt: is from an earlier run (seed 0 on Tiny, best epoch ")
+    assert all(way in error for way in ("continue it with --resume", "--overwrite", "--out"))
+    assert contents(folder) == before
+    assert run(folder, f"{flags} --out elsewhere") == 0
+
+
+def test_files_without_a_checkpoint_to_continue_are_not_overwritten_either(folder, capsys):
+    for name, flags in (("last_train.pt", "--resume"), ("best_train.pt", "")):
+        (folder / name).unlink()
+        before = contents(folder)
+        assert run(folder, f"--epochs 2 {flags}") == 2
+        error = capsys.readouterr().err
+        assert "is from an earlier run" in error and "--overwrite" in error and "--resume" not in error
+        assert contents(folder) == before
+
+
+def test_overwrite_replaces_all_that_the_first_run_has_left(folder):
+    other = folder / "plots" / "train_4_a_curves.png"  # of another experiment
+    other.write_bytes(b"a plot")
+    assert run(folder, "--epochs 1 --seed 1 --overwrite") == 0
+    assert {path.name for path in (folder / "results").iterdir()} == {"train_seed1.json", "train_seed1.csv"}
+    states = [torch.load(folder / f"{kind}_train.pt", weights_only=True) for kind in ("best", "last")]
+    assert [state["seed"] for state in states] == [1, 1] and other.exists()
+
+
+def test_overwrite_deletes_nothing_if_the_new_run_cannot_start(folder, monkeypatch):
+    before = contents(folder)
+    monkeypatch.setattr(train.torch.nn, "CrossEntropyLoss", lambda *args, **options: None)
+    assert run(folder, "--epochs 1 --overwrite") == 2
+    assert contents(folder) == before
+
+
+def test_overwrite_and_resume_exclude_each_other(folder, capsys):
+    assert run(folder, "--resume --overwrite") == 2
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_a_run_killed_in_its_first_epoch_is_resumed_from_the_start(folder):
+    """It may have written its best model, but not last_train.pt."""
+    expected = checkpoint.load(folder / "best_train.pt").state_dict()
+    for path in (*folder.glob("results/*"), *folder.glob("plots/*"), folder / "last_train.pt"):
+        path.unlink()
+    assert run(folder, "--epochs 2 --resume") == 0
+    torch.testing.assert_close(checkpoint.load(folder / "best_train.pt").state_dict(), expected, rtol=0, atol=0)
+
+
+HOLDER = """
+import pathlib, sys, time
+import files
+with files.RunFiles(pathlib.Path(sys.argv[1]), "train", 0).locked():
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_at_the_same_time_do_not_share_a_folder(tiny, capsys):
+    folder = tiny.parent
+    line = [sys.executable, "-c", HOLDER, str(folder)]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "locked\n"
+        assert run(folder, "--epochs 1 --seed 1") == 2
+        error = capsys.readouterr().err
+        assert error == "error: .: another run of train is writing to this folder: wait, or choose another --out\n"
+        assert run(folder, "--epochs 1 --seed 1 --out other") == 0
+        other.kill()
+    assert run(folder, "--epochs 1 --seed 1") == 0  # a killed process holds nothing
