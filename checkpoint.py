@@ -7,42 +7,79 @@ import importlib
 import io
 import pickle
 import platform
-import random
-from importlib.metadata import version
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import PIL
 import torch
+import torchvision
 
 import files
+import imaging
 import processes
 from util import UserError, reason
 
 ROOT = Path(__file__).resolve().parent  # where ``load`` looks for the files of networks
-MAX_SIZE = 1 << 13  # largest side of a network's input in pixels that a checkpoint may ask for
-PACKAGES = ("torch", "torchvision", "numpy", "pillow")
-ADVICE = "resume with the same, or start again without --resume"
+ADVICE = "resume with the same, or start again with --overwrite"
+
+
+class TrainedModel(torch.nn.Module):
+    """A network from a checkpoint, with what it takes to segment a photo.
+
+    Attributes:
+        network: the network itself; calling the model calls it.
+        classes: tuple of class names. size: (height, width) to which photos are resized.
+        mean, std: of the normalisation, tuples of three floats, see ``imaging.normalise``.
+    """
+
+    def __init__(self, network, classes, size, mean, std):
+        super().__init__()
+        self.network, self.classes, self.size = network, classes, size
+        self.mean, self.std = mean, std
+
+    def forward(self, images):
+        outputs = self.network(images)
+        num_logits = (outputs["out"] if isinstance(outputs, Mapping) else outputs).shape[1]
+        if num_logits != len(self.classes):
+            problem = f"the checkpoint names {len(self.classes)} classes, but its network predicts {num_logits}"
+            raise UserError(f"{problem}: train it again")
+        return outputs
 
 
 def metadata(args, model, loader):
     """The provenance of a run, and what ``load`` needs to rebuild its model: a dict of plain types."""
+    arguments = getattr(model, "arguments", None)
+    if not isinstance(arguments, dict):
+        raise UserError(
+            f"{args.script}: the network {type(model).__name__} cannot be rebuilt from a checkpoint: keep the keyword "
+            "arguments of its constructor in a dict, self.arguments"
+        )
     module = type(model).__module__
-    flags = {name: value if isinstance(value, (int, type(None))) else str(value) for name, value in vars(args).items()}
+    flags = {name: getattr(args, name) for name in ("epochs", "batch_size", "limit", "compile")}
     return {
         "experiment": args.experiment,
         "script": args.script.read_text(encoding="utf-8"),
-        "flags": flags,
+        "flags": flags | {name: str(getattr(args, name)) for name in ("data", "device", "out")},
+        "defaults": args.defaults,
         "seed": args.seed,
         "dataset": loader.split.dataset,
         "classes": list(loader.classes),
-        "size": loader.size,
+        "size": list(loader.size),
         "mean": list(loader.mean),
         "std": list(loader.std),
         "module": args.script.stem if module == "__main__" else module,
         "class": type(model).__name__,
-        "arguments": model.arguments,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "arguments": arguments,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "torchvision": torchvision.__version__,
+            "numpy": np.__version__,
+            "pillow": PIL.__version__,
+        },
     }
 
 
@@ -52,54 +89,46 @@ def save_best(path, metadata, model, epoch, scores):
     _save(path, metadata | results | {"model": model.state_dict()})
 
 
-def save_last(path, metadata, history, seconds, model, optimizer, scheduler):
+def save_last(path, metadata, history, seconds, *, model, criterion, optimizer, scheduler):
     """Write ``last_*.pt``: everything that is needed for exact continuation."""
-    numpy_state = np.random.get_state(legacy=False)
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    state = {
-        "epoch": len(history),
-        "history": history,
-        "seconds": seconds,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": None if scheduler is None else scheduler.state_dict(),
-        "random": {
-            "python": random.getstate(),
-            "numpy": numpy_state,
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        },
-    }
-    _save(path, metadata | state)
+    progress = {"epoch": len(history), "history": history, "seconds": seconds}
+    _save(path, metadata | progress | training_state(model, criterion, optimizer, scheduler))
+
+
+def training_state(model, criterion, optimizer, scheduler):
+    """The states of all parts of a training; None for one that has no state."""
+    parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
+    return {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in parts.items()}
+
+
+def serialise(state):
+    """A checkpoint's content as an io.BytesIO."""
+    buffer = io.BytesIO()  # torch.save to a file does not raise OSError when the disk is full
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return buffer
 
 
 def _save(path, state):
-    if not processes.is_main():
-        return
-    buffer = io.BytesIO()  # torch.save to a file does not raise OSError when the disk is full
-    torch.save(state, buffer)
-    with files.atomic_write(path) as file:
-        file.write(buffer.getbuffer())
+    if processes.is_main():
+        with files.atomic_write(path) as file:
+            file.write(serialise(state).getbuffer())
 
 
-def resume(run_files, metadata, model, optimizer, scheduler):
+def resume(run_files, metadata, annealed, *, model, criterion, optimizer, scheduler):
     """Restore the state that ``save_last`` wrote; return history (a list of dicts) and seconds (float) so far.
+
+    With ``annealed``, the schedule depends on the number of epochs, which then has to be the same.
 
     Raises a UserError if the file is damaged or belongs to another run than ``metadata`` describes.
     """
     state = read(run_files.last, "history")
     try:
-        _check_same_run(run_files, state, metadata, has_schedule=scheduler is not None)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        if scheduler is not None:
-            scheduler.load_state_dict(state["scheduler"])
-        random_state = state["random"]
-        random.setstate(random_state["python"])
-        np.random.set_state(random_state["numpy"])
-        torch.set_rng_state(random_state["torch"])
-        if torch.cuda.is_available() and len(random_state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(random_state["cuda"])
+        _check_same_run(run_files, state, metadata, annealed)
+        parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
+        for name, part in parts.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(state[name])
         return list(state["history"]), float(state["seconds"])
     except UserError:
         raise
@@ -107,11 +136,11 @@ def resume(run_files, metadata, model, optimizer, scheduler):
         raise UserError(f"{run_files.last}: fits another model or optimizer ({reason(error)}): {ADVICE}") from None
 
 
-def _check_same_run(run_files, state, metadata, has_schedule):
+def _check_same_run(run_files, state, metadata, annealed):
     """Raise a UserError that names the first thing in which a run differs from the one it is to continue."""
     before, now = ({**source["flags"], **source} for source in (state, metadata))
     names = ["seed", "batch_size", "limit", "dataset", "classes", "size"]
-    for name in [*names, "epochs"] if has_schedule else names:
+    for name in [*names, "epochs"] if annealed else names:
         if before[name] != now[name]:
             raise UserError(f"{run_files.last}: its run had {name} {before[name]}, not {now[name]}: {ADVICE}")
     changes = list(difflib.unified_diff(_code(before["script"]), _code(now["script"]), n=0, lineterm=""))
@@ -122,7 +151,22 @@ def _check_same_run(run_files, state, metadata, has_schedule):
     if done > epochs:
         raise UserError(f"{run_files.last}: its run has {done} epochs, more than {epochs}: raise --epochs")
     if not run_files.best.exists():
-        raise UserError(f"{run_files.best}: is missing, so the run cannot be continued: start without --resume")
+        raise UserError(f"{run_files.best}: is missing, so the run cannot be continued: start again with --overwrite")
+
+
+def check_new_run(run_files, resume):
+    """Raise a UserError if the files of an earlier run are in the way; ``resume``: whether ``--resume`` was given."""
+    existing = run_files.existing()
+    killed_in_first_epoch = existing == [run_files.best]  # before it wrote last_*.pt
+    if not existing or (resume and killed_in_first_epoch):
+        return
+    run = ""
+    with contextlib.suppress(UserError):
+        state = read(run_files.best, "dataset")
+        run = f" (seed {state['seed']} on {state['dataset']}, best epoch {state['epoch']})"
+    advice = "continue it with --resume, " if run_files.last.exists() else ""
+    advice += "replace it with --overwrite, or choose another --out"
+    raise UserError(f"{existing[0]}: is from an earlier run{run}: {advice}")
 
 
 def _code(script):
@@ -147,38 +191,53 @@ def read(path, key):
 
 
 def load(path, device="cpu"):
-    """Load the model of a checkpoint, ready to predict: in eval mode on ``device``, in channels_last.
+    """Load the model of a checkpoint, ready to predict: a TrainedModel in eval mode on ``device``.
 
-    Its attributes ``classes`` (tuple of names), ``size`` (side in pixels of the square to which photos are resized),
-    ``mean`` and ``std`` (of the normalisation) are set. Its class is looked up by name among the project's top-level
-    files, and the file is read with ``weights_only=True``: a stranger's checkpoint cannot run code.
+    The class of its network is looked up by name among the project's top-level files, and the file is read with
+    ``weights_only=True``: a stranger's checkpoint cannot run code.
 
     Raises:
-        UserError: the file is missing, unreadable or not of this project, or the model's file is missing.
+        UserError: the file is missing, unreadable or not of this project, or the network's file is missing.
     """
     state = read(path, "size")
-    module, class_name = state["module"], state["class"]
-    missing = UserError(f"{path}: its model {class_name} of {module}.py is not in {ROOT}: put the file there")
-    if not str(module).isidentifier() or not (ROOT / f"{module}.py").is_file():
-        raise missing
-    model_class = getattr(importlib.import_module(module), str(class_name), None)
-    if not (isinstance(model_class, type) and issubclass(model_class, torch.nn.Module)):
-        raise missing
+    module, name = state["module"], state["class"]
     try:
-        with torch.device("meta"):  # the weights come from the file: nothing to initialise or allocate
-            model = model_class(**state["arguments"])
-        model.load_state_dict(state["model"], assign=True)
-        model.classes, model.size = tuple(map(str, state["classes"])), state["size"]
-        model.mean, model.std = (tuple(map(float, state[name])) for name in ("mean", "std"))
-        if len(model.classes) != state["arguments"]["num_classes"] or not len(model.mean) == len(model.std) == 3:
-            raise ValueError("classes, mean or std do not fit the network")
-        if not 0 < model.size <= MAX_SIZE:
-            raise ValueError(f"its size is {model.size}")
+        model = build(state)
+    except MissingNetworkError:
+        raise UserError(f"{path}: its network {name} of {module}.py is not in {ROOT}: put the file there") from None
     except Exception as error:  # a missing or wrong entry raises one of many types
-        raise UserError(
-            f"{path}: does not fit the {class_name} in {module}.py ({reason(error)}): has it changed?"
-        ) from None
-    return model.eval().to(device, memory_format=torch.channels_last)
+        raise UserError(f"{path}: does not fit the {name} in {module}.py ({reason(error)}): has it changed?") from None
+    return model.eval().to(device, memory_format=processes.memory_format(device))
+
+
+class MissingNetworkError(Exception):
+    """The class of a network is not at the top level of one of the project's top-level files."""
+
+
+def build(state):
+    """Build a TrainedModel on the CPU from a checkpoint's content.
+
+    Raises a MissingNetworkError if the class cannot be found, and one of many exceptions if its weights do not fit.
+    """
+    network = _network_class(str(state["module"]), str(state["class"]))(**state["arguments"])
+    network.load_state_dict(state["model"])
+    classes = tuple(map(str, state["classes"]))
+    mean, std = (tuple(map(float, state[name])) for name in ("mean", "std"))
+    if not len(mean) == len(std) == 3:
+        raise ValueError("mean and std do not have three values")
+    return TrainedModel(network, classes, imaging.height_width(state["size"]), mean, std)
+
+
+def _network_class(module, name):
+    path = ROOT / f"{module}.py"
+    if path.name != f"{module}.py" or not path.is_file():
+        raise MissingNetworkError
+    main = sys.modules["__main__"]  # not imported a second time
+    is_main = Path(getattr(main, "__file__", None) or "").resolve() == path
+    found = getattr(main if is_main else importlib.import_module(module), name, None)
+    if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
+        raise MissingNetworkError
+    return found
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 import cli
+import imaging
 import toy
 import voc
 from files import atomic_folder, writing
@@ -246,7 +247,7 @@ def merge_sbd(archive, voc2012, root):
                     if not found or not member.isfile() or found[1] in known:
                         continue
                     content = loadmat(io.BytesIO(tar.extractfile(member).read()))
-                    voc.palette_image(content["GTcls"][0]["Segmentation"][0]).save(masks / f"{found[1]}.png")
+                    imaging.palette_image(content["GTcls"][0]["Segmentation"][0]).save(masks / f"{found[1]}.png")
                     train.append(found[1])
             for name in {*train, *val}:
                 _link(voc2012 / "JPEGImages" / f"{name}.jpg", unfinished / "JPEGImages" / f"{name}.jpg")
@@ -284,7 +285,7 @@ def verify(root):
 
         def fault(index, split=split):
             try:
-                split.resized(index, 1)
+                split.resized(index, (1, 1))
             except UserError as error:
                 return str(error)
 

@@ -1,22 +1,44 @@
 """Evaluation and training, the same for all experiments."""
 
-import json
+import contextlib
+import functools
 import math
-import sys
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 from torch.nn import CrossEntropyLoss, functional
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import checkpoint
 import files
+import preflight
 import processes
+import reporting
 import util
 from util import VOID, Scores, UserError
+
+
+def forward(network, images, full_precision=False):
+    """Apply a network to images [B, 3, H, W], in bfloat16 on GPUs that support it unless ``full_precision``.
+
+    Returns a dict whose ``out`` are the logits, float32 [B, C, H, W]. A network may return smaller logits, which are
+    upsampled bilinearly, or itself a dict with ``out`` and others, as those of torchvision do.
+    """
+    bfloat16 = images.is_cuda and torch.cuda.get_device_capability(images.device) >= (8, 0) and not full_precision
+    with torch.autocast("cuda", torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+        outputs = network(images)
+    outputs = dict(outputs) if isinstance(outputs, Mapping) else {"out": outputs}
+    return {name: _at_size(logits, images.shape[2:]) for name, logits in outputs.items()}
+
+
+def _at_size(logits, shape):
+    logits = logits.float()
+    if logits.ndim != 4 or logits.shape[2:] == shape:
+        return logits
+    return functional.interpolate(logits, shape, mode="bilinear", align_corners=False)
 
 
 def batch_loss(criterion, logits, masks):
@@ -46,14 +68,6 @@ def _mean_loss(losses, device):
     return total / weight if weight else math.nan
 
 
-def _forward(model, images):
-    """The logits of a batch, computed in bfloat16 on GPUs that support it, else in float32."""
-    if images.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False):
-        with torch.autocast("cuda", torch.bfloat16):
-            return model(images)
-    return model(images)
-
-
 def predict_mask(logits, shape):
     """Upsample logits [C, h, w] bilinearly to ``shape`` [H, W] and take the argmax: int64 [H, W]."""
     logits = functional.interpolate(logits[None].float(), shape, mode="bilinear", align_corners=False)
@@ -65,11 +79,15 @@ def evaluate(model, loader, criterion, full_resolution=True):
     """Evaluate a model on all images of a voc.Loader; return Scores. Several processes share the batches.
 
     Args:
-        model: maps images [B, 3, S, S] to logits [B, C, S, S]; left in eval mode.
+        model: maps images to logits, see ``forward``; left in eval mode.
         full_resolution: evaluate at the resolution of each mask, to which the logits are upsampled, and compute the
-            assignment's IoU: for reported metrics. Otherwise evaluate at the loader's size: faster, for validation
-            during training.
+            assignment's IoU: for reported metrics, in float32. Otherwise evaluate at the loader's size: faster, for
+            validation during training.
+
+    Raises a UserError if the loader shuffles or augments.
     """
+    if loader.training or loader.augment is not None:
+        raise UserError("evaluate needs a loader without training=True and augment, such as voc.Loader(split, size, 8)")
     model.eval()
     num_classes, device = len(loader.classes), loader.device
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
@@ -77,8 +95,9 @@ def evaluate(model, loader, criterion, full_resolution=True):
     losses = [torch.zeros(2, device=device)]  # a process may have no batch
     num_batches = -(-len(loader) // processes.world_size())
     with ThreadPoolExecutor() as pool:
-        for images, masks, indices in _progress(loader.batches(), num_batches, f"evaluating {loader.split.name}"):
-            logits = _forward(model, images)
+        name = f"evaluating {loader.split.name}"
+        for images, masks, indices in reporting.progress(loader.batches(), num_batches, name):
+            logits = forward(model, images, full_precision=full_resolution)["out"]
             losses.append(torch.stack(batch_loss(criterion, logits, masks)))
             if not full_resolution:
                 matrix += util.confusion_matrix(masks, logits.argmax(1), num_classes)
@@ -97,28 +116,46 @@ def evaluate(model, loader, criterion, full_resolution=True):
     return Scores(loss, matrix, loader.classes, assignment_total / len(loader.split))
 
 
-def training_step(network, images, masks, criterion, optimizer):
-    """Take one optimizer step; return loss and weight of the batch, see ``batch_loss``, and the gradient's norm."""
-    optimizer.zero_grad()
-    loss, weight = batch_loss(criterion, _forward(network, images), masks)
+def backward(network, loss, weight):
+    """Compute the gradients of a batch's loss and return their norm; loss and weight as from ``batch_loss``."""
     # DistributedDataParallel averages the gradients: scaled like this, the average is that of the whole batch
-    scale = processes.world_size() * weight / processes.all_reduce(weight, images.device).clamp(min=1e-12)
+    scale = processes.world_size() * weight / processes.all_reduce(weight, loss.device).clamp(min=1e-12)
     (loss * scale).backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+    return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+
+
+def training_step(network, images, masks, criterion, optimizer, index, count):
+    """Take one optimizer step. A script may pass a function of its own with these parameters to ``fit``.
+
+    Args:
+        network: the model, compiled or wrapped in DistributedDataParallel if so asked.
+        images: float32 [B, 3, H, W]. masks: int64 [B, H, W].
+        index, count: position of the batch in its epoch, from 0, and number of batches.
+
+    Returns:
+        loss and weight of the batch, see ``batch_loss``, and the gradient's norm: scalar tensors.
+    """
+    optimizer.zero_grad()
+    loss, weight = batch_loss(criterion, forward(network, images)["out"], masks)
+    norm = backward(network, loss, weight)
     optimizer.step()
-    return loss.detach(), weight, norm
+    return loss, weight, norm
 
 
-def train_epoch(network, loader, epoch, criterion, optimizer):
-    """Take one step per batch; return the mean loss over the labelled pixels of the epoch.
+def train_epoch(network, loader, epoch, criterion, optimizer, step=training_step, scheduler=None):
+    """Take one step per batch, and one of the scheduler; return the mean loss over the labelled pixels of the epoch.
 
     Raises a UserError if the loss or the gradient of a batch is not finite; the weights are unusable then.
     """
     network.train()
     steps, batch_indices = [], []
-    for images, masks, indices in _progress(loader.batches(epoch), len(loader), f"epoch {epoch}"):
-        steps.append(torch.stack(training_step(network, images, masks, criterion, optimizer)))
+    batches = reporting.progress(loader.batches(epoch), len(loader), f"epoch {epoch}")
+    for index, (images, masks, indices) in enumerate(batches):
+        result = step(network, images, masks, criterion, optimizer, index=index, count=len(loader))
+        steps.append(torch.stack([value.detach() for value in result]))
         batch_indices.append(indices)
+        if scheduler is not None:
+            scheduler.step()
     steps = torch.stack(steps).cpu()  # only here, so that no step waits for a GPU
     _check_finite(steps[:, 0], steps[:, 2], batch_indices, loader.split.ids, epoch)
     return _mean_loss(steps[:, :2], loader.device)
@@ -142,45 +179,73 @@ def _check_finite(losses, norms, batch_indices, ids, epoch):
     raise UserError(f"the {name} is {value} in {place}: {hint}")
 
 
-def fit(args, model, train, val, test, *, criterion, optimizer, scheduler, patience):
+def fit(
+    args,
+    model,
+    train,
+    val,
+    test,
+    *,
+    criterion,
+    optimizer,
+    scheduler,
+    patience,
+    scheduler_interval="epoch",
+    training_step=training_step,
+):
     """Train a model, save its best and last state, then evaluate the best on val and test, plot and print a summary.
 
-    Writes the files of ``files.RunFiles``. The best epoch has the highest mean IoU on val at the loader's size. After
-    Ctrl-C or an error, the checkpoints and plots of the epochs before are kept. Raises a UserError if a file cannot be
-    written, if ``--resume`` finds the files of another run, or if the loss is not finite.
+    Writes the files of ``files.RunFiles``. The best epoch has the highest mean IoU on val at the loader's size, and of
+    several the lowest val loss. After Ctrl-C or an error, the checkpoints and plots of the epochs before are kept.
+    Raises a UserError if ``preflight.check`` finds a fault, if a file cannot be written, if another run's files are in
+    the way, or if the loss is not finite.
 
     Args:
         args: from ``cli.arguments``.
-        model: on ``args.device``; ``model.arguments`` holds the keyword arguments of its constructor.
+        model: on ``args.device``; ``model.arguments`` holds the keyword arguments of its constructor. See ``forward``.
         train, val, test: voc.Loaders; test may be None.
-        criterion: maps logits [B, C, S, S] and masks [B, S, S] to a mean over the labelled pixels.
+        criterion: maps logits, float32 [B, C, H, W], and masks, int64 [B, H, W] with VOID, to a scalar: a mean over the
+            labelled pixels.
         optimizer: over the model's parameters.
-        scheduler: stepped once per epoch, or None.
-        patience: stop after so many epochs without a better mean IoU.
+        scheduler: None, or stepped once per ``scheduler_interval``, "epoch" or "batch". ReduceLROnPlateau is stepped
+            after each epoch, with the val loss, or in mode "max" with the mean IoU on val.
+        patience: stop after so many epochs without progress, see ``epochs_without_progress``. An annealed run goes to
+            its end: with any other scheduler than ReduceLROnPlateau, patience has no effect.
+        training_step: takes the place of ``engine.training_step``.
     """
     run_files = files.RunFiles(args.out, args.experiment, args.seed)
-    processes.set_malloc_options(args.device)
-    model.to(memory_format=torch.channels_last)
-    metadata = checkpoint.metadata(args, model, train)
-    history, seconds = [], 0.0
-    if args.resume and run_files.last.exists():
-        history, seconds = checkpoint.resume(run_files, metadata, model, optimizer, scheduler)
-        _write_history(run_files.history, history)
-    _describe(run_files, args, model, train, val, test, criterion, len(history))
-    if processes.world_size() > 1 and args.device.type == "cuda":
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch norm over the whole batch
-    network = torch.compile(model) if args.compile else model
-    parallel = DistributedDataParallel(network) if processes.world_size() > 1 else network
+    annealed = not (scheduler is None or isinstance(scheduler, ReduceLROnPlateau))
+    states = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
+    with run_files.locked() if processes.is_main() else contextlib.nullcontext():
+        resuming = args.resume and run_files.last.exists()
+        if not (resuming or args.overwrite):
+            checkpoint.check_new_run(run_files, args.resume)
+        processes.set_malloc_options(args.device)
+        model.to(memory_format=processes.memory_format(args.device))
+        if isinstance(criterion, torch.nn.Module):
+            criterion.to(args.device)
+        metadata = checkpoint.metadata(args, model, train)
+        warnings = preflight.check(args, metadata, train, forward, training_step, scheduler_interval, **states)
+        if args.overwrite and processes.is_main():
+            run_files.delete()
+        history, seconds = [], 0.0
+        if resuming:
+            history, seconds = checkpoint.resume(run_files, metadata, annealed, **states)
+            reporting.write_history(run_files.history, history)
+        stopping = f"all {args.epochs} epochs are run" if annealed else f"patience {patience} epochs"
+        reporting.describe(run_files, args, model, train, val, test, criterion, stopping, warnings, len(history))
+        if processes.world_size() > 1 and args.device.type == "cuda":
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch norm over the whole batch
+        network = torch.compile(model) if args.compile else model
+        parallel = DistributedDataParallel(network) if processes.world_size() > 1 else network
 
-    try:
-        epochs = range(len(history) + 1, args.epochs + 1)
-        for epoch in _progress(epochs, len(epochs), args.experiment, unit="epoch"):
-            if history and len(history) - best_epoch(history)["epoch"] >= patience:
-                _print(f"no better mean IoU for {patience} epochs: stopping early")
-                break
-            start = time.perf_counter()
+        def run_epoch(epoch):
+            """Train and validate for an epoch; return its row of the history and the Scores on val."""
+            util.seed_epoch(args.seed, epoch, processes.rank())
             learning_rate = optimizer.param_groups[0]["lr"]
-            train_loss = train_epoch(parallel, train, epoch, criterion, optimizer)
+            batch_scheduler = scheduler if scheduler_interval == "batch" else None
+            train_loss = train_epoch(parallel, train, epoch, criterion, optimizer, training_step, batch_scheduler)
+            processes.broadcast(model.buffers())  # each process has its own statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
             row = {
                 "epoch": epoch,
@@ -190,116 +255,56 @@ def fit(args, model, train, val, test, *, criterion, optimizer, scheduler, patie
                 "val_pixel_accuracy": scores.pixel_accuracy,
                 "val_miou": scores.miou,
             }
-            # best before last: a run that is killed in between repeats the epoch and finds the same best
-            if best_epoch([*history, row]) is row:
-                checkpoint.save_best(run_files.best, metadata, model, epoch, scores)
-            if scheduler is not None:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(scores.miou if scheduler.mode == "max" else scores.loss)
+            elif scheduler is not None and scheduler_interval == "epoch":
                 scheduler.step()
-            epoch_seconds = time.perf_counter() - start
-            seconds += epoch_seconds
-            checkpoint.save_last(run_files.last, metadata, [*history, row], seconds, model, optimizer, scheduler)
-            history.append(row)
-            _write_history(run_files.history, history)
-            _print(_epoch_line(history, args.epochs, epoch_seconds, scores))
-        _report(run_files, metadata, args.device, history, seconds, train, val, test, criterion)
-    except BaseException:
-        _report_stop(run_files, history, train, val)
-        raise
+            return row, scores
+
+        try:
+            epochs = range(len(history) + 1, args.epochs + 1)
+            for epoch in reporting.progress(epochs, len(epochs), args.experiment, unit="epoch"):
+                if history and not annealed and epochs_without_progress(history, val.baseline[1].miou) >= patience:
+                    reporting.log(f"no progress on val for {patience} epochs: stopping early")
+                    break
+                start = time.perf_counter()
+                row, scores = run_epoch(epoch)
+                # best before last: a run that is killed in between repeats the epoch and finds the same best
+                if best_epoch([*history, row]) is row:
+                    checkpoint.save_best(run_files.best, metadata, model, epoch, scores)
+                epoch_seconds = time.perf_counter() - start
+                seconds += epoch_seconds
+                checkpoint.save_last(run_files.last, metadata, [*history, row], seconds, **states)
+                history.append(row)
+                reporting.write_history(run_files.history, history)
+                reporting.log(reporting.epoch_line(history, best_epoch(history), args.epochs, epoch_seconds, scores))
+            _report(run_files, metadata, args.device, history, seconds, train, val, test, criterion)
+        except BaseException:
+            _report_stop(run_files, history, train, val)
+            raise
 
 
 def best_epoch(history):
-    """The row of the epoch with the highest mean IoU on val, the first if several are equal."""
-    return max(history, key=lambda row: row["val_miou"])
+    """The row of the epoch with the highest mean IoU on val; of several, the one with the lowest val loss."""
+    return max(history, key=lambda row: (row["val_miou"], -row["val_loss"]))
 
 
-def _progress(iterable, total, name, unit="batch"):
-    """A progress bar on stderr that disappears at its end; none in other processes or if stderr is not a terminal."""
-    return tqdm(iterable, name, total, leave=False, unit=unit, disable=None if processes.is_main() else True)
+def epochs_without_progress(history, baseline_miou):
+    """The number of epochs since the last progress: a higher mean IoU or a lower loss on val than before.
 
-
-def _print(text):
-    """Print a line in the main process, without breaking the progress bars, and flush it."""
-    if processes.is_main():
-        tqdm.write(text)
-        sys.stdout.flush()
-
-
-def _write_history(path, history):
-    if processes.is_main():
-        lines = [",".join(history[0])] + [",".join(map(str, row.values())) for row in history]
-        with files.atomic_write(path) as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
-
-
-def _num_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _describe(run_files, args, model, train, val, test, criterion, epochs_done):
-    """Print what is about to run."""
-    images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
-    if train.repeats > 1:
-        images += f" (an epoch shows each train image {train.repeats} times)"
-    size = f"{train.size}x{train.size}"
-    _print(f"{run_files.experiment}: {train.split.dataset}, {images} images at {size}, {len(train.classes)} classes")
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    network = f"{type(model).__name__}, {_num_parameters(model):,} parameters ({trained:,} of them trained)"
-    _print(f"{network}, batch {args.batch_size}, seed {args.seed}, device {args.device}")
-    if isinstance(criterion, CrossEntropyLoss) and criterion.weight is not None:
-        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(train.classes, criterion.weight.tolist()))
-        _print(f"class weights of the loss: {weights}")
-    counts = torch.bincount(val.masks.flatten().cpu(), minlength=256)[: len(val.classes)]
-    name, baseline = Scores(math.nan, torch.diag(counts), val.classes).baseline
-    _print(f"{name} on val: pixel accuracy {baseline.pixel_accuracy:.4f}, mean IoU {baseline.miou:.4f}")
-    _print(f"val is evaluated at {size} after each epoch, and at full resolution at the end")
-    if test is None:
-        _print(f"{train.split.root} has no test.txt: the results are on val, which also selects the best epoch")
-    if args.compile:
-        _print("the first epoch includes the time of torch.compile")
-    if args.resume:
-        _print(
-            f"continuing {run_files.last} after epoch {epochs_done}" if epochs_done else "nothing to resume: starting"
-        )
-
-
-def _epoch_line(history, epochs, seconds, scores):
-    """One line about the epoch that has just ended."""
-    row, best = history[-1], best_epoch(history)
-    name, baseline = scores.baseline
-    warning = "" if scores.miou > baseline.miou else f"  not above the {name}"
-    return (
-        f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  loss {row['train_loss']:.4f} (val {row['val_loss']:.4f})  "
-        f"pixel accuracy {row['val_pixel_accuracy']:.4f}  mean IoU {row['val_miou']:.4f} "
-        f"(best {best['val_miou']:.4f}, epoch {best['epoch']})  {seconds:.1f} s{warning}"
-    )
-
-
-def _draw_plots(run_files, history, train, val, model, epoch, scores):
-    """Draw the plots of a run: ``model`` is that of the best ``epoch``, ``scores`` maps splits to Scores, val first."""
-    import plotting  # only here: training should not wait for matplotlib
-
-    title = f"{run_files.experiment} on {val.split.dataset}"
-    name, val_scores = next(iter(scores.items()))
-    samples = []
-    for index in np.linspace(0, len(val.split) - 1, min(5, len(val.split))).round().astype(int).tolist():
-        mask = val.split.mask(index)
-        prediction = predict_index(model, val, index, mask.shape)
-        samples.append((val.split.ids[index], np.asarray(val.split.photo(index)), mask, prediction))
-    curves_title = f"{title}, val at {val.size}x{val.size}"
-    plotting.curves(run_files.plot("curves"), curves_title, history, epoch, val_scores.baseline)
-    plotting.class_iou(run_files.plot("iou"), f"{title}, epoch {epoch}", val.classes, scores)
-    plotting.confusion(run_files.plot("confusion"), f"{title}, {name}, epoch {epoch}", val.classes, val_scores.matrix)
-    plotting.predictions(run_files.plot("predictions"), f"{title}, val, epoch {epoch}", val.classes, samples)
-    if train.augment is not None:
-        images, masks = train.augmented_samples(16)
-        images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
-        plotting.samples(run_files.plot("augmentation"), f"{title}, train", train.classes, images, masks)
+    Until the mean IoU is above that of the all-background baseline, a lower loss on train is progress too: a network
+    that has not learned the classes yet predicts background, whose mean IoU does not change.
+    """
+    best = [max(history, key=lambda row: row["val_miou"]), min(history, key=lambda row: row["val_loss"])]
+    if best[0]["val_miou"] <= baseline_miou:
+        best.append(min(history, key=lambda row: row["train_loss"]))
+    return len(history) - max(row["epoch"] for row in best)
 
 
 @torch.inference_mode()
 def predict_index(model, loader, index, shape):
     """The prediction for one image of a loader at ``shape`` [H, W]: int64 array [H, W]."""
-    logits = model(loader.normalise(loader.images[index : index + 1]))[0]
+    logits = forward(model, loader.normalise(loader.images[index : index + 1]), full_precision=True)["out"][0]
     return predict_mask(logits, shape).cpu().numpy()
 
 
@@ -308,20 +313,22 @@ def _report_stop(run_files, history, train, val):
     if not processes.is_main():
         return
     if not history:
-        _print(f"{run_files.experiment}: stopped before the end of its first epoch: there is nothing to keep")
+        reporting.log(f"{run_files.experiment}: stopped before the end of its first epoch: there is nothing to keep")
         return
     plots = ""
     try:
         best = checkpoint.read(run_files.best, "val_matrix")
-        scores = {f"val at {val.size}x{val.size}": Scores(math.nan, best["val_matrix"], val.classes)}
-        _draw_plots(run_files, history, train, val, checkpoint.load(run_files.best, val.device), best["epoch"], scores)
+        scores = {f"val at {reporting.size_text(val.size)}": Scores(math.nan, best["val_matrix"], val.classes)}
+        model = checkpoint.load(run_files.best, val.device)
+        predict = functools.partial(predict_index, model, val)
+        reporting.draw_plots(run_files, history, train, val, best["epoch"], scores, predict)
         plots = f", drew {run_files.plot('*')}"
     except (UserError, RuntimeError) as error:  # the reason for the stop, such as a full disk, matters more
-        _print(util.reason(error))
+        reporting.log(util.reason(error))
     kept = [str(path) for path in (run_files.best, run_files.last) if path.exists()]
     advice = ": the same command with --resume continues" if len(kept) == 2 else ""
     kept = " and ".join(kept) or "nothing"
-    _print(f"{run_files.experiment}: stopped after epoch {len(history)}; kept {kept}{plots}{advice}")
+    reporting.log(f"{run_files.experiment}: stopped after epoch {len(history)}; kept {kept}{plots}{advice}")
 
 
 def _report(run_files, metadata, device, history, seconds, train, val, test, criterion):
@@ -331,60 +338,7 @@ def _report(run_files, metadata, device, history, seconds, train, val, test, cri
     scores = {loader.split.name: evaluate(model, loader, criterion) for loader in (val, test) if loader is not None}
     if not processes.is_main():
         return
-    best = best_epoch(history)["epoch"]
-    metrics = {
-        "experiment": run_files.experiment,
-        "dataset": metadata["dataset"],
-        "seed": metadata["seed"],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "epochs": len(history),
-        "best_epoch": best,
-        "parameters": _num_parameters(model),
-        "multiply_adds": _multiply_adds(model),
-        "seconds": round(seconds, 3),
-        "flags": {name: metadata["flags"][name] for name in ("epochs", "batch_size", "limit")},
-        "versions": metadata["versions"],
-        "val": scores["val"].as_dict(),
-        "test": scores["test"].as_dict() if test is not None else None,
-    }
-    with files.atomic_write(run_files.metrics) as file:
-        file.write(json.dumps(metrics, indent=2, allow_nan=False).encode() + b"\n")
-    _draw_plots(run_files, history, train, val, model, best, scores)
-    _print(_table(scores, val.classes))
-    for name, result in scores.items():
-        baseline_name, baseline = result.baseline
-        if not result.miou > baseline.miou:
-            _print(f"warning: on {name} the mean IoU is not above the {baseline_name}")
-    _print(f"\nplots       {run_files.plot('*')}\ncheckpoint  {run_files.best}")
-    _print(f"metrics     {run_files.metrics}, {run_files.history}")
-    summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
-    _print(f"{run_files.experiment} seed {metadata['seed']}: {summary} (epoch {best} of {len(history)})")
-
-
-def _multiply_adds(model):
-    """Multiply-adds of a forward pass on one image of the model's size, as PyTorch counts them."""
-    from torch.utils.flop_counter import FlopCounterMode  # only here: it takes long to import
-
-    image = torch.zeros(1, 3, model.size, model.size, device=next(model.parameters()).device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    return counter.get_total_flops() // 2
-
-
-def _table(scores, classes):
-    """The results as text: IoU of each class, then mean IoU and pixel accuracy next to those of the baseline."""
-    columns = [result.as_dict() for result in scores.values()]
-    baseline_name = next(iter(scores.values())).baseline[0]
-
-    def row(name, values):
-        cells = ("-" if value is None else f"{value:.4f}" for value in values)
-        return f"{name:34}" + "".join(f" {cell:>9}" for cell in cells)
-
-    lines = ["", f"{'IoU per class':34}" + "".join(f" {name:>9}" for name in scores)]
-    lines += [row(f"  {name}", [column["iou"][name] for column in columns]) for name in classes]
-    for name, key in (("mean IoU", "miou"), ("pixel accuracy", "pixel_accuracy")):
-        lines.append(row(name, [column[key] for column in columns]))
-        lines.append(row(f"  {baseline_name}", [column["background"][key] for column in columns]))
-    lines.append(row("loss", [column["loss"] for column in columns]))
-    lines.append(row("the assignment's IoU", [column["assignment_iou"] for column in columns]))
-    return "\n".join(lines)
+    epoch = best_epoch(history)["epoch"]
+    reporting.write_metrics(run_files, metadata, device, history, epoch, seconds, model, scores)
+    reporting.draw_plots(run_files, history, train, val, epoch, scores, functools.partial(predict_index, model, val))
+    reporting.summarise(run_files, metadata["seed"], len(history), epoch, scores, val.classes)

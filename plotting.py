@@ -13,8 +13,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 import files
 import util
+from imaging import PALETTE
 from util import VOID
-from voc import PALETTE
 
 # Okabe and Ito's palette for the colour-blind; each colour has its own line style or hatch for black-and-white print.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"

@@ -16,8 +16,8 @@ import checkpoint
 import cli
 import engine
 import files
+import imaging
 import plotting
-import voc
 from util import UserError
 
 
@@ -29,9 +29,9 @@ def find_photos(paths):
             raise UserError(f"{path}: no such file or folder: correct the path")
         found = [path]
         if path.is_dir():
-            found = [file for file in sorted(path.iterdir()) if file.suffix.lower() in voc.PHOTO_SUFFIXES]
+            found = [file for file in sorted(path.iterdir()) if file.suffix.lower() in imaging.PHOTO_SUFFIXES]
         if not found:
-            raise UserError(f"{path}: holds no photo ({', '.join(voc.PHOTO_SUFFIXES)}): correct the path")
+            raise UserError(f"{path}: holds no photo ({', '.join(imaging.PHOTO_SUFFIXES)}): correct the path")
         photos += found
     return list(dict.fromkeys(photos))
 
@@ -43,8 +43,9 @@ def segment(model, photo, device="cpu"):
     Returns:
         uint8 array [H, W] of class indices, of the photo's size.
     """
-    image = torch.tensor(voc.resize(photo, model.size)).permute(2, 0, 1)[None]
-    logits = model(voc.normalise(image, device, model.mean, model.std))[0]
+    image = torch.tensor(imaging.resize(photo, model.size)).permute(2, 0, 1)[None]
+    images = imaging.normalise(image, device, model.mean, model.std)
+    logits = engine.forward(model, images, full_precision=True)["out"][0]
     return engine.predict_mask(logits, (photo.height, photo.width)).byte().cpu().numpy()
 
 
@@ -64,7 +65,7 @@ def main():
     names, errors = set(), []
     for path in photos:
         try:
-            photo = voc.to_rgb(ImageOps.exif_transpose(voc.open_image(path)))
+            photo = imaging.to_rgb(ImageOps.exif_transpose(imaging.open_image(path)))
         except UserError as error:
             errors.append(str(error))
             continue
@@ -72,7 +73,7 @@ def main():
         names.add(name)
         mask = segment(model, photo, args.device)
         with files.atomic_write(args.out / f"{name}_mask.png") as file:
-            voc.palette_image(mask).save(file, format="png")
+            imaging.palette_image(mask).save(file, format="png")
         plotting.overlay(args.out / f"{name}_overlay.png", path.name, model.classes, np.asarray(photo), mask)
         shares = np.bincount(mask.ravel(), minlength=len(model.classes)) / mask.size
         by_share = [f"{model.classes[label]} {shares[label]:.1%}" for label in np.argsort(-shares) if shares[label]]

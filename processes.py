@@ -1,4 +1,4 @@
-"""Rank and world size under torchrun, sums over all processes, and malloc settings."""
+"""Rank and world size under torchrun, sums over all processes, memory format and malloc settings."""
 
 import contextlib
 import ctypes
@@ -70,6 +70,13 @@ def all_reduce(tensor, device):
     return tensor
 
 
+def broadcast(tensors):
+    """Copy the main process's values of some tensors to the other processes."""
+    if world_size() > 1:
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)
+
+
 @contextlib.contextmanager
 def main_process_first():
     """Run the block in the main process before the others, for example to write a file that they read."""
@@ -78,6 +85,14 @@ def main_process_first():
     yield
     if is_main() and world_size() > 1:
         distributed.barrier()
+
+
+def memory_format(device):
+    """channels_last, which is faster; contiguous on Apple GPUs, where many PyTorch releases compute wrong gradients.
+
+    These are the gradients of batch norm (pytorch issue 175189).
+    """
+    return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
 def set_malloc_options(device):

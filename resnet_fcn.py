@@ -12,7 +12,7 @@ class ResNetFCN(nn.Module):
     Features at 1/32 of the image's size are upsampled four times by a factor of two, each time by a transposed
     convolution, ReLU and batch norm; a 1x1 classifier gives logits at 1/2, which are upsampled bilinearly.
     The backbone's parameters take no gradient, and its batch norm is FrozenBatchNorm2d, which is constant in training
-    mode too. Images are expected in ImageNet's normalisation, see ``voc.normalise``.
+    mode too. Images are expected in ImageNet's normalisation, see ``imaging.normalise``.
 
     Args:
         num_classes: channels of the logits.

@@ -16,8 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from files import atomic_folder, writing
+from imaging import palette_image
 from util import VOID
-from voc import CLASSES, palette_image
+from voc import CLASSES
 
 SPLITS = {"train": 209, "val": 213, "test": 210}
 SIZES = (

@@ -6,8 +6,8 @@ import math
 import torch
 from torch.nn import functional
 
+from imaging import MEAN
 from util import VOID
-from voc import MEAN
 
 
 class Augmentation:
@@ -42,12 +42,15 @@ class Augmentation:
         return torch.stack((sign * cos, -sin, x, sign * sin, cos, y), 1).view(count, 2, 3)
 
     def __call__(self, images, masks, params):
-        """Augment images, uint8 [B, 3, S, S], and masks, uint8 [B, S, S], with params [B, 2, 3] from ``draw``.
+        """Augment images, uint8 [B, 3, H, W], and masks, uint8 [B, H, W], with params [B, 2, 3] from ``draw``.
 
         Returns:
             images and masks, new tensors of the same shapes and type.
         """
-        grid = functional.affine_grid(params, images.shape, align_corners=False)
+        height, width = masks.shape[1:]
+        # Both sides run from -1 to 1: on a rectangle, a rotation would shear without these factors.
+        aspect_ratios = params.new_tensor([[1, height / width, 1], [width / height, 1, 1]])
+        grid = functional.affine_grid(params * aspect_ratios, images.shape, align_corners=False)
         # grid_sample fills with 0, which is made to mean the mean colour and void by subtracting them beforehand
         mean = _mean_colour(images.device)
         images = functional.grid_sample(images - mean, grid, "bilinear", "zeros", align_corners=False) + mean

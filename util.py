@@ -19,15 +19,26 @@ def reason(error):
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def seed_everything(seed):
-    """Seed Python, NumPy and PyTorch, and restrict cuDNN to deterministic kernels.
+def is_out_of_memory(error):
+    """Whether an exception means that memory ran out, on a CPU or a GPU."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
-    On a CPU, the same seed and the same number of threads then give identical results.
+
+def seed_everything(seed):
+    """Seed Python, NumPy and PyTorch with an int from 0 to 2^32 - 1, and restrict cuDNN to deterministic kernels.
+
+    On a CPU, the same seed and the same number of threads then give identical results. On a GPU, results still differ
+    in the last digits, and more after many steps: the backward pass of bilinear upsampling adds in random order.
     """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.backends.cudnn.deterministic = True
+
+
+def seed_epoch(seed, epoch, rank):
+    """Seed an epoch of a run, each rank differently: a resumed run then needs no saved random state."""
+    seed_everything(int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0]))
 
 
 def confusion_matrix(truth, prediction, num_classes):

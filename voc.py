@@ -11,8 +11,8 @@ per line. Masks hold class indices, and 255 for void, the unlabelled pixels: voi
 import contextlib
 import functools
 import hashlib
+import math
 import os
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +21,13 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 
 import cli
 import files
+import imaging
 import processes
+import util
 from util import VOID, UserError
 
 CLASSES = (
@@ -32,37 +35,7 @@ CLASSES = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
 
-# Mean and standard deviation of ImageNet's photos in 0..1, as red, green, blue: torchvision's weights expect them.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
 DIGEST_LENGTH = 16  # characters of the digest in the name of a cache file
-
-# Larger images are not decoded. Pillow refuses only images of twice this size, and warns from here on.
-MAX_PIXELS = 89_478_485
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-def _palette():
-    """VOC's colour map: the bits of an index, three at a time, fill red, green and blue from the top bit down."""
-    palette = np.zeros((256, 3), np.uint8)
-    index = np.arange(256)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
-
-
-PALETTE = _palette()  # uint8 [256, 3], RGB; row 255 is the colour of void
-
-
-def palette_image(mask):
-    """A mask, uint8 array [H, W] of class indices and VOID, as a PIL image with VOC's palette."""
-    image = Image.fromarray(mask)
-    image.putpalette(PALETTE.tobytes())
-    return image
-
 
 def _find_root(root):
     """Return ``root`` as a Path if it is a folder in VOC layout, else raise a UserError that says where data is."""
@@ -86,32 +59,6 @@ def _read_lines(path, hint):
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error}): {hint}") from None
     return [line.strip() for line in lines if line.strip()]
-
-
-def open_image(path):
-    """Decode the image file at ``path`` as a PIL image; raise a UserError if that fails."""
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UserError(f"{path}: {image.width}x{image.height} pixels are too many: make the image smaller")
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file, but a split lists it: add the file or remove its id") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error}): replace the file") from None
-
-
-def to_rgb(image):
-    """Convert a PIL image to RGB. 16-bit greyscale is scaled to 8 bits; Pillow's conversion would clip it to white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
-def resize(image, size, resampling=Image.Resampling.BILINEAR):
-    """Resize a PIL image to ``size`` x ``size``, by default bilinear with antialiasing, as a uint8 array."""
-    return np.asarray(image.resize((size, size), resampling))
 
 
 class Split:
@@ -164,14 +111,14 @@ class Split:
     def paths(self, index):
         """The paths of a photo and its mask. If there is no photo, its path is the one of a JPEG."""
         stem = self.root / "JPEGImages" / self.ids[index]
-        candidates = [stem.with_name(stem.name + suffix) for suffix in PHOTO_SUFFIXES]
+        candidates = [stem.with_name(stem.name + suffix) for suffix in imaging.PHOTO_SUFFIXES]
         # os.path.exists returns False for a name that the system does not allow; Path.exists may raise
         photo = next((path for path in candidates if os.path.exists(path)), candidates[0])
         return photo, self.root / "SegmentationClass" / f"{self.ids[index]}.png"
 
     def photo(self, index):
         """The photo as a PIL image in RGB. Raises a UserError if it is missing or unreadable."""
-        return to_rgb(open_image(self.paths(index)[0]))
+        return imaging.to_rgb(imaging.open_image(self.paths(index)[0]))
 
     def mask(self, index):
         """The mask as a uint8 array [H, W] of class indices and VOID, at its own resolution.
@@ -179,7 +126,7 @@ class Split:
         Raises a UserError if it is missing, unreadable, neither a palette nor a greyscale image, or holds other values.
         """
         path = self.paths(index)[1]
-        image = open_image(path)
+        image = imaging.open_image(path)
         if image.mode not in ("P", "L", "1"):
             advice = "save class indices as a palette or 8-bit greyscale PNG"
             raise UserError(f"{path}: is an image in mode {image.mode}, not a mask of class indices: {advice}")
@@ -193,7 +140,7 @@ class Split:
         return mask
 
     def resized(self, index, size):
-        """Photo and mask at ``size`` x ``size``, as one uint8 array [size, size, 4]: red, green, blue and class.
+        """Photo and mask at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
 
         The photo is resized bilinearly with antialiasing, the mask to the nearest pixel. Raises a UserError if one of
         them is invalid, or if they differ in size.
@@ -202,7 +149,7 @@ class Split:
         if photo.size != mask.size:
             sizes = f"{mask.width}x{mask.height}, but its photo is {photo.width}x{photo.height}"
             raise UserError(f"{self.paths(index)[1]}: is {sizes}: a mask needs the size of its photo")
-        return np.dstack((resize(photo, size), resize(mask, size, Image.Resampling.NEAREST)))
+        return np.dstack((imaging.resize(photo, size), imaging.resize(mask, size, Image.Resampling.NEAREST)))
 
     def digest(self, size):
         """A short hash of everything that ``resized`` depends on for any image: files, classes, Pillow's version."""
@@ -233,33 +180,20 @@ def class_weights(split):
     return torch.tensor(1 / np.log(1.02 + pixels / pixels.sum()), dtype=torch.float32)
 
 
-@functools.cache
-def _scale_and_shift(device, mean, std):
-    """Tensors [3, 1, 1] with which ``value * scale - shift`` normalises a value in 0..255."""
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
-    return 1 / (255 * std), mean / std
-
-
-def normalise(images, device, mean=MEAN, std=STD):
-    """Move uint8 images [B, 3, H, W] to a device and map 0..1 to ``(value - mean) / std``: float32, channels last."""
-    scale, shift = _scale_and_shift(device, tuple(mean), tuple(std))
-    images = images.to(device, torch.float32, memory_format=torch.channels_last)
-    return images.mul_(scale).sub_(shift)  # in place: the conversion to float32 has made a copy
-
-
 def load_resized(split, size):
-    """``Split.resized`` of all images: uint8 tensor [N, size, size, 4] on the CPU.
+    """``Split.resized`` of all images at ``size``, (H, W): uint8 tensor [N, H, W, 4] on the CPU.
 
     They are decoded and checked once, and cached as a ``.npy`` file in ``.cache`` in the data's folder, which later
     runs map into memory. Its name holds ``Split.digest``, so that a change of any file is noticed. If the folder cannot
     be written, nothing is cached.
     """
-    name = f"{split.name}_{size}" + ("" if split.limit is None else f"_limit{split.limit}")
+    height, width = size
+    name = f"{split.name}_{height}x{width}" + ("" if split.limit is None else f"_limit{split.limit}")
     path = split.root / ".cache" / f"{name}_{split.digest(size)}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
         return torch.from_numpy(np.load(path, mmap_mode="c"))
 
-    pixels = np.empty((len(split), size, size, 4), np.uint8)
+    pixels = np.empty((len(split), height, width, 4), np.uint8)
 
     def read(index):
         pixels[index] = split.resized(index, size)
@@ -277,43 +211,65 @@ def load_resized(split, size):
     return torch.from_numpy(pixels)
 
 
+class PerImage:
+    """Lets a Loader use an augmentation of one image and its mask, such as torchvision's v2 transforms.
+
+    ``augment(image, mask)`` gets tv_tensors, uint8 [3, H, W] and [H, W], and returns two of the same shapes and type.
+    The random numbers of Python, NumPy and PyTorch are seeded for each image.
+    """
+
+    def __init__(self, augment):
+        self.augment = augment
+
+    def draw(self, count, generator):
+        return torch.randint(2**32, (count,), generator=generator)
+
+    def __call__(self, images, masks, seeds):
+        pairs = []
+        for image, mask, seed in zip(images, masks, seeds.tolist()):
+            util.seed_everything(seed)
+            pairs.append(self.augment(tv_tensors.Image(image), tv_tensors.Mask(mask)))
+        return tuple(torch.stack([pair[part].as_subclass(torch.Tensor) for pair in pairs]) for part in (0, 1))
+
+
 class Loader:
-    """Batches of one split: resized to a square, augmented, normalised, on the device.
+    """Batches of one split: resized, augmented, normalised, on the device.
 
     All images are decoded and checked at the start, see ``load_resized``. Under torchrun, each process gets its part of
     every training batch, and whole batches of the other splits: together the batches of a single process.
 
     Args:
         split: a Split.
-        size: side of the square in pixels.
+        size: of the network's input in pixels: (height, width), or the side of a square.
         batch_size: the largest batch, over all processes. Batches are of nearly equal size, so that none has a single
             image, on which batch norm would learn noise.
         training: shuffle in every epoch. Otherwise the images come in the order of the split.
-        augment: None, or an object such as ``transforms.Augmentation``: ``augment.draw(count, generator)`` returns
-            random parameters, one row of a tensor per image, from a torch.Generator on the CPU, and
-            ``augment(images, masks, params)`` maps uint8 tensors [B, 3, S, S] and [B, S, S] on the device to others of
-            the same shape. An epoch shows each image ``augment.unchanged`` times as it is and ``augment.augmented``
-            times augmented; these default to 0 and 1.
+        augment: None, an augmentation of single images as for PerImage, or an object that augments batches, such as
+            ``transforms.Augmentation``: ``augment.draw(count, generator)`` returns random parameters, one row of a
+            tensor per image, from a torch.Generator on the CPU, and ``augment(images, masks, params)`` maps uint8
+            tensors [B, 3, H, W] and [B, H, W] on the device to others of the same shape. An epoch shows each image
+            ``augment.unchanged`` times as it is and ``augment.augmented`` times augmented; these default to 0 and 1.
         seed: order and augmentation depend on ``seed`` and the epoch only, so that any epoch can be repeated.
         device: where batches go.
 
     Attributes:
         repeats: how many times an epoch shows each image.
-        images, masks: the whole split, uint8 [N, 3, S, S] and [N, S, S], on the GPU if it takes less than a quarter of
+        size: (height, width).
+        images, masks: the whole split, uint8 [N, 3, H, W] and [N, H, W], on the GPU if it takes less than a quarter of
             its free memory, else on the CPU.
         mean, std: of ``normalise``, tuples of three floats.
     """
 
-    mean, std = MEAN, STD
+    mean, std = imaging.MEAN, imaging.STD
 
     def __init__(self, split, size, batch_size, training=False, augment=None, seed=0, device="cpu"):
-        self.split, self.size, self.classes = split, size, split.classes
-        self.batch_size, self.training, self.augment = batch_size, training, augment
-        self.seed, self.device = seed, torch.device(device)
+        self.split, self.size, self.classes = split, imaging.height_width(size), split.classes
+        self.batch_size, self.training, self.seed, self.device = batch_size, training, seed, torch.device(device)
+        self.augment = augment if augment is None or hasattr(augment, "draw") else PerImage(augment)
         self.unchanged = 1 if augment is None else getattr(augment, "unchanged", 0)
         self.repeats = self.unchanged + (0 if augment is None else getattr(augment, "augmented", 1))
         with processes.main_process_first():
-            self.data = load_resized(split, size)
+            self.data = load_resized(split, self.size)
         if not any((mask != VOID).any() for mask in self.data[..., 3]):  # usually stops at the first mask
             raise UserError(f"{split.root}: no mask of the split {split.name} has a labelled pixel: all is void")
         smallest = len(split) * self.repeats // len(self)
@@ -328,21 +284,40 @@ class Loader:
         """The number of batches per epoch, over all processes."""
         return -(-len(self.split) * self.repeats // self.batch_size)
 
+    @functools.cached_property
+    def baseline(self):
+        """Name and Scores of the all-background baseline at the loader's size, see ``util.Scores.baseline``."""
+        counts = torch.bincount(self.masks.flatten().cpu(), minlength=VOID + 1)[: len(self.classes)]
+        return util.Scores(math.nan, torch.diag(counts), self.classes).baseline
+
     def normalise(self, images):
         """``normalise`` with the loader's device, mean and standard deviation."""
-        return normalise(images, self.device, self.mean, self.std)
+        return imaging.normalise(images, self.device, self.mean, self.std)
 
     def augmented_samples(self, count):
         """Augment the first ``count`` images for a plot, again from the first if there are fewer; uint8 as stored."""
         images, masks = self._take(torch.arange(count) % len(self.split))
         params = self.augment.draw(count, torch.Generator().manual_seed(self.seed))
-        return self.augment(images, masks, self._move(params))
+        return self.augmented(images, masks, params)
+
+    def augmented(self, images, masks, params):
+        """Augment uint8 tensors [B, 3, H, W] and [B, H, W] with params from ``augment.draw``.
+
+        Raises a UserError if the result has another shape or type.
+        """
+        results = self.augment(images, masks, self._move(params))
+        for name, before, after in zip(("images", "masks"), (images, masks), results, strict=True):
+            if (after.shape, after.dtype) != (before.shape, torch.uint8):
+                found, expected = f"{after.dtype} {list(after.shape)}", f"torch.uint8 {list(before.shape)}"
+                advice = "keep size and type (the loader resizes before it and normalises after it)"
+                raise UserError(f"augment returns {name} of {found}, not {expected}: {advice}")
+        return results
 
     def batches(self, epoch=0):
         """Yield this process's batches of an epoch.
 
         Yields:
-            images: float32 [B, 3, S, S], normalised, channels last. masks: int64 [B, S, S], class indices and VOID.
+            images: float32 [B, 3, H, W], normalised. masks: int64 [B, H, W], class indices and VOID.
             indices: int64 [B] on the CPU, the position of each image in the split.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
@@ -360,7 +335,7 @@ class Loader:
             augmented = (samples >= self.unchanged * len(self.split)).nonzero().flatten()
             if len(augmented):
                 chosen = self._move(augmented)
-                changed = self.augment(images[chosen], masks[chosen], self._move(params[augmented]))
+                changed = self.augmented(images[chosen], masks[chosen], params[augmented])
                 images[chosen], masks[chosen] = changed
             yield self.normalise(images), masks.long(), indices
 

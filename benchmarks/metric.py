@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import cli
 import compare
+import imaging
 import util
 import voc
 
@@ -46,8 +47,8 @@ def predict(path, split):
     """Yield the prediction of a checkpoint for each image of a split."""
     model = checkpoint.load(path)
     for index in range(len(split)):
-        photo = torch.tensor(voc.resize(split.photo(index), SIZE)).permute(2, 0, 1)
-        yield model(voc.normalise(photo[None], "cpu", model.mean, model.std))[0].argmax(0)
+        photo = torch.tensor(imaging.resize(split.photo(index), (SIZE, SIZE))).permute(2, 0, 1)
+        yield model(imaging.normalise(photo[None], "cpu", model.mean, model.std))[0].argmax(0)
 
 
 def main():
@@ -59,7 +60,7 @@ def main():
     args = parser.parse_args()
     split = voc.Split(args.data, args.split, args.limit)
     images = (Image.fromarray(split.mask(index)) for index in range(len(split)))
-    masks = [torch.tensor(voc.resize(image, SIZE, Image.Resampling.NEAREST)) for image in images]
+    masks = [torch.tensor(imaging.resize(image, (SIZE, SIZE), Image.Resampling.NEAREST)) for image in images]
     predictions = {f"{split.classes[0]} everywhere": [torch.zeros_like(mask) for mask in masks]}
     predictions["the ground truth itself"] = [mask % util.VOID for mask in masks]
     predictions |= {f"`{path.name}`": predict(path, split) for path in args.checkpoints}

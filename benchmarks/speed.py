@@ -39,9 +39,9 @@ import cli
 import compare
 import engine
 import processes
+from imaging import MEAN, STD
 from transforms import Augmentation
 from util import VOID
-from voc import MEAN, STD
 
 ROUNDS = 3
 

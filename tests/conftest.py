@@ -15,6 +15,7 @@ from tiny_net import TinyNet
 
 import checkpoint
 import cli
+import imaging
 import train
 import util
 import voc
@@ -59,7 +60,7 @@ def write_pair(root, name, photo, mask):
     for folder in ("JPEGImages", "SegmentationClass"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     Image.fromarray(photo).save(root / "JPEGImages" / f"{name}.jpg", quality=95)
-    voc.palette_image(mask).save(root / "SegmentationClass" / f"{name}.png")
+    imaging.palette_image(mask).save(root / "SegmentationClass" / f"{name}.png")
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def make_tiny(root, splits=(("train", 5), ("val", 4), ("test", 3))):
             mask[5:25, 8:30] = 1 + index % 3
             mask[22:35, 20:38] = 15
             mask[20:22] = util.VOID
-            photo = np.clip(voc.PALETTE[mask] + rng.integers(0, 40, (height, width, 3)), 0, 255).astype(np.uint8)
+            photo = np.clip(imaging.PALETTE[mask] + rng.integers(0, 40, (height, width, 3)), 0, 255).astype(np.uint8)
             ids.append(f"{index:06d}")
             write_pair(root, ids[-1], photo, mask)
             index += 1

@@ -198,8 +198,6 @@ LOADED = [
 ]
 RESUMED = [
     (changed(history=None), "not written by this project"),
-    (changed(random=None), "'random'"),
-    (changed(random={"python": 3}), "another model"),
     (changed(optimizer={}), "another model"),
     (changed(optimizer=None), "'optimizer'"),
     (changed(model={}), "another model"),

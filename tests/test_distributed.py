@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, make_tiny, run_main, use_tiny_net
 from tiny_net import TinyNet
 
+import checkpoint
 import cli
 import engine
 import processes
@@ -23,7 +24,7 @@ import voc
 
 
 def main():
-    """Evaluate an untrained network, train it, and train it again with ``--compile``."""
+    """Evaluate an untrained network; train it plainly, with ``--compile``, and with batch norm and dropout."""
     args = cli.arguments(__file__, __doc__, epochs=2, batch_size=4)
     os.write(1, f"rank {processes.rank()} pid {os.getpid()}\n".encode())  # print would mix the lines of two processes
     augment = transforms.Augmentation(flip=0.5, degrees=20, scale=(0.5, 1.2), unchanged=1, augmented=1)
@@ -37,18 +38,24 @@ def main():
     args.out.mkdir(exist_ok=True)
     torch.save([vars(score) for score in scores], args.out / f"scores_{processes.rank()}.pt")
 
-    for name in ("plain", "compiled") if processes.world_size() > 1 else ("plain",):
-        model = new_model()
+    for name in ("plain", "compiled", "norm") if processes.world_size() > 1 else ("plain",):
+        model = new_model(norm=name == "norm")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         flags = Namespace(**vars(args) | {"out": args.out / name, "compile": name == "compiled"})
-        engine.fit(
-            flags, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=None, patience=100_000
-        )
+        experiment = {"criterion": criterion, "optimizer": optimizer, "scheduler": None, "patience": 100_000}
+        engine.fit(flags, model, train, val, test, **experiment, training_step=logged_step)
 
 
-def new_model():
+def logged_step(*args, **position):
+    """Take a training step; print a random number."""
+    if position["count"] > 1:  # not the trial before the first epoch
+        os.write(1, f"random {processes.rank()} {torch.rand(1).item()}\n".encode())
+    return engine.training_step(*args, **position)
+
+
+def new_model(norm=False):
     torch.manual_seed(0)
-    return TinyNet(21, norm=False)  # batch norm would see each process's part of a batch
+    return TinyNet(21, norm)  # batch norm would see each process's part of a batch
 
 
 @contextlib.contextmanager
@@ -92,8 +99,28 @@ def test_two_processes_take_the_same_steps_as_one(runs, name):
 
 def test_only_the_main_process_prints(runs):
     output = (runs / "output").read_text()  # of the plain and the compiled run
-    assert output.count("\nepoch ") == 4
-    assert output.count("\ntest_distributed seed 0: val mean IoU") == 2
+    assert output.count("\nepoch ") == 6
+    assert output.count("\ntest_distributed seed 0: val mean IoU") == 3
+
+
+def test_random_numbers_differ_between_the_processes(runs):
+    """Dropout would otherwise drop the same in each part of a batch."""
+    lines = [line.split() for line in (runs / "output").read_text().splitlines() if line.startswith("random ")]
+    numbers = {rank: {value for _, other, value in lines if other == rank} for rank in "01"}
+    assert len(numbers["0"]) > 1 and not numbers["0"] & numbers["1"]
+
+
+def test_val_is_evaluated_with_the_same_batch_norm_in_all_processes(runs):
+    folder = runs / "2" / "norm"
+    best = checkpoint.load(folder / "best_test_distributed.pt")
+    criterion = torch.nn.CrossEntropyLoss(
+        voc.class_weights(voc.Split(runs / "Tiny", "train")), ignore_index=util.VOID
+    )
+    val = voc.loaders(runs / "Tiny", 4, size=32)[1]
+    row = engine.best_epoch(torch.load(folder / "last_test_distributed.pt", weights_only=True)["history"])
+    scores = engine.evaluate(best, val, criterion, full_resolution=False)
+    assert scores.miou == row["val_miou"]
+    assert scores.loss == pytest.approx(row["val_loss"], rel=1e-6)  # float32 sums
 
 
 def test_every_image_is_scored_once_whatever_the_number_of_processes(runs):

@@ -20,6 +20,7 @@ from torch.nn import CrossEntropyLoss, functional
 import checkpoint
 import cli
 import engine
+import imaging
 import util
 import voc
 from util import UserError
@@ -35,12 +36,13 @@ def fit(data, out, *, criterion=CRITERION, scheduler=None, patience=9, lr=1e-3, 
     """Run an experiment as a script would; return its metrics. ``change(epoch, step, *batch)`` changes a batch."""
     defaults = {"script": SCRIPT, "experiment": "train", "data": str(data), "epochs": 2, "batch_size": 3, "seed": 0}
     defaults |= {"device": torch.device("cpu"), "out": out, "resume": False, "limit": None, "compile": False}
+    defaults |= {"overwrite": False, "defaults": {"epochs": 2, "batch_size": 3}}
     args = Namespace(**defaults | flags)
     util.seed_everything(args.seed)
     train, val, test = voc.loaders(data, args.batch_size, size=SIZE, seed=args.seed)
     if change:
         batches = train.batches
-        train.batches = lambda epoch: (change(epoch, step, *batch) for step, batch in enumerate(batches(epoch)))
+        train.batches = lambda epoch=0: (change(epoch, step, *batch) for step, batch in enumerate(batches(epoch)))
     model = TinyNet(len(train.classes))
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     scheduler = scheduler and scheduler(optimizer)
@@ -79,9 +81,10 @@ def test_a_run_writes_the_documented_files_and_metrics(finished):
     _, out, metrics = finished
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     plots = {f"plots/train_{name}.png" for name in ("curves", "iou", "confusion", "predictions")}
-    assert written == {"best_train.pt", "last_train.pt", "results/train_seed0.csv", "results/train_seed0.json"} | plots
+    results = {"results/train_seed0.csv", "results/train_seed0.json"}
+    assert written == {"best_train.pt", "last_train.pt", ".train.lock"} | results | plots
     head = ["experiment", "dataset", "seed", "device", "epochs", "best_epoch", "parameters", "multiply_adds", "seconds"]
-    assert list(metrics) == [*head, "flags", "versions", "val", "test"]
+    assert list(metrics) == [*head, "flags", "defaults", "versions", "val", "test"]
     # 3x3 from 3 to 16 channels, then 1x1 from 16 to 21, at each pixel
     assert metrics["multiply_adds"] == SIZE**2 * (9 * 3 * 16 + 16 * 21)
     assert metrics["flags"] == {"epochs": 9, "batch_size": 3, "limit": None}
@@ -97,8 +100,8 @@ def test_a_checkpoint_records_its_provenance(finished):
     assert state["script"] == SCRIPT.read_text()
     assert (state["experiment"], state["seed"], state["dataset"]) == ("train", 0, "Tiny")
     assert state["flags"]["batch_size"] == 3 and state["classes"] == list(voc.CLASSES)
-    assert (state["size"], state["mean"], state["std"]) == (SIZE, list(voc.MEAN), list(voc.STD))
-    assert state["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert (state["size"], state["mean"], state["std"]) == ([SIZE, SIZE], list(imaging.MEAN), list(imaging.STD))
+    assert state["versions"]["torch"] == torch.__version__
     assert state["epoch"] == metrics["best_epoch"]
     assert state["val_miou"] == float(history(out)[state["epoch"]].split(",")[-1])
 
@@ -107,7 +110,8 @@ def test_the_best_epoch_is_reported_and_the_run_stops_after_its_patience(finishe
     data, out, metrics = finished
     mious = [float(row.split(",")[-1]) for row in history(out)[1:]]
     assert metrics["best_epoch"] == 1 + int(np.argmax(mious))
-    assert metrics["epochs"] == len(mious) == metrics["best_epoch"] + 2 < 9
+    losses = [float(row.split(",")[3]) for row in history(out)[1:]]
+    assert metrics["epochs"] == len(mious) == max(metrics["best_epoch"], 1 + int(np.argmin(losses))) + 2 < 9
     best, last = (checkpoint.load(out / name) for name in ("best_train.pt", "last_train.pt"))
     assert best.classes == voc.CLASSES and not best.training
     best.train()  # evaluate has to leave this mode, for dropout and batch norm
@@ -129,7 +133,7 @@ def test_metrics_equal_those_of_a_plain_loop_at_full_resolution(finished):
         photo = Image.open(data / "JPEGImages" / f"{name}.jpg").convert("RGB")
         mask = Image.open(data / "SegmentationClass" / f"{name}.png")
         small = np.asarray(photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR)) / 255
-        image = ((small - voc.MEAN) / voc.STD).astype(np.float32).transpose(2, 0, 1)[None]
+        image = ((small - imaging.MEAN) / imaging.STD).astype(np.float32).transpose(2, 0, 1)[None]
         with torch.no_grad():
             logits = model(torch.tensor(image))
         truth = np.asarray(mask)
@@ -201,7 +205,7 @@ def test_a_batch_without_labelled_pixels_moves_no_weight(tiny, class_weights):
 
     def moved(masks):
         before = [parameter.clone() for parameter in model.parameters()]
-        loss, weight, norm = engine.training_step(model, images, masks, criterion, optimizer)
+        loss, weight, norm = engine.training_step(model, images, masks, criterion, optimizer, 0, 1)
         assert loss.isfinite() and (weight == 0) == (norm == 0)
         return [not torch.equal(*pair) for pair in zip(before, model.parameters())]
 
@@ -220,11 +224,11 @@ def test_the_same_seed_gives_the_same_run_compiled_or_not(finished, tmp_path, mo
     assert history(tmp_path) == history(out)
     assert_same_weights(tmp_path / "last_train.pt", out / "last_train.pt")
     assert torch_compile.called == compile
-    assert "no better mean IoU for 2 epochs" in capsys.readouterr().out
+    assert "no progress on val for 2 epochs" in capsys.readouterr().out
 
 
-def cosine(optimizer):
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+def cosine(optimizer, epochs=4):
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
 
 
 class Stop(Exception):
@@ -266,9 +270,9 @@ def test_a_run_resumes_with_more_epochs_unless_its_schedule_depends_on_them(tiny
     fit(tiny, tmp_path / "resumed", epochs=3, resume=True)
     fit(tiny, tmp_path / "complete", epochs=3)
     assert history(tmp_path / "resumed") == history(tmp_path / "complete")
-    fit(tiny, tmp_path / "cosine", epochs=1, scheduler=cosine)
-    with pytest.raises(UserError, match="epochs 1, not 3"):
-        fit(tiny, tmp_path / "cosine", epochs=3, scheduler=cosine, resume=True)
+    fit(tiny, tmp_path / "cosine", epochs=4, scheduler=cosine)
+    with pytest.raises(UserError, match="epochs 4, not 5"):
+        fit(tiny, tmp_path / "cosine", epochs=5, scheduler=functools.partial(cosine, epochs=5), resume=True)
 
 
 CODE = SCRIPT.read_text()
@@ -322,7 +326,7 @@ class Scaled(CrossEntropyLoss):
 
     def __init__(self, factor, gradient_only=False):
         super().__init__(ignore_index=util.VOID)
-        self.step, self.factor, self.gradient_only = 0, factor, gradient_only
+        self.step, self.factor, self.gradient_only = -1, factor, gradient_only  # the first call is a check
 
     def forward(self, logits, masks):
         loss = super().forward(logits, masks)
@@ -364,5 +368,6 @@ def test_flags_have_the_documented_defaults(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     expected = {"script": SCRIPT, "experiment": "train", "data": "data/VOCdevkit/VOC2007", "out": Path(".")}
     expected |= {"epochs": 7, "batch_size": 16, "seed": 0, "device": cli.parse_device("auto")}
-    expected |= {"resume": False, "limit": None, "compile": False}
+    expected |= {"resume": False, "overwrite": False, "limit": None, "compile": False}
+    expected["defaults"] = {"epochs": 7, "batch_size": 16}
     assert vars(cli.arguments(str(SCRIPT), "An experiment.", epochs=7)) == expected

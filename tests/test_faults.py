@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_every_file_complete_and_the_run_resumes(runs, folder
     ],
 )
 def test_running_out_of_memory_says_what_to_lower(folder, monkeypatch, capsys, step):
-    monkeypatch.setattr(engine, "training_step", step)
+    monkeypatch.setattr(engine, "train_epoch", step)
     assert run_train(folder, "--epochs 3 --resume") == 2
     output, errors = capsys.readouterr()
     assert len(errors.splitlines()) == 1 and "): lower --batch-size" in errors

@@ -14,8 +14,10 @@ MODELS = "basic_fcn custom_fcn resnet_fcn unet"
 LEVELS = f"""util {MODELS}
 processes files
 cli
+imaging
 voc
 checkpoint transforms plotting toy
+preflight reporting
 engine download
 predict compare {" ".join(compare.EXPERIMENTS)}"""
 LEVEL = {name: level for level, names in enumerate(LEVELS.splitlines()) for name in names.split()}

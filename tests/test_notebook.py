@@ -13,6 +13,7 @@ from PIL import Image
 
 import checkpoint
 import engine
+import imaging
 import util
 import voc
 from basic_fcn import FCN
@@ -54,7 +55,7 @@ def test_notebook_is_committed_without_outputs():
 def test_notebook_shows_the_models_that_exist(tiny, tmp_path):
     for name, model, label in (("train", FCN(21), 0), ("train_5_a", CustomFCN(21), 15)):
         model.classifier.bias.data[label] = 100  # predicts this class everywhere
-        state = {"classes": list(voc.CLASSES), "size": 32, "mean": list(voc.MEAN), "std": list(voc.STD)}
+        state = {"classes": list(voc.CLASSES), "size": 32, "mean": list(imaging.MEAN), "std": list(imaging.STD)}
         state |= {"module": type(model).__module__, "class": type(model).__name__, "arguments": model.arguments}
         torch.save(state | {"model": model.state_dict()}, tmp_path / f"best_{name}.pt")
     text, outputs = run_notebook(tmp_path, tiny)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import imaging
 import plotting
 import util
 import voc
@@ -91,11 +92,12 @@ def test_predictions_have_voc_colours_a_column_per_model_and_a_legend_of_the_cla
     assert labels(figures[0].legends[0]) == ["background", "bird", "dog", "person", "void"]
     axes = figures[0].axes
     assert [axis.get_title() for axis in axes[:4]] == ["photo", "ground truth", "first", "second"]
-    images = [image for _, image, *masks in samples for image in (image, *(voc.PALETTE[mask] for mask in masks))]
+    images = [image for _, image, *masks in samples for image in (image, *(imaging.PALETTE[mask] for mask in masks))]
     assert np.array_equal([axis.images[0].get_array() for axis in axes], images)
     # in the file, the colours are neither blended nor rescaled
     pixels = (matplotlib.image.imread(tmp_path / "a.png")[..., :3] * 255).round().astype(int).reshape(-1, 3)
-    assert {(10, 200, 30), *map(tuple, voc.PALETTE[[0, 3, 12, 15, 255]].tolist())} <= set(map(tuple, pixels.tolist()))
+    colours = {(10, 200, 30), *map(tuple, imaging.PALETTE[[0, 3, 12, 15, 255]].tolist())}
+    assert colours <= set(map(tuple, pixels.tolist()))
 
 
 def test_samples_are_next_to_their_masks(tmp_path, figures):
@@ -104,7 +106,7 @@ def test_samples_are_next_to_their_masks(tmp_path, figures):
     masks = rng.choice([0, 15, util.VOID], (16, 8, 8))
     plotting.samples(tmp_path / "a.png", "title", voc.CLASSES, images, masks)
     shown = [axis.images[0].get_array() for axis in figures[0].axes]
-    assert np.array_equal(shown[::2], images) and np.array_equal(shown[1::2], voc.PALETTE[masks])
+    assert np.array_equal(shown[::2], images) and np.array_equal(shown[1::2], imaging.PALETTE[masks])
     assert labels(figures[0].legends[0]) == ["background", "person", "void"]
 
 

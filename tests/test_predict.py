@@ -8,6 +8,7 @@ from PIL import Image
 from torch.nn import functional
 
 import checkpoint
+import imaging
 import plotting
 import predict
 import voc
@@ -23,7 +24,7 @@ def best(tmp_path):
     for layer in model.layers[2::3]:
         layer.momentum = 1.0  # batch norm then takes its statistics from one batch
     model(2 * torch.randn(8, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3))
-    state = {"classes": list(voc.CLASSES), "size": 64, "mean": list(voc.MEAN), "std": list(voc.STD)}
+    state = {"classes": list(voc.CLASSES), "size": 64, "mean": list(imaging.MEAN), "std": list(imaging.STD)}
     state |= {"module": "basic_fcn", "class": "FCN", "arguments": model.arguments, "model": model.state_dict()}
     torch.save(state, tmp_path / "best.pt")
     return tmp_path / "best.pt"
@@ -66,9 +67,9 @@ def test_mask_can_be_used_as_a_mask_of_a_dataset(best, tmp_path):
     assert run_predict(tmp_path, root / "JPEGImages" / "x.jpg") == 0
     (tmp_path / "predictions" / "x_mask.png").replace(root / "SegmentationClass" / "x.png")
     write_split(root, "train", ["x"])
-    assert voc.Split(root, "train").resized(0, 32)[..., 3].max() < 21
+    assert voc.Split(root, "train").resized(0, (32, 32))[..., 3].max() < 21
     with Image.open(root / "SegmentationClass" / "x.png") as file:
-        assert file.getpalette()[:768] == voc.PALETTE.ravel().tolist()
+        assert file.getpalette()[:768] == imaging.PALETTE.ravel().tolist()
 
 
 def test_rotation_in_exif_is_applied(best, tmp_path):
@@ -97,7 +98,7 @@ def test_overlay_shows_the_photo_in_the_background_and_blends_objects(tmp_path):
     mask[:, 40:] = 15
     plotting.overlay(tmp_path / "a.png", "title", voc.CLASSES, photo, mask)
     colours = {tuple(colour) for colour in read(tmp_path / "a.png")[..., :3].reshape(-1, 3).tolist()}
-    blend = tuple((0.4 * photo[0, 0] + 0.6 * voc.PALETTE[15]).round().astype(int).tolist())
+    blend = tuple((0.4 * photo[0, 0] + 0.6 * imaging.PALETTE[15]).round().astype(int).tolist())
     assert {(10, 200, 30), blend} <= colours
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as v2
 
+import imaging
 import util
 import voc
 from transforms import Augmentation
@@ -94,6 +95,16 @@ def test_flip_rotation_and_scale_together_do_not_shear():
     torch.testing.assert_close(product, product[:, :1, :1] * torch.eye(2))  # a multiple of an orthogonal matrix
 
 
+def test_rotation_of_a_rectangle_does_not_shear():
+    """A rotation by 90 degrees of an image twice as wide as high: pixels that were in a row are in a column."""
+    height, width = 32, 64
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    mask = ((row - 15.5).square() + (column - 31.5).square() < 100).to(torch.uint8)[None]  # a circle in the middle
+    images, params = mask[:, None].repeat(1, 3, 1, 1), torch.tensor([[[0.0, -1.0, 0.0], [1.0, 0.0, 0.0]]])
+    _, rotated = Augmentation()(images, mask, params)
+    assert (rotated != mask)[rotated != util.VOID].float().mean() < 0.02  # but for rounding at its edge
+
+
 def test_a_crop_smaller_than_the_image_lies_inside_it():
     assert (augment(*coordinates(64), flip=0.5, scale=(0.3, 1.0))[1] != util.VOID).all()
 
@@ -106,7 +117,7 @@ def test_points_outside_the_image_are_void_and_the_mean_colour():
     # No bilinear weight reaches further across the edge than two pixels.
     outside, inside = (functional.avg_pool2d((masks == label).float(), 5, 1, 2) == 1 for label in (util.VOID, 3))
     colours = images.movedim(1, -1)
-    assert colours[outside].unique(dim=0).tolist() == [[round(255 * value) for value in voc.MEAN]]
+    assert colours[outside].unique(dim=0).tolist() == [[round(255 * value) for value in imaging.MEAN]]
     assert (colours[inside] == 255).all()
 
 

@@ -3,6 +3,7 @@
 import functools
 import math
 import platform
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT
 from torchmetrics.classification import MulticlassJaccardIndex
 
+import processes
 import util
 from util import VOID
 
@@ -123,3 +125,20 @@ def test_ctrl_c_is_still_ignored_in_a_background_job():
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=ignore)
     assert (result.returncode, result.stdout) == (0, "done\n")
+
+
+def test_each_rank_and_epoch_has_its_own_random_numbers():
+    def numbers(*seed):
+        util.seed_epoch(*seed)
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    first = numbers(0, 1, 0)
+    assert numbers(0, 1, 0) == first
+    for other in (numbers(1, 1, 0), numbers(0, 2, 0), numbers(0, 1, 1), numbers(2**32 - 1, 1, 0)):
+        assert not set(other) & set(first)
+
+
+def test_apple_gpus_get_contiguous_tensors():
+    """Batch norm on channels_last tensors gives wrong gradients there (pytorch issue 175189)."""
+    assert processes.memory_format("mps") is processes.memory_format(torch.device("mps:0")) is torch.contiguous_format
+    assert processes.memory_format("cpu") is processes.memory_format("cuda:1") is torch.channels_last

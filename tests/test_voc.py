@@ -10,6 +10,7 @@ from conftest import make_tiny, run_main, write_split
 from PIL import Image
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
+import imaging
 import util
 import voc
 from util import UserError
@@ -18,15 +19,15 @@ from util import UserError
 def test_the_palette_is_that_of_the_published_masks(sample):
     with Image.open(next((sample / "SegmentationClass").glob("*.png"))) as image:
         published = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
-    assert np.array_equal(voc.PALETTE, published)
+    assert np.array_equal(imaging.PALETTE, published)
 
 
 def test_classes_have_vocs_order_and_colours():
     assert voc.CLASSES[1:] == tuple(FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:])
-    colours = dict(zip(voc.CLASSES, voc.PALETTE[:21].tolist()))
+    colours = dict(zip(voc.CLASSES, imaging.PALETTE[:21].tolist()))
     assert colours["background"] == [0, 0, 0] and colours["aeroplane"] == [128, 0, 0]
     assert colours["person"] == [192, 128, 128] and colours["tvmonitor"] == [0, 64, 128]
-    assert voc.PALETTE[util.VOID].tolist() == [224, 224, 192]
+    assert imaging.PALETTE[util.VOID].tolist() == [224, 224, 192]
 
 
 # Counted on the real masks outside this project: predicting background everywhere, at the resolution of the masks and,
@@ -165,13 +166,13 @@ def test_limit_keeps_the_first_images_and_the_test_split_may_be_missing(tiny):
 @pytest.fixture
 def opened(monkeypatch):
     """The paths of all image files that were decoded."""
-    paths, open_image = [], voc.open_image
-    monkeypatch.setattr(voc, "open_image", lambda path: (paths.append(path), open_image(path))[1])
+    paths, open_image = [], imaging.open_image
+    monkeypatch.setattr(imaging, "open_image", lambda path: (paths.append(path), open_image(path))[1])
     return paths
 
 
 def load(root, limit=None):
-    return voc.load_resized(voc.Split(root, "train", limit), 16)
+    return voc.load_resized(voc.Split(root, "train", limit), (16, 16))
 
 
 def test_a_second_start_reads_the_cache(tiny, opened):
@@ -180,7 +181,7 @@ def test_a_second_start_reads_the_cache(tiny, opened):
     second = load(tiny)
     assert len(opened) == 10
     split = voc.Split(tiny, "train")
-    expected = np.stack([split.resized(index, 16) for index in range(5)])
+    expected = np.stack([split.resized(index, (16, 16)) for index in range(5)])
     assert np.array_equal(first, expected) and np.array_equal(second, expected)
     second.zero_()  # must not change the file
     assert np.array_equal(load(tiny), expected)
@@ -224,7 +225,7 @@ def test_a_cached_mask_is_checked_again_if_the_classes_change(tiny):
 def test_each_limit_and_size_has_its_own_cache_file(tiny, opened):
     complete = load(tiny)
     assert torch.equal(load(tiny, limit=2), complete[:2])
-    assert voc.load_resized(voc.Split(tiny, "train"), 8).shape == (5, 8, 8, 4)
+    assert voc.load_resized(voc.Split(tiny, "train"), (8, 8)).shape == (5, 8, 8, 4)
     assert len(opened) == 10 + 4 + 10
     load(tiny)
     load(tiny, limit=2)

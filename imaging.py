@@ -1,0 +1,94 @@
+"""Photos and masks as arrays: decoding, resizing and normalising, and VOC's palette."""
+
+import functools
+import warnings
+
+import numpy as np
+import torch
+from PIL import Image
+
+import processes
+from util import UserError
+
+# Mean and standard deviation of ImageNet's photos in 0..1, as red, green, blue: torchvision's weights expect them.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
+MAX_SIDE = 1 << 13  # of a network's input in pixels
+
+# Larger images are not decoded. Pillow refuses only images of twice this size, and warns from here on.
+MAX_PIXELS = 89_478_485
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+def _palette():
+    """VOC's colour map: the bits of an index, three at a time, fill red, green and blue from the top bit down."""
+    palette = np.zeros((256, 3), np.uint8)
+    index = np.arange(256)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return palette
+
+
+PALETTE = _palette()  # uint8 [256, 3], RGB; row 255 is the colour of void
+
+
+def palette_image(mask):
+    """A mask, uint8 array [H, W] of class indices and VOID, as a PIL image with VOC's palette."""
+    image = Image.fromarray(mask)
+    image.putpalette(PALETTE.tobytes())
+    return image
+
+
+def open_image(path):
+    """Decode the image file at ``path`` as a PIL image; raise a UserError if that fails."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise UserError(f"{path}: {image.width}x{image.height} pixels are too many: make the image smaller")
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, but a split lists it: add the file or remove its id") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: cannot be read as an image ({error}): replace the file") from None
+
+
+def to_rgb(image):
+    """Convert a PIL image to RGB. 16-bit greyscale is scaled to 8 bits; Pillow's conversion would clip it to white."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def height_width(size):
+    """The size of a network's input as a tuple (height, width): ``size`` is such a pair, or the side of a square.
+
+    Raises a UserError if it is neither.
+    """
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in sides):
+        raise UserError(f"size={size!r}: pass the side of a square in pixels, or (height, width), up to {MAX_SIDE}")
+    return sides
+
+
+def resize(image, size, resampling=Image.Resampling.BILINEAR):
+    """Resize a PIL image to ``size``, (height, width), by default bilinear with antialiasing, as a uint8 array."""
+    height, width = size
+    return np.asarray(image.resize((width, height), resampling))
+
+
+@functools.cache
+def _scale_and_shift(device, mean, std):
+    """Tensors [3, 1, 1] with which ``value * scale - shift`` normalises a value in 0..255."""
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+    return 1 / (255 * std), mean / std
+
+
+def normalise(images, device, mean=MEAN, std=STD):
+    """Move uint8 images [B, 3, H, W] to a device and map 0..1 to ``(value - mean) / std``: float32."""
+    scale, shift = _scale_and_shift(device, tuple(mean), tuple(std))
+    images = images.to(device, torch.float32, memory_format=processes.memory_format(device))
+    return images.mul_(scale).sub_(shift)  # in place: the conversion to float32 has made a copy

@@ -1,0 +1,219 @@
+"""Checks before the first epoch: a mistake in an edited script ends the run here, in one line that names the place."""
+
+import contextlib
+import copy
+import traceback
+from pathlib import Path
+
+import torch
+from torch.optim import lr_scheduler
+
+import checkpoint
+import processes
+from util import VOID, UserError, is_out_of_memory, reason
+
+ROOT = Path(__file__).resolve().parent
+SHARED = ("preflight", "engine", "voc", "checkpoint")  # files in which a user's mistake may surface
+LENGTHS = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
+NUM_IMAGES = 2  # of the batch on which everything is tried
+NUM_PROBES = 8  # images on which the augmentation is tried
+
+
+def check(args, metadata, train, forward, training_step, interval, *, model, criterion, optimizer, scheduler):
+    """Try augmentation, network, checkpoint, criterion and one training step on a few images; then undo the step.
+
+    ``metadata`` is from ``checkpoint.metadata``, ``forward`` is ``engine.forward``, ``interval`` is scheduler_interval;
+    the others are as for ``engine.fit``. Returns a list of warnings; raises a UserError for the first fault.
+    """
+    script = args.script.name
+    _check_scheduler(script, scheduler, optimizer, interval, args.epochs, len(train))
+    with _stage(script, "the augmentation"):
+        _check_augmentation(train)
+        images, masks, _ = next(train.batches())
+        images, masks = images[:NUM_IMAGES], masks[:NUM_IMAGES]
+    with _undone(model, criterion, optimizer):
+        with _stage(script, f"the network {type(model).__name__}"), torch.no_grad():
+            logits = forward(model.eval(), images)["out"]
+            _check_logits(logits, images, train.classes)
+            _check_rebuilding(model, logits, images, forward, metadata)
+        with _stage(script, "the criterion"):
+            _check_criterion(criterion, logits, masks)
+        with _stage(script, "the training step"):
+            used = _try_training_step(training_step, model.train(), images, masks, criterion, optimizer)
+        with _stage(script, "saving the state of criterion, optimizer and scheduler"):
+            state = checkpoint.training_state(None, criterion, optimizer, scheduler)
+            torch.load(checkpoint.serialise(state), weights_only=True)
+        with _stage(script, "the optimizer"):
+            return _check_parameters(model, optimizer, used)
+
+
+@contextlib.contextmanager
+def _stage(script, name):
+    """Turn any error in the block into a UserError that names the script, the stage and the line."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{script}: {error}") from None
+    except Exception as error:  # whatever a user's own code raises
+        if is_out_of_memory(error):
+            raise
+        frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        frames = [(path, line) for path, line in frames if path.parent == ROOT and path.stem not in SHARED]
+        place = f"{frames[-1][0].name}, line {frames[-1][1]}: " if frames else ""
+        raise UserError(f"{script}: {name} fails ({place}{type(error).__name__}: {reason(error)})") from error
+
+
+@contextlib.contextmanager
+def _undone(model, criterion, optimizer):
+    """Restore parameters, buffers and the state of the optimizer after the block."""
+    modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
+
+    def tensors():
+        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+    before = [tensor.detach().clone() for tensor in tensors()]
+    optimizer_state = copy.deepcopy(optimizer.state_dict())
+    yield
+    with torch.no_grad():
+        for tensor, value in zip(tensors(), before, strict=True):
+            tensor.copy_(value)
+    optimizer.load_state_dict(optimizer_state)
+    for tensor in tensors():
+        tensor.grad = None
+
+
+def _check_scheduler(script, scheduler, optimizer, interval, epochs, num_batches):
+    """Check what the scheduler belongs to, when it is stepped, and how long it is."""
+    if interval not in ("epoch", "batch"):
+        raise UserError(f'{script}: scheduler_interval={interval!r}: pass "epoch" or "batch"')
+    if scheduler is None:
+        return
+    name = type(scheduler).__name__
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise UserError(f"{script}: the {name} was made for another optimizer: make it with the one that fit gets")
+    if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
+        if interval == "batch":
+            raise UserError(f"{script}: {name} is stepped after each epoch: leave out scheduler_interval")
+        return
+    steps = epochs * num_batches if interval == "batch" else epochs
+    for part, part_steps in _parts(scheduler, steps):
+        length = getattr(part, LENGTHS.get(type(part).__name__, ""), part_steps)
+        if length == part_steps:
+            continue
+        if interval == "epoch" and length == epochs * num_batches:
+            advice = 'pass scheduler_interval="batch" to engine.fit'
+        else:
+            advice = "derive it from args.epochs" + (" and len(train)" if interval == "batch" else "")
+        argument = f"{type(part).__name__} has {LENGTHS[type(part).__name__]} {length}"
+        raise UserError(f"{script}: {argument}, but is stepped {part_steps} times, once per {interval}: {advice}")
+
+
+def _parts(scheduler, steps):
+    """The schedulers within a scheduler that run to the end, each with the number of its steps."""
+    if isinstance(scheduler, lr_scheduler.SequentialLR):
+        return _parts(scheduler._schedulers[-1], steps - scheduler._milestones[-1])
+    if isinstance(scheduler, lr_scheduler.ChainedScheduler):
+        return [part for inner in scheduler._schedulers for part in _parts(inner, steps)]
+    return [(scheduler, steps)]
+
+
+def _check_augmentation(train):
+    """Check that an augmentation makes no new labels: not by filling with 0, scaling or interpolating masks."""
+    if train.augment is None:
+        return
+    indices = torch.arange(NUM_PROBES) % len(train.split)
+    images, masks = train.images[indices].clone(), torch.ones_like(train.masks[indices])
+    params = train.augment.draw(NUM_PROBES, torch.Generator().manual_seed(0))
+    _, masks = train.augmented(images, masks, params)
+    wrong = set(masks.unique().tolist()) - {1, VOID}
+    if wrong:
+        raise UserError(
+            f"augment turns a mask of class 1 into one with the label {min(wrong)}: keep labels, and fill what lies "
+            f"outside the photo with void, such as fill={{tv_tensors.Image: 0, tv_tensors.Mask: {VOID}}}"
+        )
+
+
+def _check_logits(logits, images, classes):
+    expected = (len(images), len(classes), *images.shape[2:])
+    if logits.shape != expected:
+        raise UserError(
+            f"the network's logits have shape {list(logits.shape)}, not {list(expected)}: it needs an output channel "
+            f"for each of the {len(classes)} classes of the data"
+        )
+
+
+def _check_rebuilding(model, logits, images, forward, metadata):
+    """Check that the model's checkpoint can be saved and loaded, and then computes the same."""
+    state = checkpoint.serialise(metadata | {"model": model.state_dict()})
+    problem = f"the network {metadata['class']} cannot be rebuilt from its checkpoint"
+    try:
+        rebuilt = checkpoint.build(torch.load(state, weights_only=True)).network
+    except checkpoint.MissingNetworkError:
+        raise UserError(f"{problem}: define the class at the top level of a file in {checkpoint.ROOT}") from None
+    except Exception as error:
+        raise UserError(
+            f"{problem} ({reason(error)}): self.arguments has to hold the keyword arguments of its constructor, as "
+            f"numbers, strings, lists or dicts; it is {metadata['arguments']}"
+        ) from None
+    rebuilt = rebuilt.eval().to(images.device, memory_format=processes.memory_format(images.device))
+    # the same operations, but a GPU may choose other kernels, and bfloat16 has three digits
+    if not torch.allclose(forward(rebuilt, images)["out"], logits, rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise UserError(
+            f"{problem}: rebuilt, it computes other logits. self.arguments has to hold everything that the constructor "
+            f"depends on, and tensors that it draws at random have to be parameters or buffers; it is "
+            f"{metadata['arguments']}"
+        )
+
+
+def _check_criterion(criterion, logits, masks):
+    if getattr(criterion, "ignore_index", VOID) != VOID:
+        raise UserError("the criterion has to ignore void: pass ignore_index=util.VOID")
+    loss = criterion(logits, masks)
+    if not isinstance(loss, torch.Tensor):
+        raise UserError(f"the criterion returns a {type(loss).__name__}: it has to return a tensor with one value")
+    if loss.ndim:
+        raise UserError(f"the criterion returns a tensor of shape {list(loss.shape)}: take the mean over the pixels")
+
+
+def _try_training_step(training_step, model, images, masks, criterion, optimizer):
+    """Take a training step; return the ids of the parameters for which it computes a gradient."""
+    used = set()
+    parameters = [*_optimized(optimizer), *model.parameters()]
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda parameter: used.add(id(parameter)))
+        for parameter in parameters
+        if parameter.requires_grad
+    ]
+    try:
+        result = training_step(model, images, masks, criterion, optimizer, index=0, count=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    values = result if isinstance(result, tuple) else ()
+    if len(values) != 3 or not all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in values):
+        raise UserError("training_step has to return loss, weight and norm as engine.training_step does: three scalars")
+    return used | {id(parameter) for parameter in parameters if parameter.grad is not None}
+
+
+def _optimized(optimizer):
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _check_parameters(model, optimizer, used):
+    """Refuse parameters in the optimizer without a gradient; return a warning about others that are not in it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    optimized = {id(parameter) for parameter in _optimized(optimizer)}
+    idle = [names.get(index, "one that is not the network's") for index in sorted(optimized - used)]
+    if idle:
+        raise UserError(
+            f"the optimizer holds {len(idle)} parameters that get no gradient ({_some(idle)}): leave them out, or let "
+            "the loss depend on them (requires_grad_(True), a training_step for auxiliary logits)"
+        )
+    trainable = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    left_out = [name for name, index in trainable.items() if index not in optimized]
+    problem = f"{len(left_out)} trainable parameters are not in the optimizer and keep their values"
+    return [f"{problem}: {_some(left_out)}"] if left_out else []
+
+
+def _some(names):
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,486 @@
+"""Edits of a script: every block of docs/EDITING.md trains, resumes and loads again, and mistakes are refused."""
+
+import ast
+import importlib
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TESTS, make_tiny, run_main
+from matplotlib.figure import Figure
+
+import basic_fcn
+import checkpoint
+import engine
+import predict
+import resnet_fcn
+import util
+import voc
+
+FLAGS = "--data Tiny --epochs 4 --batch-size 2 --device cpu"
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "EDITING.md").read_text(encoding="utf-8"), re.S)
+
+
+def block(text):
+    """The block of docs/EDITING.md that contains a text."""
+    (found,) = [block for block in BLOCKS if text in block]
+    return found
+
+
+def edit(script, changes):
+    """Apply changes to the code of a script as docs/EDITING.md describes."""
+    for statement in ast.parse(changes).body:
+        code = ast.get_source_segment(changes, statement)
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.ImportFrom):
+            script = script.replace("def main():", f"{code}\n\n\ndef main():")
+        elif code.startswith("engine.fit(..., "):
+            keyword = code.removeprefix("engine.fit(..., ").removesuffix(")")
+            script = script.replace("patience=", f"{keyword}, patience=")
+        elif isinstance(statement, ast.Assign):
+            target = ast.get_source_segment(changes, statement.targets[0])
+            old = [
+                node
+                for node in ast.walk(ast.parse(script))
+                if isinstance(node, ast.Assign) and ast.get_source_segment(script, node.targets[0]) == target
+            ]
+            new = "    " + code.replace("\n", "\n    ")
+            if old:
+                script = script.replace("    " + ast.get_source_segment(script, old[0]), new)
+            else:
+                script = script.replace("    augment = ", f"{new}\n    augment = ")
+        else:
+            script = script.replace("    weight = ", f"    {code}\n    weight = ", 1)
+    return script
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with data, in which scripts and networks are looked up; the networks are small, plots are not drawn."""
+    make_tiny(tmp_path / "Tiny")
+    for path in (TESTS / "tiny_net.py", ROOT / "custom_fcn.py", ROOT / "resnet_fcn.py"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    monkeypatch.setattr(basic_fcn, "FCN", importlib.import_module("tiny_net").TinyNet)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a plot"))
+    loaders = voc.loaders
+    small = {224: 32, (180, 240): (18, 24)}
+    monkeypatch.setattr(
+        voc, "loaders", lambda *args, size, **options: loaders(*args, size=small.get(size, size), **options)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in [name for name, module in sys.modules.items() if getattr(module, "__file__", None)]:
+        if name.startswith("train") and sys.modules[name].__file__.startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def run(project, changes, flags="", name="train-mine", base="train", old="", new=""):
+    """Edit a copy of a script and run it; return its exit code."""
+    script = edit((ROOT / f"{base}.py").read_text(encoding="utf-8"), changes)
+    assert old in script
+    (project / f"{name}.py").write_text(script.replace(old, new), encoding="utf-8")
+    sys.modules.pop(name, None)
+    importlib.invalidate_caches()
+    pretrained = " --no-pretrained" if base == "train_5_b" else ""
+    return run_main(project, importlib.import_module(name), FLAGS + pretrained + f" {flags}")
+
+
+AUX_NET = """
+class AuxNet(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.arguments = {"num_classes": num_classes}
+        self.layers = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.classifier, self.aux = torch.nn.Conv2d(8, num_classes, 1), torch.nn.Conv2d(8, num_classes, 1)
+
+    def forward(self, images):
+        features = self.layers(images).relu()
+        return {"out": self.classifier(features), "aux": self.aux(features)}
+
+model = AuxNet(len(train.classes))
+"""
+ODD_NET = '''
+import numpy
+class OddNet(torch.nn.Module):
+    """Names that checkpoints use too, NumPy and item() in the constructor, a buffer that is not saved."""
+    def __init__(self, classes, size, mean=0.5):
+        super().__init__()
+        self.arguments = {"classes": classes, "size": size, "mean": mean}
+        self.classes, self.size, self.mean = classes, size, mean
+        self.width = int(torch.linspace(1, 8, 8)[-1].item()) + int(numpy.arange(3)[0])
+        self.register_buffer("offset", torch.full((1,), 0.1), persistent=False)
+        self.layers = torch.nn.Conv2d(3, self.width, size, padding=size // 2)
+        self.classifier = torch.nn.Conv2d(self.width, classes, 1)
+
+    def encode(self, images):
+        return self.layers(images + self.offset * self.mean).relu()
+
+    def forward(self, images):
+        return self.classifier(self.encode(images)).view(len(images), self.classes, *images.shape[2:])
+
+model = OddNet(len(train.classes), size=3)
+'''.replace("import numpy\n", "from numpy import arange\n").replace("numpy.arange", "arange")
+FLOAT_WEIGHT = """
+class HalfLoss(torch.nn.Module):
+    def __init__(self, class_weights):
+        super().__init__()
+        self.weight = 0.5
+        self.register_buffer("class_weights", class_weights)
+
+    def forward(self, logits, masks):
+        loss = torch.nn.functional.cross_entropy(logits, masks, self.class_weights, ignore_index=util.VOID)
+        return self.weight * loss
+
+criterion = HalfLoss(voc.class_weights(train.split))
+"""
+EDITS = {
+    "polynomial": ("train", block("PolynomialLR")),
+    "cosine after warm-up": (
+        "train",
+        "scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [torch.optim.lr_scheduler.LinearLR(optimizer, "
+        "total_iters=1), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs - 1)], [1])",
+    ),
+    "one cycle": ("train", block("OneCycleLR")),
+    "plateau": ("train", block("ReduceLROnPlateau(")),
+    "clipping": ("train", block("clip_grad_norm_")),
+    "accumulation": ("train", block("loss / 4")),
+    "auxiliary loss": ("train_5_a", AUX_NET + block("aux_loss")),
+    "fine-tuning": ("train_5_b", block("model.backbone.requires_grad_(True)")),
+    "label smoothing": ("train", block("label_smoothing")),
+    "focal": ("train", block("FocalLoss(")),
+    "Dice": ("train", block("DiceLoss(")),
+    "float weight": ("train", FLOAT_WEIGHT),
+    "network": ("train_5_a", block("MyNet(")),
+    "odd network": ("train_5_a", ODD_NET),
+    "torchvision network": ("train_5_a", block("LRASPP(")),
+    "v2 augmentation": ("train", block("v2.Compose")),
+    "rectangle": ("train", block("size=(180, 240)")),
+}
+
+
+def test_every_block_of_the_document_is_run():
+    assert [text for text in BLOCKS if not any(text in changes for _, changes in EDITS.values())] == []
+    # the step with clipping has the most lines that are not a network
+    assert all(text.count("\n") <= 13 for text in BLOCKS)
+
+
+class Stop(Exception):
+    """Stands for whatever stops a run."""
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_trains_and_resumes_to_the_same_result(project, monkeypatch, name):
+    base, changes = EDITS[name]
+    assert run(project, changes, "--out complete", base=base) == 0
+    train_epoch = engine.train_epoch
+
+    def stop_in_epoch_3(network, loader, epoch, *args):
+        loss = train_epoch(network, loader, epoch, *args)
+        if epoch == 3:
+            raise Stop
+        return loss
+
+    monkeypatch.setattr(engine, "train_epoch", stop_in_epoch_3)
+    with pytest.raises(Stop):
+        run(project, changes, "--out stopped", base=base)
+    monkeypatch.setattr(engine, "train_epoch", train_epoch)
+    assert run(project, changes, "--out stopped --resume", base=base) == 0
+
+    stem = "train-mine" + ("_no_pretrained" if base == "train_5_b" else "")
+    histories = [(project / out / "results" / f"{stem}_seed0.csv").read_text() for out in ("complete", "stopped")]
+    assert histories[0] == histories[1] and histories[0].count("\n") == 5
+    states = [torch.load(project / out / f"last_{stem}.pt", weights_only=True) for out in ("complete", "stopped")]
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(states[1][part], states[0][part], rtol=0, atol=0)
+    assert states[1]["scheduler"] == states[0]["scheduler"]
+    losses = [float(row.split(",")[2]) for row in histories[0].splitlines()[1:]]
+    assert losses[-1] < losses[0]
+    model = checkpoint.load(project / "complete" / f"best_{stem}.pt")
+    mask = predict.segment(model, voc.Split(project / "Tiny", "val").photo(0))
+    assert mask.shape == voc.Split(project / "Tiny", "val").mask(0).shape
+    assert model.size == ((18, 24) if name == "rectangle" else (32, 32))
+
+
+def history(project, out, column, name="train-mine"):
+    rows = (project / out / "results" / f"{name}_seed0.csv").read_text().splitlines()
+    index = rows[0].split(",").index(column)
+    return [float(row.split(",")[index]) for row in rows[1:]]
+
+
+def test_one_cycle_is_stepped_once_per_batch(project):
+    assert run(project, block("OneCycleLR"), "--out out") == 0
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-4, total_steps=12)
+    expected = []
+    for _ in range(12):  # 4 epochs of 3 batches
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert history(project, "out", "learning_rate") == pytest.approx(expected[::3], rel=1e-9)
+
+
+@pytest.mark.parametrize(("mode", "column"), [("max", "val_miou"), ("min", "val_loss")])
+def test_plateau_lowers_the_learning_rate_when_its_metric_stalls(project, mode, column):
+    changes = f'scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "{mode}", patience=0, threshold=0)'
+    assert run(project, changes, "--epochs 12 --out out", old='lr": 5e-4', new='lr": 0.5') == 0
+    values, rates = history(project, "out", column), history(project, "out", "learning_rate")
+    best, expected = None, [0.5]
+    for value in values[:-1]:
+        stalled = best is not None and (value <= best if mode == "max" else value >= best)
+        best = value if not stalled else best
+        expected.append(expected[-1] * (0.1 if stalled and expected[-1] > 1e-8 else 1))
+    assert rates == pytest.approx(expected) and rates[-1] < rates[0]
+
+
+def test_accumulated_gradients_are_those_of_one_large_batch(tiny, project):
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
+    namespace = {"engine": engine}
+    exec(block("loss / 4").split("engine.fit(")[0], namespace)
+    images, masks, _ = next(voc.loaders(tiny, 4, size=32)[1].batches())
+    masks[masks == util.VOID] = 0  # every image then weighs the same
+    weights = []
+    for step, size in ((engine.training_step, 4), (namespace["training_step"], 1)):
+        torch.manual_seed(0)
+        model = basic_fcn.FCN(21, norm=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for index in range(4 // size):
+            batch = slice(index * size, (index + 1) * size)
+            step(model, images[batch], masks[batch], criterion, optimizer, index=index, count=4 // size)
+        weights.append([parameter.detach() for parameter in model.parameters()])
+    torch.testing.assert_close(*weights)
+
+
+def test_fine_tuning_changes_the_backbone_and_the_script_as_shipped_does_not(project):
+    backbones = {}
+    for name, changes in (("frozen", ""), ("tuned", block("model.backbone"))):
+        assert run(project, changes, f"--out {name}", base="train_5_b") == 0
+        for kind in ("best", "last"):
+            state = torch.load(project / name / f"{kind}_train-mine_no_pretrained.pt", weights_only=True)["model"]
+            backbones[name, kind] = {key: value for key, value in state.items() if key.startswith("backbone")}
+    util.seed_everything(0)
+    initial = resnet_fcn.ResNetFCN(21).state_dict()
+    expected = {key: value for key, value in initial.items() if key.startswith("backbone")}
+    for kind in ("best", "last"):
+        torch.testing.assert_close(backbones["frozen", kind], expected, rtol=0, atol=0)
+    frozen, tuned = backbones["frozen", "last"], backbones["tuned", "last"]
+    changed = [key for key in tuned if not torch.equal(tuned[key], frozen[key])]
+    assert changed and all("weight" in key for key in changed)  # statistics of batch norm stay
+
+
+def test_v2_augmentation_depends_only_on_seed_and_epoch(tiny):
+    namespace = {"util": util}
+    exec(block("v2.Compose"), namespace)
+    train, val, _ = voc.loaders(tiny, 3, size=32, augment=namespace["augment"])
+    first, second, other = (torch.cat([images for images, _, _ in train.batches(epoch)]) for epoch in (1, 1, 2))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    for images, masks, indices in train.batches(1):
+        assert masks.unique().tolist() != [255] and (images - train.normalise(train.images[indices])).abs().max() > 0.1
+    assert torch.equal(next(val.batches())[0][0], val.normalise(val.images[:1])[0])
+
+
+NESTED_NET = """
+def network(num_classes):
+    class Nested(torch.nn.Sequential):
+        pass
+    nested = Nested(torch.nn.Conv2d(3, num_classes, 1))
+    nested.arguments = {}
+    return nested
+
+model = network(len(train.classes))
+"""
+
+
+def net(forward="return self.layer(images)", arguments='{"num_classes": num_classes}', extra="pass"):
+    """A network that is its layer, with changes."""
+    return f"""
+class Net(torch.nn.Module):
+    def __init__(self, num_classes, value=0):
+        super().__init__()
+        self.arguments = {arguments}
+        self.layer = torch.nn.Conv2d(3, num_classes, 1)
+        {extra}
+
+    def forward(self, images):
+        {forward}
+
+model = Net(len(train.classes))
+"""
+
+
+def criterion(forward):
+    return f"""
+class Loss(torch.nn.Module):
+    def forward(self, logits, masks):
+        {forward}
+
+criterion = Loss()
+"""
+
+
+def scheduler(call, interval=""):
+    return f"scheduler = torch.optim.lr_scheduler.{call}\n" + (interval and f"engine.fit(..., {interval})\n")
+
+
+V2 = "from torchvision.transforms import v2\nfrom torchvision import tv_tensors\naugment = "
+STEP = "\nengine.fit(..., training_step=lambda *args, **position: engine.training_step(*args, **position)[0])"
+MISTAKES = {
+    "no arguments": (net(arguments="None"), "Net cannot be rebuilt .* self.arguments"),
+    "missing argument": (net(arguments="{}"), "Net cannot be rebuilt .*num_classes.* self.arguments has to hold"),
+    "argument of another type": (
+        net(arguments='{"num_classes": num_classes, "value": print}'),
+        "Net cannot be rebuilt",
+    ),
+    "other value": (
+        net(
+            extra='self.layer.weight.requires_grad_(False); self.register_buffer("b", torch.rand(9), False)',
+            forward="return self.layer(images) * self.b[0]",
+        ),
+        "rebuilt, it computes other logits",
+    ),
+    "class in a function": (NESTED_NET, "Nested cannot be rebuilt .*: define the class at the top level of a file"),
+    "wrong number of classes": (
+        net(extra="self.layer = torch.nn.Conv2d(3, 10, 1)"),
+        r"logits have shape \[2, 10, 32, 32\]",
+    ),
+    "a tuple": (net("return self.layer(images), None"), "the network Net fails"),
+    "no logits": (net("return self.layer(images).mean()"), r"logits have shape \[\]"),
+    "error in the network": (
+        net("return self.layer(images[:, :2])"),
+        "the network Net fails .train-mine.py, line [0-9]+: Runt",
+    ),
+    "unused parameter": (net(extra="self.unused = torch.nn.Linear(2, 2)"), "2 parameters that get no gradient .unused"),
+    "frozen parameter": (
+        net(extra="self.layer.weight.requires_grad_(False)"),
+        "1 parameters that get no gradient .layer",
+    ),
+    "optimizer of another network": (
+        "optimizer = torch.optim.Adam(FCN(2).parameters())",
+        "no gradient .one that is not",
+    ),
+    "one cycle per epoch": (
+        block("OneCycleLR").split("engine.fit")[0],
+        'total_steps 12, .* pass scheduler_interval="batch"',
+    ),
+    "cosine per batch": (
+        scheduler("CosineAnnealingLR(optimizer, args.epochs)", 'scheduler_interval="batch"'),
+        r"T_max 4, but is stepped 12 times, once per batch: .*len\(train\)",
+    ),
+    "cosine too long": (
+        scheduler("CosineAnnealingLR(optimizer, 100)"),
+        "T_max 100, but is stepped 4 times.*args.epochs",
+    ),
+    "warm-up and cosine": (
+        EDITS["cosine after warm-up"][1].replace("epochs - 1", "epochs"),
+        "T_max 4, but is stepped 3 times",
+    ),
+    "chained": (
+        "scheduler = torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.ConstantLR(optimizer), "
+        "torch.optim.lr_scheduler.PolynomialLR(optimizer, 7)])",
+        "total_iters 7, but",
+    ),
+    "plateau per batch": (
+        scheduler("ReduceLROnPlateau(optimizer)", 'scheduler_interval="batch"'),
+        "ReduceLROnPlateau is stepped after each",
+    ),
+    "unknown interval": ('engine.fit(..., scheduler_interval="step")', "scheduler_interval='step'"),
+    "another optimizer": (
+        "scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), 1), 1)",
+        "for another optimizer",
+    ),
+    "loss per pixel": (
+        'criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID, reduction="none")',
+        r"shape \[2, 32, 32\]: take the",
+    ),
+    "void not ignored": ("criterion = torch.nn.CrossEntropyLoss()", "pass ignore_index=util.VOID"),
+    "loss as a float": (criterion("return logits.mean().item()"), "the criterion returns a float"),
+    "error in the loss": (
+        criterion("return torch.nn.functional.one_hot(masks, 21).sum()"),
+        "the criterion fails .train-mine.py, line",
+    ),
+    "loss without gradient": (criterion("return logits.detach().mean()"), "the training step fails"),
+    "result of the step": (STEP, "training_step has to return"),
+    "filled with background": (f"{V2}v2.RandomRotation((30, 40))", "into one with the label 0: keep labels, and fill"),
+    "scaled masks": (
+        f"{V2}v2.ToDtype({{tv_tensors.Image: torch.uint8, tv_tensors.Mask: torch.float32}}, scale=True)",
+        r"masks of torch.float32 \[8, 32, 32\], not torch.uint8",
+    ),
+    "normalised twice": (f"{V2}v2.ToDtype(torch.float32, scale=True)", "images of torch.float32 .*normalises after"),
+    "another size": (f"{V2}v2.RandomCrop(16)", r"images of torch.uint8 \[8, 3, 16, 16\], not .*keep size"),
+    "error in the augmentation": (f"{V2}v2.RandomCrop(300)", "the augmentation fails .*RandomCrop|.*crop"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_refused_before_the_first_epoch_in_one_line(project, monkeypatch, capsys, name):
+    changes, message = MISTAKES[name]
+    monkeypatch.setattr("preflight.ROOT", project)
+    monkeypatch.setattr(engine, "train_epoch", None)
+    assert run(project, changes, base="train_5_a" if "model = " in changes else "train") == 2
+    output, errors = capsys.readouterr()
+    assert errors.count("\n") == 1 and re.match(f"error: .*train-mine.py: .*{message}", errors), errors
+    assert not list(project.glob("*.pt")) and "epoch" not in output
+
+
+def test_trainable_parameters_that_no_optimizer_holds_are_a_warning(project, capsys):
+    changes = "optimizer = torch.optim.Adam(model.classifier.parameters())"
+    assert run(project, changes, "--epochs 1") == 0
+    warning = (
+        "warning: 4 trainable parameters are not in the optimizer and keep their values: layers.0.weight, layers.0"
+    )
+    assert warning in capsys.readouterr().out
+
+
+def test_the_checks_leave_no_trace(project, monkeypatch):
+    """A run trains as if they had not been made: weights, statistics of batch norm, optimizer, random numbers."""
+    assert run(project, "", "--out with") == 0
+    monkeypatch.setattr("preflight.check", lambda *args, **states: [])
+    assert run(project, "", "--out without") == 0
+    states = [torch.load(project / out / "last_train-mine.pt", weights_only=True) for out in ("with", "without")]
+    for part in ("model", "optimizer"):
+        torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=0)
+
+
+def test_a_loader_that_shuffles_or_augments_is_not_evaluated(tiny):
+    train, _, _ = voc.loaders(tiny, 2, size=32)
+    augmented = voc.Loader(train.split, 32, 2, augment=lambda image, mask: (image, mask))
+    for loader in (train, augmented):
+        with pytest.raises(util.UserError, match="evaluate needs a loader without training=True and augment"):
+            engine.evaluate(torch.nn.Identity(), loader, None)
+
+
+def row(epoch, miou, val_loss, train_loss):
+    return {"epoch": epoch, "val_miou": miou, "val_loss": val_loss, "train_loss": train_loss}
+
+
+def rows(*values):
+    return [row(epoch, *value) for epoch, value in enumerate(values, 1)]
+
+
+def test_a_tie_goes_to_the_lower_val_loss():
+    assert engine.best_epoch(rows((0.1, 3, 1), (0.3, 2, 1), (0.3, 1.5, 1), (0.3, 1.7, 1), (0.2, 1, 1)))["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        (rows((0.3, 3, 3), (0.2, 4, 2), (0.2, 4, 1)), 2),  # neither is better
+        (rows((0.3, 3, 3), (0.2, 2, 2), (0.2, 4, 1)), 1),  # the loss is
+        (rows((0.03, 3, 3), (0.02, 4, 2), (0.02, 4, 1)), 0),  # still at the baseline, and learning
+        (rows((0.03, 3, 1), (0.02, 4, 2), (0.02, 4, 2)), 2),  # at the baseline, but not learning
+    ],
+)
+def test_progress_is_a_better_metric_or_loss_and_below_the_baseline_any_lower_loss(history, expected):
+    assert engine.epochs_without_progress(history, baseline_miou=0.035) == expected
+
+
+@pytest.mark.parametrize("call", ["None", "ReduceLROnPlateau(optimizer)", "CosineAnnealingLR(optimizer, args.epochs)"])
+def test_only_an_annealed_run_goes_to_its_end(project, capsys, call):
+    """With a learning rate of 0, nothing improves but by rounding; patience is 20."""
+    changes = net() + "optimizer = torch.optim.SGD(model.parameters(), lr=0.0)\n" + scheduler(call)
+    changes = changes.replace("torch.optim.lr_scheduler.None", "None")
+    assert run(project, changes, "--epochs 60 --out out", base="train_5_a") == 0
+    annealed = call.startswith("Cosine")
+    assert (len(history(project, "out", "epoch")) == 60) == annealed
+    assert ("all 60 epochs are run" in capsys.readouterr().out) == annealed
