@@ -7,7 +7,6 @@ import importlib
 import io
 import pickle
 import platform
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -232,9 +231,7 @@ def _network_class(module, name):
     path = ROOT / f"{module}.py"
     if path.name != f"{module}.py" or not path.is_file():
         raise MissingNetworkError
-    main = sys.modules["__main__"]  # not imported a second time
-    is_main = Path(getattr(main, "__file__", None) or "").resolve() == path
-    found = getattr(main if is_main else importlib.import_module(module), name, None)
+    found = getattr(importlib.import_module(module), name, None)
     if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
         raise MissingNetworkError
     return found

@@ -14,6 +14,9 @@ import processes
 from util import UserError, is_out_of_memory, reason
 
 
+_running = False  # whether ``run`` has been called
+
+
 class Parser(argparse.ArgumentParser):
     """An argparse parser that shows the description as it is written and raises a UserError for a wrong flag."""
 
@@ -97,6 +100,10 @@ def run(main):
     Exit code 2 and one line for a UserError or if memory runs out, 1 if another process is gone, 130 for Ctrl-C, 143
     for SIGTERM. A signal raises an exception in ``main``, which can save what it has; a second one ends it at once.
     """
+    global _running
+    if _running:
+        raise UserError('an imported script starts a run: put its cli.run(main) below if __name__ == "__main__":')
+    _running = True
     signal.signal(signal.SIGTERM, _handle_signal)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores Ctrl-C
         signal.signal(signal.SIGINT, _handle_signal)
@@ -121,6 +128,8 @@ def run(main):
     except BrokenPipeError:  # the reader of our output, such as ``head``, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
         sys.exit(141)  # a shell's exit code for SIGPIPE
+    finally:
+        _running = False
 
 
 def _handle_signal(number, frame):

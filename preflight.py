@@ -148,6 +148,8 @@ def _check_rebuilding(model, logits, images, forward, metadata):
     problem = f"the network {metadata['class']} cannot be rebuilt from its checkpoint"
     try:
         rebuilt = checkpoint.build(torch.load(state, weights_only=True)).network
+    except UserError as error:
+        raise UserError(f"{problem}: {error}") from None
     except checkpoint.MissingNetworkError:
         raise UserError(f"{problem}: define the class at the top level of a file in {checkpoint.ROOT}") from None
     except Exception as error:

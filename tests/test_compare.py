@@ -241,7 +241,7 @@ import cli, compare, engine
 class Process:
     def __init__(self, command):
         with mock.patch("sys.argv", command[1:]):
-            runpy.run_path(command[1], run_name="__main__")
+            runpy.run_path(command[1])["main"]()
         self.returncode = 0
     def wait(self):
         pass

@@ -423,6 +423,22 @@ def test_a_mistake_is_refused_before_the_first_epoch_in_one_line(project, monkey
     assert not list(project.glob("*.pt")) and "epoch" not in output
 
 
+def test_a_script_without_main_guard_is_refused(project, monkeypatch, capsys):
+    """A checkpoint of its network could not be loaded: importing the script would start a run."""
+    guard = 'if __name__ == "__main__":\n    cli.run(main)'
+    monkeypatch.setattr(sys, "argv", ["train_mine.py", *f"{FLAGS} --data {project / 'Tiny'}".split()])
+    assert run(project, block("MyNet("), base="train_5_a", name="train_mine") == 0
+    script = (project / "train_mine.py").read_text(encoding="utf-8")
+    (project / "train_mine.py").write_text(script.replace(guard, "cli.run(main)"), encoding="utf-8")
+    del sys.modules["train_mine"]
+    main = importlib.util.module_from_spec(importlib.util.spec_from_file_location("__main__", project / "train_mine.py"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main.__loader__.exec_module(main)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and 'put its cli.run(main) below if __name__ == "__main__"' in error
+
+
 def test_trainable_parameters_that_no_optimizer_holds_are_a_warning(project, capsys):
     changes = "optimizer = torch.optim.Adam(model.classifier.parameters())"
     assert run(project, changes, "--epochs 1") == 0
