@@ -31,12 +31,17 @@ def forward(network, images, full_precision=False):
     with torch.autocast("cuda", torch.bfloat16) if bfloat16 else contextlib.nullcontext():
         outputs = network(images)
     outputs = dict(outputs) if isinstance(outputs, Mapping) else {"out": outputs}
-    return {name: _at_size(logits, images.shape[2:]) for name, logits in outputs.items()}
+    if not isinstance(outputs.get("out"), torch.Tensor):
+        raise UserError("the network has to return logits, or a dict with logits as out")
+    return {name: _at_size(value, images.shape[2:]) for name, value in outputs.items()}
 
 
-def _at_size(logits, shape):
-    logits = logits.float()
-    if logits.ndim != 4 or logits.shape[2:] == shape:
+def _at_size(value, shape):
+    """Logits [B, C, h, w] in float32 at ``shape``; anything else as it is."""
+    if not isinstance(value, torch.Tensor) or value.ndim != 4:
+        return value
+    logits = value.float()
+    if logits.shape[2:] == shape:
         return logits
     return functional.interpolate(logits, shape, mode="bilinear", align_corners=False)
 
@@ -58,6 +63,8 @@ def batch_loss(criterion, logits, masks):
     if type(criterion) is CrossEntropyLoss and logits.device.type == "cpu":
         # the same mean over a list of pixels, without rearranging channels_last logits: 4 % of a training epoch
         logits, masks = logits.movedim(1, -1).flatten(0, 2), masks.flatten()
+    elif type(criterion) is not CrossEntropyLoss:
+        logits = logits.contiguous()  # for losses that call view, and for NLLLoss
     return criterion(logits, masks), weight
 
 
@@ -210,12 +217,14 @@ def fit(
         scheduler: None, or stepped once per ``scheduler_interval``, "epoch" or "batch". ReduceLROnPlateau is stepped
             after each epoch, with the val loss, or in mode "max" with the mean IoU on val.
         patience: stop after so many epochs without progress, see ``epochs_without_progress``. An annealed run goes to
-            its end: with any other scheduler than ReduceLROnPlateau, patience has no effect.
+            its end: with any other scheduler than ReduceLROnPlateau, patience has no effect. None: never stop early.
         training_step: takes the place of ``engine.training_step``.
     """
     run_files = files.RunFiles(args.out, args.experiment, args.seed)
     annealed = not (scheduler is None or isinstance(scheduler, ReduceLROnPlateau))
+    stops_early = not annealed and patience is not None
     states = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
+    preflight.check_types(args.script.name, train, val, test, states)
     with run_files.locked() if processes.is_main() else contextlib.nullcontext():
         resuming = args.resume and run_files.last.exists()
         if not (resuming or args.overwrite):
@@ -232,7 +241,7 @@ def fit(
         if resuming:
             history, seconds = checkpoint.resume(run_files, metadata, annealed, **states)
             reporting.write_history(run_files.history, history)
-        stopping = f"all {args.epochs} epochs are run" if annealed else f"patience {patience} epochs"
+        stopping = f"patience {patience} epochs" if stops_early else f"all {args.epochs} epochs are run"
         reporting.describe(run_files, args, model, train, val, test, criterion, stopping, warnings, len(history))
         if processes.world_size() > 1 and args.device.type == "cuda":
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch norm over the whole batch
@@ -247,6 +256,8 @@ def fit(
             train_loss = train_epoch(parallel, train, epoch, criterion, optimizer, training_step, batch_scheduler)
             processes.broadcast(model.buffers())  # each process has its own statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
+            if not math.isfinite(scores.loss):
+                raise UserError(f"the val loss is {scores.loss} in epoch {epoch}: lower the learning rate")
             row = {
                 "epoch": epoch,
                 "learning_rate": learning_rate,
@@ -264,7 +275,7 @@ def fit(
         try:
             epochs = range(len(history) + 1, args.epochs + 1)
             for epoch in reporting.progress(epochs, len(epochs), args.experiment, unit="epoch"):
-                if history and not annealed and epochs_without_progress(history, val.baseline[1].miou) >= patience:
+                if history and stops_early and epochs_without_progress(history, val.baseline[1].miou) >= patience:
                     reporting.log(f"no progress on val for {patience} epochs: stopping early")
                     break
                 start = time.perf_counter()

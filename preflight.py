@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim import lr_scheduler
 
 import checkpoint
@@ -31,20 +32,36 @@ def check(args, metadata, train, forward, training_step, interval, *, model, cri
         _check_augmentation(train)
         images, masks, _ = next(train.batches())
         images, masks = images[:NUM_IMAGES], masks[:NUM_IMAGES]
+        masks[0, 0, 0] = VOID
+    network = f"the network {type(model).__name__}"
     with _undone(model, criterion, optimizer):
-        with _stage(script, f"the network {type(model).__name__}"), torch.no_grad():
+        with _stage(script, network), torch.no_grad():
             logits = forward(model.eval(), images)["out"]
             _check_logits(logits, images, train.classes)
-            _check_rebuilding(model, logits, images, forward, metadata)
-        with _stage(script, "the criterion"):
-            _check_criterion(criterion, logits, masks)
+        with _stage(script, "the criterion (masks hold util.VOID for void)"):
+            _check_criterion(criterion, logits.contiguous(), masks)
         with _stage(script, "the training step"):
             used = _try_training_step(training_step, model.train(), images, masks, criterion, optimizer)
+        with _stage(script, network), torch.no_grad():  # after the step, which may change more than the parameters
+            _check_rebuilding(model, images, forward, metadata)
         with _stage(script, "saving the state of criterion, optimizer and scheduler"):
             state = checkpoint.training_state(None, criterion, optimizer, scheduler)
             torch.load(checkpoint.serialise(state), weights_only=True)
         with _stage(script, "the optimizer"):
-            return _check_parameters(model, optimizer, used)
+            return _check_parameters(model, criterion, optimizer, used)
+
+
+def check_types(script, train, val, test, states):
+    """Check what ``fit`` gets before anything uses it: the order of the loaders, and what was forgotten to be called."""
+    if not train.training or any(loader.training for loader in (val, test) if loader is not None):
+        raise UserError(f"{script}: engine.fit takes the loaders train, val and test in this order")
+    for name, part in states.items():
+        if isinstance(part, type):
+            raise UserError(f"{script}: {name} is the class {part.__name__} itself: call it")
+    if hasattr(states["model"], "_orig_mod"):
+        raise UserError(f"{script}: the network is compiled already: leave out torch.compile and pass --compile")
+    if any(map(is_lazy, states["model"].parameters())):
+        raise UserError(f"{script}: the network has lazy layers: call it on a batch before the optimizer is made")
 
 
 @contextlib.contextmanager
@@ -142,28 +159,38 @@ def _check_logits(logits, images, classes):
         )
 
 
-def _check_rebuilding(model, logits, images, forward, metadata):
+def _check_rebuilding(model, images, forward, metadata):
     """Check that the model's checkpoint can be saved and loaded, and then computes the same."""
-    state = checkpoint.serialise(metadata | {"model": model.state_dict()})
     problem = f"the network {metadata['class']} cannot be rebuilt from its checkpoint"
+    found = f"; it is {metadata['arguments']}"
     try:
-        rebuilt = checkpoint.build(torch.load(state, weights_only=True)).network
+        state = torch.load(checkpoint.serialise(metadata | {"model": model.state_dict()}), weights_only=True)
+    except Exception:  # pickle raises one of many types
+        raise UserError(
+            f"{problem}: self.arguments has to hold numbers, strings, lists and dicts only{found}"
+        ) from None
+    try:
+        rebuilt = checkpoint.build(state).network
     except UserError as error:
         raise UserError(f"{problem}: {error}") from None
     except checkpoint.MissingNetworkError:
         raise UserError(f"{problem}: define the class at the top level of a file in {checkpoint.ROOT}") from None
     except Exception as error:
-        raise UserError(
-            f"{problem} ({reason(error)}): self.arguments has to hold the keyword arguments of its constructor, as "
-            f"numbers, strings, lists or dicts; it is {metadata['arguments']}"
-        ) from None
-    rebuilt = rebuilt.eval().to(images.device, memory_format=processes.memory_format(images.device))
+        advice = "self.arguments has to hold the keyword arguments of its constructor"
+        raise UserError(f"{problem} ({reason(error)}): {advice}{found}") from None
+    rebuilt.to(images.device, memory_format=processes.memory_format(images.device))
+    first, second, other = (forward(network.eval(), images)["out"] for network in (model, model, rebuilt))
     # the same operations, but a GPU may choose other kernels, and bfloat16 has three digits
-    if not torch.allclose(forward(rebuilt, images)["out"], logits, rtol=1e-2, atol=1e-2, equal_nan=True):
+    tolerance = {"rtol": 1e-2, "atol": 1e-2, "equal_nan": True}
+    if not torch.allclose(first, second, **tolerance):
         raise UserError(
-            f"{problem}: rebuilt, it computes other logits. self.arguments has to hold everything that the constructor "
-            f"depends on, and tensors that it draws at random have to be parameters or buffers; it is "
-            f"{metadata['arguments']}"
+            f"the network {metadata['class']} computes other logits each time in eval mode: dropout needs "
+            "training=self.training"
+        )
+    if not torch.allclose(first, other, **tolerance):
+        raise UserError(
+            f"{problem}: rebuilt, it computes other logits. What its constructor depends on has to be in self.arguments, "
+            f"and what changes in training or is drawn at random in a parameter or buffer{found}"
         )
 
 
@@ -201,21 +228,25 @@ def _optimized(optimizer):
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _check_parameters(model, optimizer, used):
+def _check_parameters(model, criterion, optimizer, used):
     """Refuse parameters in the optimizer without a gradient; return a warning about others that are not in it."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    if isinstance(criterion, torch.nn.Module):
+        parameters |= {f"criterion.{name}": parameter for name, parameter in criterion.named_parameters()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
     optimized = {id(parameter) for parameter in _optimized(optimizer)}
-    idle = [names.get(index, "one that is not the network's") for index in sorted(optimized - used)]
+    idle = [names.get(index, "of another network") for index in sorted(optimized - used)]
     if idle:
         raise UserError(
             f"the optimizer holds {len(idle)} parameters that get no gradient ({_some(idle)}): leave them out, or let "
             "the loss depend on them (requires_grad_(True), a training_step for auxiliary logits)"
         )
-    trainable = {name: id(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable = {name: id(parameter) for name, parameter in parameters.items() if parameter.requires_grad}
     left_out = [name for name, index in trainable.items() if index not in optimized]
     problem = f"{len(left_out)} trainable parameters are not in the optimizer and keep their values"
     return [f"{problem}: {_some(left_out)}"] if left_out else []
 
 
 def _some(names):
+    names = list(dict.fromkeys(names))
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -15,8 +15,9 @@ class UserError(Exception):
 
 
 def reason(error):
-    """The first line of an exception's message, or its type if it has none."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    """The first line of an exception's message, with the next if it ends with a colon; its type if it has none."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def is_out_of_memory(error):

@@ -97,7 +97,7 @@ class AuxNet(torch.nn.Module):
 
     def forward(self, images):
         features = self.layers(images).relu()
-        return {"out": self.classifier(features), "aux": self.aux(features)}
+        return {"out": self.classifier(features), "aux": self.aux(features), "levels": [1], "none": None}
 
 model = AuxNet(len(train.classes))
 """
@@ -135,6 +135,14 @@ class HalfLoss(torch.nn.Module):
 
 criterion = HalfLoss(voc.class_weights(train.split))
 """
+VIEWS = """
+class ViewLoss(torch.nn.NLLLoss):
+    def forward(self, logits, masks):
+        shares = logits.softmax(1).view(*logits.shape[:2], -1).mean(2)
+        return super().forward(logits.log_softmax(1), masks) + shares.square().sum(1).mean()
+
+criterion = ViewLoss(ignore_index=util.VOID)
+"""
 EDITS = {
     "polynomial": ("train", block("PolynomialLR")),
     "cosine after warm-up": (
@@ -152,6 +160,7 @@ EDITS = {
     "focal": ("train", block("FocalLoss(")),
     "Dice": ("train", block("DiceLoss(")),
     "float weight": ("train", FLOAT_WEIGHT),
+    "views and NLLLoss": ("train", VIEWS),
     "network": ("train_5_a", block("MyNet(")),
     "odd network": ("train_5_a", ODD_NET),
     "torchvision network": ("train_5_a", block("LRASPP(")),
@@ -339,12 +348,30 @@ MISTAKES = {
         ),
         "rebuilt, it computes other logits",
     ),
+    "buffer of another shape": (
+        net(
+            extra='self.register_buffer("mean", torch.zeros(1))',
+            forward="self.mean = images.mean((2, 3)) if self.training else self.mean; return self.layer(images)",
+        ),
+        "cannot be rebuilt .*size mismatch for mean",
+    ),
+    "counter": (
+        net(extra="self.steps = 0", forward="self.steps += self.training; return self.layer(images) * self.steps"),
+        "rebuilt, it computes other logits.*in a parameter or buffer",
+    ),
+    "dropout in eval mode": (
+        net("return torch.nn.functional.dropout(self.layer(images), 0.5)"),
+        "other logits each time in eval mode: dropout needs training=self.training",
+    ),
+    "lazy layer": (net(extra="self.layer = torch.nn.LazyConv2d(num_classes, 1)"), "the network has lazy layers"),
+    "compiled": (net().replace("model = Net(len(train.classes))", "model = torch.compile(Net(21))"), "pass --compile"),
+    "class of a loss": ("criterion = torch.nn.CrossEntropyLoss", "criterion is the class CrossEntropyLoss itself"),
     "class in a function": (NESTED_NET, "Nested cannot be rebuilt .*: define the class at the top level of a file"),
     "wrong number of classes": (
         net(extra="self.layer = torch.nn.Conv2d(3, 10, 1)"),
         r"logits have shape \[2, 10, 32, 32\]",
     ),
-    "a tuple": (net("return self.layer(images), None"), "the network Net fails"),
+    "a tuple": (net("return self.layer(images), None"), "has to return logits, or a dict with logits as out"),
     "no logits": (net("return self.layer(images).mean()"), r"logits have shape \[\]"),
     "error in the network": (
         net("return self.layer(images[:, :2])"),
@@ -357,7 +384,7 @@ MISTAKES = {
     ),
     "optimizer of another network": (
         "optimizer = torch.optim.Adam(FCN(2).parameters())",
-        "no gradient .one that is not",
+        "no gradient .of another network.: leave",
     ),
     "one cycle per epoch": (
         block("OneCycleLR").split("engine.fit")[0],
@@ -397,7 +424,11 @@ MISTAKES = {
     "loss as a float": (criterion("return logits.mean().item()"), "the criterion returns a float"),
     "error in the loss": (
         criterion("return torch.nn.functional.one_hot(masks, 21).sum()"),
-        "the criterion fails .train-mine.py, line",
+        "the criterion .* fails .train-mine.py, line",
+    ),
+    "loss without void": (
+        criterion("return torch.nn.functional.cross_entropy(logits, masks)"),
+        "the criterion .masks hold util.VOID for void. fails .*Target 255",
     ),
     "loss without gradient": (criterion("return logits.detach().mean()"), "the training step fails"),
     "result of the step": (STEP, "training_step has to return"),
@@ -431,7 +462,9 @@ def test_a_script_without_main_guard_is_refused(project, monkeypatch, capsys):
     script = (project / "train_mine.py").read_text(encoding="utf-8")
     (project / "train_mine.py").write_text(script.replace(guard, "cli.run(main)"), encoding="utf-8")
     del sys.modules["train_mine"]
-    main = importlib.util.module_from_spec(importlib.util.spec_from_file_location("__main__", project / "train_mine.py"))
+    main = importlib.util.module_from_spec(
+        importlib.util.spec_from_file_location("__main__", project / "train_mine.py")
+    )
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main.__loader__.exec_module(main)
@@ -446,6 +479,45 @@ def test_trainable_parameters_that_no_optimizer_holds_are_a_warning(project, cap
         "warning: 4 trainable parameters are not in the optimizer and keep their values: layers.0.weight, layers.0"
     )
     assert warning in capsys.readouterr().out
+
+
+def test_a_trainable_loss_that_no_optimizer_holds_is_a_warning(project, capsys):
+    changes = criterion("return super().forward(logits * self.scale, masks)").replace(
+        "class Loss(torch.nn.Module):",
+        "class Loss(torch.nn.CrossEntropyLoss):\n    def __init__(self):\n        super().__init__(ignore_index=util.VOID)"
+        "\n        self.scale = torch.nn.Parameter(torch.ones(()))\n",
+    )
+    assert run(project, changes, "--epochs 1") == 0
+    assert "warning: 1 trainable parameters are not in the optimizer and keep their values: criterion.scale" in (
+        capsys.readouterr().out
+    )
+
+
+def test_without_patience_a_run_goes_to_its_end(project, capsys):
+    assert run(project, "", old="patience=10", new="patience=None") == 0
+    assert "all 4 epochs are run" in capsys.readouterr().out
+
+
+def test_loaders_in_another_order_are_refused(project, capsys):
+    assert run(project, "", old="args, model, train, val, test", new="args, model, val, train, test") == 2
+    error = capsys.readouterr().err
+    assert error == "error: train-mine.py: engine.fit takes the loaders train, val and test in this order\n"
+
+
+def test_a_run_whose_val_loss_is_not_finite_stops_and_keeps_the_epochs_before(project, monkeypatch, capsys):
+    evaluate, epochs = engine.evaluate, []
+
+    def diverge(*args, **options):
+        scores = evaluate(*args, **options)
+        epochs.append(scores)
+        if len(epochs) == 3:
+            scores.loss = float("nan")
+        return scores
+
+    monkeypatch.setattr(engine, "evaluate", diverge)
+    assert run(project, "") == 2
+    assert "the val loss is nan in epoch 3: lower the learning rate" in capsys.readouterr().err
+    assert torch.load(project / "last_train-mine.pt", weights_only=True)["epoch"] == 2
 
 
 def test_the_checks_leave_no_trace(project, monkeypatch):
