@@ -53,8 +53,8 @@ def metadata(args, model, loader):
     arguments = getattr(model, "arguments", None)
     if not isinstance(arguments, dict):
         raise UserError(
-            f"{args.script.name}: the network {type(model).__name__} cannot be rebuilt from a checkpoint: keep the keyword "
-            "arguments of its constructor in a dict, self.arguments"
+            f"{args.script.name}: the network {type(model).__name__} cannot be rebuilt from a checkpoint: keep the "
+            "keyword arguments of its constructor in a dict, self.arguments"
         )
     module = type(model).__module__
     flags = {name: getattr(args, name) for name in ("epochs", "batch_size", "limit", "compile")}

@@ -13,7 +13,6 @@ from torch import distributed
 import processes
 from util import UserError, is_out_of_memory, reason
 
-
 _running = False  # whether ``run`` has been called
 
 

@@ -52,7 +52,7 @@ def check(args, metadata, train, forward, training_step, interval, *, model, cri
 
 
 def check_types(script, train, val, test, states):
-    """Check what ``fit`` gets before anything uses it: the order of the loaders, and what was forgotten to be called."""
+    """Check what ``fit`` gets before anything uses it: the order of the loaders and the types of the other parts."""
     if not train.training or any(loader.training for loader in (val, test) if loader is not None):
         raise UserError(f"{script}: engine.fit takes the loaders train, val and test in this order")
     for name, part in states.items():
@@ -189,8 +189,8 @@ def _check_rebuilding(model, images, forward, metadata):
         )
     if not torch.allclose(first, other, **tolerance):
         raise UserError(
-            f"{problem}: rebuilt, it computes other logits. What its constructor depends on has to be in self.arguments, "
-            f"and what changes in training or is drawn at random in a parameter or buffer{found}"
+            f"{problem}: rebuilt, it computes other logits. What its constructor depends on has to be in "
+            f"self.arguments, and what changes in training or is drawn at random in a parameter or buffer{found}"
         )
 
 

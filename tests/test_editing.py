@@ -484,8 +484,8 @@ def test_trainable_parameters_that_no_optimizer_holds_are_a_warning(project, cap
 def test_a_trainable_loss_that_no_optimizer_holds_is_a_warning(project, capsys):
     changes = criterion("return super().forward(logits * self.scale, masks)").replace(
         "class Loss(torch.nn.Module):",
-        "class Loss(torch.nn.CrossEntropyLoss):\n    def __init__(self):\n        super().__init__(ignore_index=util.VOID)"
-        "\n        self.scale = torch.nn.Parameter(torch.ones(()))\n",
+        "class Loss(torch.nn.CrossEntropyLoss):\n    def __init__(self):\n"
+        "        super().__init__(ignore_index=util.VOID)\n        self.scale = torch.nn.Parameter(torch.ones(()))\n",
     )
     assert run(project, changes, "--epochs 1") == 0
     assert "warning: 1 trainable parameters are not in the optimizer and keep their values: criterion.scale" in (
