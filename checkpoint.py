@@ -3,10 +3,13 @@
 import ast
 import contextlib
 import difflib
-import importlib
+import hashlib
+import importlib.util
+import inspect
 import io
 import pickle
 import platform
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -56,11 +59,13 @@ def metadata(args, model, loader):
             f"{args.script.name}: the network {type(model).__name__} cannot be rebuilt from a checkpoint: keep the "
             "keyword arguments of its constructor in a dict, self.arguments"
         )
-    module = type(model).__module__
+    module, script = type(model).__module__, args.script.read_text(encoding="utf-8")
     flags = {name: getattr(args, name) for name in ("epochs", "batch_size", "limit", "compile")}
     return {
         "experiment": args.experiment,
-        "script": args.script.read_text(encoding="utf-8"),
+        "script": script,
+        "network_script": script if module == "__main__" else inspect.getsource(sys.modules[module]),
+        "images": hashlib.sha256("\n".join(loader.split.ids).encode()).hexdigest(),
         "flags": flags | {name: str(getattr(args, name)) for name in ("data", "device", "out")},
         "defaults": args.defaults,
         "seed": args.seed,
@@ -138,14 +143,15 @@ def resume(run_files, metadata, annealed, *, model, criterion, optimizer, schedu
 def _check_same_run(run_files, state, metadata, annealed):
     """Raise a UserError that names the first thing in which a run differs from the one it is to continue."""
     before, now = ({**source["flags"], **source} for source in (state, metadata))
-    names = ["seed", "batch_size", "limit", "dataset", "classes", "size"]
+    names = ["seed", "batch_size", "limit", "dataset", "images", "classes", "size"]
     for name in [*names, "epochs"] if annealed else names:
         if before[name] != now[name]:
             raise UserError(f"{run_files.last}: its run had {name} {before[name]}, not {now[name]}: {ADVICE}")
-    changes = list(difflib.unified_diff(_code(before["script"]), _code(now["script"]), n=0, lineterm=""))
-    if changes:
-        first_change = changes[3]  # after the three lines of the diff's header
-        raise UserError(f"{run_files.last}: the script has changed since ({first_change!r}): {ADVICE}")
+    for name, text in (("script", "the script"), ("network_script", f"the file of the network ({now['module']}.py)")):
+        changes = list(difflib.unified_diff(_code(before[name]), _code(now[name]), n=0, lineterm=""))
+        if changes:
+            first_change = changes[3]  # after the three lines of the diff's header
+            raise UserError(f"{run_files.last}: {text} has changed since ({first_change!r}): {ADVICE}")
     done, epochs = len(before["history"]), now["epochs"]
     if done > epochs:
         raise UserError(f"{run_files.last}: its run has {done} epochs, more than {epochs}: raise --epochs")
@@ -160,8 +166,8 @@ def check_new_run(run_files, resume):
     if not existing or (resume and killed_in_first_epoch):
         return
     run = ""
-    with contextlib.suppress(UserError):
-        state = read(run_files.best, "dataset")
+    with contextlib.suppress(UserError, KeyError):
+        state = read(run_files.best, "epoch")
         run = f" (seed {state['seed']} on {state['dataset']}, best epoch {state['epoch']})"
     advice = "continue it with --resume, " if run_files.last.exists() else ""
     advice += "replace it with --overwrite, or choose another --out"
@@ -231,7 +237,15 @@ def _network_class(module, name):
     path = ROOT / f"{module}.py"
     if path.name != f"{module}.py" or not path.is_file():
         raise MissingNetworkError
-    found = getattr(importlib.import_module(module), name, None)
+    if module not in sys.modules:  # by its path, as a file's name may hold a dot
+        spec = importlib.util.spec_from_file_location(module, path)
+        sys.modules[module] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[module])
+        except BaseException:
+            del sys.modules[module]
+            raise
+    found = getattr(sys.modules[module], name, None)
     if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
         raise MissingNetworkError
     return found

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 import processes
 from util import UserError, is_out_of_memory, reason
@@ -86,6 +85,8 @@ def parse_device(text):
         text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N, mps")
+    if text == "cuda" and torch.cuda.is_available():
+        return torch.device(text)  # using it here would occupy the first GPU for every process
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
@@ -116,8 +117,7 @@ def run(main):
         if is_out_of_memory(error):
             print(f"error: out of memory ({reason(error)}): lower --batch-size, or size in the script", file=sys.stderr)
             sys.exit(2)
-        connection_lost = isinstance(error, distributed.DistBackendError) or "gloo" in str(error)
-        if processes.world_size() == 1 or not connection_lost:
+        if not processes.is_connection_lost(error):
             raise
         print(f"error: rank {processes.rank()} stopped because another process is gone: {error}", file=sys.stderr)
         sys.exit(1)

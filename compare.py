@@ -114,7 +114,8 @@ def collect(args):
     names = args.experiments
     runs = [run for run in runs if names is None or run.metrics["experiment"].removesuffix("_no_pretrained") in names]
     matching = [run for run in runs if run.matches(args)]
-    if not matching and len({run.setting for run in runs}) == 1:
+    given = (args.limit, args.epochs, args.batch_size, args.seeds or None)
+    if not matching and given == (None,) * 4 and len({run.setting for run in runs}) == 1:
         matching = runs
     experiments = {}
     for run in matching:
@@ -125,9 +126,12 @@ def collect(args):
 
 def no_match(args):
     """Why there is nothing to report, and what to do."""
-    settings = {Run.read(path).setting for path in result_paths(args.out)}
-    if not settings:
+    runs = [Run.read(path) for path in result_paths(args.out)]
+    settings = {run.setting for run in runs}
+    if not runs:
         return "no finished run found: python compare.py --seeds 0 1 2 runs the experiments"
+    if any(run.matches(args) for run in runs):
+        return f"no finished run of {', '.join(args.experiments)}: correct --experiments or run them with --seeds"
     flags = ("--data", "--limit", "--epochs", "--batch-size")
     texts = [" ".join(f"{flag} {value}" for flag, value in zip(flags, each) if value is not None) for each in settings]
     return f"no finished run with these flags; there are runs with: {'; '.join(sorted(texts))}"

@@ -22,7 +22,7 @@ from util import VOID, Scores, UserError
 
 
 def forward(network, images, full_precision=False):
-    """Apply a network to images [B, 3, H, W], in bfloat16 on GPUs that support it unless ``full_precision``.
+    """Apply a network to images [B, 3, H, W], in bfloat16 on GPUs that have it unless ``full_precision``.
 
     Returns a dict whose ``out`` are the logits, float32 [B, C, H, W]. A network may return smaller logits, which are
     upsampled bilinearly, or itself a dict with ``out`` and others, as those of torchvision do.
@@ -52,13 +52,14 @@ def batch_loss(criterion, logits, masks):
     The weight is the number of labelled pixels, or with class weights in the cross-entropy the sum of theirs. It is 0
     for a batch without labelled pixels, whose loss is finite but means nothing.
     """
-    if isinstance(criterion, CrossEntropyLoss) and criterion.weight is not None:
-        weights = functional.pad(criterion.weight, (0, VOID + 1 - len(criterion.weight)))  # 0 for void
-        weight = weights[masks].sum()
+    class_weights = criterion.weight if isinstance(criterion, CrossEntropyLoss) else None
+    if class_weights is not None:
+        weight = functional.pad(class_weights, (0, VOID + 1 - len(class_weights)))[masks].sum()  # 0 for void
     else:
         weight = (masks != VOID).sum().float()
     masks = masks.clone()
-    masks[0, 0, 0] *= weight > 0  # a mean over no pixels would be NaN: label one as class 0
+    label = 0 if class_weights is None else class_weights.argmax()
+    masks[0, 0, 0] = torch.where(weight > 0, masks[0, 0, 0], label)  # a mean over no pixels would be NaN
     logits = logits.float()
     if type(criterion) is CrossEntropyLoss and logits.device.type == "cpu":
         # the same mean over a list of pixels, without rearranging channels_last logits: 4 % of a training epoch
@@ -100,7 +101,7 @@ def evaluate(model, loader, criterion, full_resolution=True):
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     assignment_total = torch.zeros((), dtype=torch.float64)
     losses = [torch.zeros(2, device=device)]  # a process may have no batch
-    num_batches = -(-len(loader) // processes.world_size())
+    num_batches = math.ceil(len(loader) / processes.world_size())
     with ThreadPoolExecutor() as pool:
         name = f"evaluating {loader.split.name}"
         for images, masks, indices in reporting.progress(loader.batches(), num_batches, name):
@@ -149,23 +150,23 @@ def training_step(network, images, masks, criterion, optimizer, index, count):
     return loss, weight, norm
 
 
-def train_epoch(network, loader, epoch, criterion, optimizer, step=training_step, scheduler=None):
+def train_epoch(network, loader, epoch, criterion, optimizer, training_step=training_step, scheduler=None):
     """Take one step per batch, and one of the scheduler; return the mean loss over the labelled pixels of the epoch.
 
     Raises a UserError if the loss or the gradient of a batch is not finite; the weights are unusable then.
     """
     network.train()
-    steps, batch_indices = [], []
+    results, batch_indices = [], []
     batches = reporting.progress(loader.batches(epoch), len(loader), f"epoch {epoch}")
     for index, (images, masks, indices) in enumerate(batches):
-        result = step(network, images, masks, criterion, optimizer, index=index, count=len(loader))
-        steps.append(torch.stack([value.detach() for value in result]))
+        result = training_step(network, images, masks, criterion, optimizer, index=index, count=len(loader))
+        results.append(torch.stack([value.detach() for value in result]))
         batch_indices.append(indices)
         if scheduler is not None:
             scheduler.step()
-    steps = torch.stack(steps).cpu()  # only here, so that no step waits for a GPU
-    _check_finite(steps[:, 0], steps[:, 2], batch_indices, loader.split.ids, epoch)
-    return _mean_loss(steps[:, :2], loader.device)
+    results = torch.stack(results).cpu()  # only here, so that no step waits for a GPU
+    _check_finite(results[:, 0], results[:, 2], batch_indices, loader.split.ids, epoch)
+    return _mean_loss(results[:, :2], loader.device)
 
 
 def _check_finite(losses, norms, batch_indices, ids, epoch):
@@ -243,15 +244,12 @@ def fit(
             reporting.write_history(run_files.history, history)
         stopping = f"patience {patience} epochs" if stops_early else f"all {args.epochs} epochs are run"
         reporting.describe(run_files, args, model, train, val, test, criterion, stopping, warnings, len(history))
-        if processes.world_size() > 1 and args.device.type == "cuda":
-            torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch norm over the whole batch
-        network = torch.compile(model) if args.compile else model
-        parallel = DistributedDataParallel(network) if processes.world_size() > 1 else network
+        network, parallel = _wrap(model, args)
 
         def run_epoch(epoch):
             """Train and validate for an epoch; return its row of the history and the Scores on val."""
             util.seed_epoch(args.seed, epoch, processes.rank())
-            learning_rate = optimizer.param_groups[0]["lr"]
+            learning_rate = float(optimizer.param_groups[0]["lr"])
             batch_scheduler = scheduler if scheduler_interval == "batch" else None
             train_loss = train_epoch(parallel, train, epoch, criterion, optimizer, training_step, batch_scheduler)
             processes.broadcast(model.buffers())  # each process has its own statistics of batch norm
@@ -295,6 +293,16 @@ def fit(
             raise
 
 
+def _wrap(model, args):
+    """The model as it is evaluated, compiled if so asked, and as it is trained, in one or several processes."""
+    network = torch.compile(model) if args.compile else model
+    if processes.world_size() == 1:
+        return network, network
+    if args.device.type == "cuda":
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch norm over the whole batch
+    return network, DistributedDataParallel(network)
+
+
 def best_epoch(history):
     """The row of the epoch with the highest mean IoU on val; of several, the one with the lowest val loss."""
     return max(history, key=lambda row: (row["val_miou"], -row["val_loss"]))
@@ -334,7 +342,7 @@ def _report_stop(run_files, history, train, val):
         predict = functools.partial(predict_index, model, val)
         reporting.draw_plots(run_files, history, train, val, best["epoch"], scores, predict)
         plots = f", drew {run_files.plot('*')}"
-    except (UserError, RuntimeError) as error:  # the reason for the stop, such as a full disk, matters more
+    except Exception as error:  # the reason for the stop, such as a full disk, matters more
         reporting.log(util.reason(error))
     kept = [str(path) for path in (run_files.best, run_files.last) if path.exists()]
     advice = ": the same command with --resume continues" if len(kept) == 2 else ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -55,7 +56,7 @@ def atomic_write(path):
 
 def _delete_stale(path):
     for unfinished in Path(path).parent.glob(f"{Path(path).name}.*.unfinished"):
-        with contextlib.suppress(FileNotFoundError):  # another process has just finished or deleted it
+        with contextlib.suppress(OSError):  # such as another process having just finished or deleted it
             if time.time() - unfinished.stat().st_mtime > STALE_AFTER:
                 unfinished.unlink()
 
@@ -96,7 +97,8 @@ class RunFiles:
     def existing(self):
         """The files that runs of this experiment, with any seed, have left: a list of Paths."""
         plots = [self.plot(name) for name in PLOTS]
-        results = [path for kind in ("csv", "json") for path in self.results.glob(f"{self.experiment}_seed*.{kind}")]
+        pattern = re.escape(self.experiment) + r"_seed\d+\.(csv|json)"
+        results = [path for path in sorted(self.results.iterdir()) if re.fullmatch(pattern, path.name)]
         return [path for path in (self.best, self.last, *plots, *results) if path.exists()]
 
     def delete(self):

@@ -14,10 +14,11 @@ import processes
 from util import VOID, UserError, is_out_of_memory, reason
 
 ROOT = Path(__file__).resolve().parent
-SHARED = ("preflight", "engine", "voc", "checkpoint")  # files in which a user's mistake may surface
+# files in which a user's mistake may surface
+SHARED = ("preflight", "engine", "voc", "imaging", "checkpoint", "processes", "util")
 LENGTHS = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
 NUM_IMAGES = 2  # of the batch on which everything is tried
-NUM_PROBES = 8  # images on which the augmentation is tried
+NUM_PROBES = 64  # images on which the augmentation is tried
 
 
 def check(args, metadata, train, forward, training_step, interval, *, model, criterion, optimizer, scheduler):
@@ -52,7 +53,7 @@ def check(args, metadata, train, forward, training_step, interval, *, model, cri
 
 
 def check_types(script, train, val, test, states):
-    """Check what ``fit`` gets before anything uses it: the order of the loaders and the types of the other parts."""
+    """Check what ``fit`` gets before anything uses it: the order of the loaders, and types and modes of the others."""
     if not train.training or any(loader.training for loader in (val, test) if loader is not None):
         raise UserError(f"{script}: engine.fit takes the loaders train, val and test in this order")
     for name, part in states.items():
@@ -60,6 +61,14 @@ def check_types(script, train, val, test, states):
             raise UserError(f"{script}: {name} is the class {part.__name__} itself: call it")
     if hasattr(states["model"], "_orig_mod"):
         raise UserError(f"{script}: the network is compiled already: leave out torch.compile and pass --compile")
+    in_eval_mode = {name: module for name, module in states["model"].named_modules() if not module.training}
+    states["model"].train()
+    changed = [name for name, module in in_eval_mode.items() if module.training]
+    if changed:
+        raise UserError(
+            f"{script}: {_some(changed)} of the network is in eval mode, which training would end: override train() in "
+            "the network, or use torchvision's FrozenBatchNorm2d"
+        )
     if any(map(is_lazy, states["model"].parameters())):
         raise UserError(f"{script}: the network has lazy layers: call it on a batch before the optimizer is made")
 
@@ -72,7 +81,7 @@ def _stage(script, name):
     except UserError as error:
         raise UserError(f"{script}: {error}") from None
     except Exception as error:  # whatever a user's own code raises
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or processes.is_connection_lost(error):
             raise
         frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
         frames = [(path, line) for path, line in frames if path.parent == ROOT and path.stem not in SHARED]
@@ -138,8 +147,8 @@ def _check_augmentation(train):
     """Check that an augmentation makes no new labels: not by filling with 0, scaling or interpolating masks."""
     if train.augment is None:
         return
-    indices = torch.arange(NUM_PROBES) % len(train.split)
-    images, masks = train.images[indices].clone(), torch.ones_like(train.masks[indices])
+    images, masks = train.take(torch.arange(NUM_PROBES) % len(train.split))
+    masks = torch.ones_like(masks)
     params = train.augment.draw(NUM_PROBES, torch.Generator().manual_seed(0))
     _, masks = train.augmented(images, masks, params)
     wrong = set(masks.unique().tolist()) - {1, VOID}
@@ -179,9 +188,11 @@ def _check_rebuilding(model, images, forward, metadata):
         advice = "self.arguments has to hold the keyword arguments of its constructor"
         raise UserError(f"{problem} ({reason(error)}): {advice}{found}") from None
     rebuilt.to(images.device, memory_format=processes.memory_format(images.device))
-    first, second, other = (forward(network.eval(), images)["out"] for network in (model, model, rebuilt))
-    # the same operations, but a GPU may choose other kernels, and bfloat16 has three digits
-    tolerance = {"rtol": 1e-2, "atol": 1e-2, "equal_nan": True}
+    networks = (model, model, rebuilt)
+    first, second, other = (forward(network.eval(), images, full_precision=True)["out"] for network in networks)
+    # The logits of a new network hardly vary: the tolerance is a part of that. A GPU may round to the digits of TF32.
+    scale = (first - first.mean((2, 3), keepdim=True)).abs().max().nan_to_num()
+    tolerance = {"rtol": 0.0, "atol": (1e-2 if images.is_cuda else 1e-4) * scale.item(), "equal_nan": True}
     if not torch.allclose(first, second, **tolerance):
         raise UserError(
             f"the network {metadata['class']} computes other logits each time in eval mode: dropout needs "
@@ -197,6 +208,8 @@ def _check_rebuilding(model, images, forward, metadata):
 def _check_criterion(criterion, logits, masks):
     if getattr(criterion, "ignore_index", VOID) != VOID:
         raise UserError("the criterion has to ignore void: pass ignore_index=util.VOID")
+    if getattr(criterion, "reduction", "mean") == "sum":
+        raise UserError('the criterion returns a sum, which grows with the batch: leave out reduction="sum"')
     loss = criterion(logits, masks)
     if not isinstance(loss, torch.Tensor):
         raise UserError(f"the criterion returns a {type(loss).__name__}: it has to return a tensor with one value")
@@ -221,6 +234,7 @@ def _try_training_step(training_step, model, images, masks, criterion, optimizer
     values = result if isinstance(result, tuple) else ()
     if len(values) != 3 or not all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in values):
         raise UserError("training_step has to return loss, weight and norm as engine.training_step does: three scalars")
+    torch.stack([value.detach() for value in values])  # as train_epoch does
     return used | {id(parameter) for parameter in parameters if parameter.grad is not None}
 
 
@@ -235,14 +249,23 @@ def _check_parameters(model, criterion, optimizer, used):
         parameters |= {f"criterion.{name}": parameter for name, parameter in criterion.named_parameters()}
     names = {id(parameter): name for name, parameter in parameters.items()}
     optimized = {id(parameter) for parameter in _optimized(optimizer)}
-    idle = [names.get(index, "of another network") for index in sorted(optimized - used)]
-    if idle:
+    if not optimized <= names.keys():
         raise UserError(
-            f"the optimizer holds {len(idle)} parameters that get no gradient ({_some(idle)}): leave them out, or let "
-            "the loss depend on them (requires_grad_(True), a training_step for auxiliary logits)"
+            f"the optimizer holds {len(optimized - names.keys())} parameters of neither the network nor the criterion, "
+            "which no checkpoint would save: make it from model.parameters()"
+        )
+    unused = [name for index, name in names.items() if index in optimized - used]
+    if unused:
+        raise UserError(
+            f"the optimizer holds {len(unused)} parameters that get no gradient ({_some(unused)}): leave them out, or "
+            "let the loss depend on them (requires_grad_(True), a training_step for auxiliary logits)"
         )
     trainable = {name: id(parameter) for name, parameter in parameters.items() if parameter.requires_grad}
     left_out = [name for name, index in trainable.items() if index not in optimized]
+    unused = [name for name in left_out if trainable[name] not in used]
+    if unused and processes.world_size() > 1:
+        advice = "freeze what is not used, requires_grad_(False)"
+        raise UserError(f"several processes need a gradient for {_some(unused)}: {advice}")
     problem = f"{len(left_out)} trainable parameters are not in the optimizer and keep their values"
     return [f"{problem}: {_some(left_out)}"] if left_out else []
 

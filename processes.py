@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import datetime
 import os
 import sys
 
@@ -19,6 +20,8 @@ def join(device):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"--device {device}: with several processes, each takes its own GPU: pass --device cuda")
         local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local_rank >= num_gpus:
             raise UserError(f"--nproc-per-node: this machine has {num_gpus} GPUs: start at most one process per GPU")
@@ -26,7 +29,11 @@ def join(device):
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UserError(f"--device {device}: several processes run on cuda or cpu only: choose one of these")
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    is_cuda = device.type == "cuda"
+    timeout = datetime.timedelta(hours=1)  # the main process may decode all images before the others go on
+    distributed.init_process_group(
+        "nccl" if is_cuda else "gloo", timeout=timeout, device_id=device if is_cuda else None
+    )
     return device
 
 
@@ -42,6 +49,11 @@ def leave():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def is_connection_lost(error):
+    """Whether an exception means that another process is gone."""
+    return world_size() > 1 and (isinstance(error, distributed.DistBackendError) or "gloo" in str(error))
 
 
 def rank():

@@ -22,7 +22,8 @@ def reason(error):
 
 def is_out_of_memory(error):
     """Whether an exception means that memory ran out, on a CPU or a GPU."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def seed_everything(seed):

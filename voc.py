@@ -282,7 +282,7 @@ class Loader:
 
     def __len__(self):
         """The number of batches per epoch, over all processes."""
-        return -(-len(self.split) * self.repeats // self.batch_size)
+        return math.ceil(len(self.split) * self.repeats / self.batch_size)
 
     @functools.cached_property
     def baseline(self):
@@ -296,7 +296,7 @@ class Loader:
 
     def augmented_samples(self, count):
         """Augment the first ``count`` images for a plot, again from the first if there are fewer; uint8 as stored."""
-        images, masks = self._take(torch.arange(count) % len(self.split))
+        images, masks = self.take(torch.arange(count) % len(self.split))
         params = self.augment.draw(count, torch.Generator().manual_seed(self.seed))
         return self.augmented(images, masks, params)
 
@@ -331,15 +331,14 @@ class Loader:
             if self.training:
                 samples, params = samples[own], None if params is None else params[own]
             indices = samples % len(self.split)
-            images, masks = self._take(indices)
+            images, masks = self.take(indices)
             augmented = (samples >= self.unchanged * len(self.split)).nonzero().flatten()
             if len(augmented):
-                chosen = self._move(augmented)
-                changed = self.augmented(images[chosen], masks[chosen], params[augmented])
-                images[chosen], masks[chosen] = changed
+                rows = self._move(augmented)
+                images[rows], masks[rows] = self.augmented(images[rows], masks[rows], params[augmented])
             yield self.normalise(images), masks.long(), indices
 
-    def _take(self, indices):
+    def take(self, indices):
         """Copies of some images and masks of the split, on the device."""
         if self.data.is_cuda:
             pixels = self.data[self._move(indices)]

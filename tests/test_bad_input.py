@@ -204,6 +204,8 @@ RESUMED = [
     (changed(flags=5), "another model"),
     (changed(seconds="long"), "another model"),
     (changed(script="print()"), "print()"),
+    (changed(network_script="print()"), "the file of the network (tiny_net.py) has changed"),
+    (changed(images="others"), "images others"),
     (changed(dataset="Other"), "dataset Other"),
     (changed(classes=["a", "b"]), "classes"),
 ]

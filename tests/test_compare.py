@@ -19,16 +19,18 @@ import compare
 import util
 
 CLASSES = ("background", "cat", "dog")
+OPTIONS = {"has_test": True, "seconds": 6.0, "classes": CLASSES}
 
 
-def write_run(out, experiment, seed, ious, limit=None, epochs=3, has_test=True, seconds=6.0, classes=CLASSES):
+def write_run(out, experiment, seed, ious, limit=None, epochs=3, batch_size=16, **options):
     """Write a made-up run with the given IoU of each class, NaN for an absent one; return the Run."""
+    has_test, seconds, classes = (options.get(name, default) for name, default in OPTIONS.items())
     split = {"pixel_accuracy": 0.8, "miou": float(np.nanmean(ious)), "assignment_iou": 0.1}
     split["iou"] = {name: None if math.isnan(iou) else float(iou) for name, iou in zip(classes, ious)}
     split["background"] = {"pixel_accuracy": 0.7, "miou": 0.3}
     metrics = {"experiment": experiment, "dataset": "Made", "seed": seed, "device": "cpu", "epochs": 3}
     metrics |= {"parameters": 1_500_000, "multiply_adds": 2_000_000_000, "seconds": seconds}
-    metrics |= {"flags": {"epochs": epochs, "batch_size": 16, "limit": limit}, "versions": {"torch": "2.9"}}
+    metrics |= {"flags": {"epochs": epochs, "batch_size": batch_size, "limit": limit}, "versions": {"torch": "2.9"}}
     metrics |= {"defaults": {"epochs": 3, "batch_size": 16}}
     metrics |= {"val": split | {"miou": split["miou"] / 2}, "test": split if has_test else None}
     path = out / "results" / f"{experiment}_seed{seed}.json"
@@ -173,7 +175,8 @@ def started(monkeypatch):
             if self.returncode == 0:
                 seed, limit = int(flags["--seed"]), int(flags["--limit"]) if "--limit" in flags else None
                 name += "_no_pretrained" if "--no-pretrained" in command else ""
-                write_run(Path(flags["--out"]), name, seed, random_ious(seed), limit)
+                batch_size = int(flags.get("--batch-size", 16))
+                write_run(Path(flags["--out"]), name, seed, random_ious(seed), limit, batch_size=batch_size)
 
         def wait(self):
             pass

@@ -98,7 +98,7 @@ def test_two_processes_take_the_same_steps_as_one(runs, name):
 
 
 def test_only_the_main_process_prints(runs):
-    output = (runs / "output").read_text()  # of the plain and the compiled run
+    output = (runs / "output").read_text()  # of three runs
     assert output.count("\nepoch ") == 6
     assert output.count("\ntest_distributed seed 0: val mean IoU") == 3
 

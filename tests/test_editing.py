@@ -1,7 +1,7 @@
 """Edits of a script: every block of docs/EDITING.md trains, resumes and loads again, and mistakes are refused."""
 
 import ast
-import importlib
+import importlib.util
 import re
 import shutil
 import sys
@@ -10,11 +10,13 @@ import pytest
 import torch
 from conftest import ROOT, TESTS, make_tiny, run_main
 from matplotlib.figure import Figure
+from tiny_net import TinyNet
 
 import basic_fcn
 import checkpoint
 import engine
 import predict
+import preflight
 import resnet_fcn
 import util
 import voc
@@ -62,7 +64,7 @@ def project(tmp_path, monkeypatch):
     for path in (TESTS / "tiny_net.py", ROOT / "custom_fcn.py", ROOT / "resnet_fcn.py"):
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
-    monkeypatch.setattr(basic_fcn, "FCN", importlib.import_module("tiny_net").TinyNet)
+    monkeypatch.setattr(basic_fcn, "FCN", TinyNet)
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a plot"))
     loaders = voc.loaders
     small = {224: 32, (180, 240): (18, 24)}
@@ -81,10 +83,11 @@ def run(project, changes, flags="", name="train-mine", base="train", old="", new
     script = edit((ROOT / f"{base}.py").read_text(encoding="utf-8"), changes)
     assert old in script
     (project / f"{name}.py").write_text(script.replace(old, new), encoding="utf-8")
-    sys.modules.pop(name, None)
-    importlib.invalidate_caches()
+    spec = importlib.util.spec_from_file_location(name, project / f"{name}.py")
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
     pretrained = " --no-pretrained" if base == "train_5_b" else ""
-    return run_main(project, importlib.import_module(name), FLAGS + pretrained + f" {flags}")
+    return run_main(project, sys.modules[name], FLAGS + pretrained + f" {flags}")
 
 
 AUX_NET = """
@@ -135,6 +138,22 @@ class HalfLoss(torch.nn.Module):
 
 criterion = HalfLoss(voc.class_weights(train.split))
 """
+LEARNED = """
+class LearnedLoss(torch.nn.CrossEntropyLoss):
+    def __init__(self):
+        super().__init__(ignore_index=util.VOID)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, logits, masks):
+        loss = super().forward(logits * self.scale, masks)
+        if loss.requires_grad:
+            self.mean.lerp_(loss.detach(), 0.1)
+        return loss / self.mean
+
+criterion = LearnedLoss()
+optimizer = torch.optim.Adam([*model.parameters(), *criterion.parameters()], lr=1e-3)
+"""
 VIEWS = """
 class ViewLoss(torch.nn.NLLLoss):
     def forward(self, logits, masks):
@@ -160,6 +179,8 @@ EDITS = {
     "focal": ("train", block("FocalLoss(")),
     "Dice": ("train", block("DiceLoss(")),
     "float weight": ("train", FLOAT_WEIGHT),
+    "learned": ("train", LEARNED),
+    "tensor learning rate": ("train", "optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(1e-3))"),
     "views and NLLLoss": ("train", VIEWS),
     "network": ("train_5_a", block("MyNet(")),
     "odd network": ("train_5_a", ODD_NET),
@@ -201,7 +222,7 @@ def test_an_edit_trains_and_resumes_to_the_same_result(project, monkeypatch, nam
     histories = [(project / out / "results" / f"{stem}_seed0.csv").read_text() for out in ("complete", "stopped")]
     assert histories[0] == histories[1] and histories[0].count("\n") == 5
     states = [torch.load(project / out / f"last_{stem}.pt", weights_only=True) for out in ("complete", "stopped")]
-    for part in ("model", "optimizer"):
+    for part in ("model", "criterion", "optimizer"):
         torch.testing.assert_close(states[1][part], states[0][part], rtol=0, atol=0)
     assert states[1]["scheduler"] == states[0]["scheduler"]
     losses = [float(row.split(",")[2]) for row in histories[0].splitlines()[1:]]
@@ -363,6 +384,14 @@ MISTAKES = {
         net("return torch.nn.functional.dropout(self.layer(images), 0.5)"),
         "other logits each time in eval mode: dropout needs training=self.training",
     ),
+    "argument that is missing": (
+        net(
+            "return self.layer(images) * self.value", extra="self.value = value; self.layer.weight.data *= 1e-6"
+        ).replace("Net(len(train.classes))", "Net(len(train.classes), value=1.1)"),
+        "rebuilt, it computes other logits",
+    ),
+    "eval mode": (net() + "model.layer.eval()", "layer of the network is in eval mode"),
+    "sum": ('criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID, reduction="sum")', "leave out reduction"),
     "lazy layer": (net(extra="self.layer = torch.nn.LazyConv2d(num_classes, 1)"), "the network has lazy layers"),
     "compiled": (net().replace("model = Net(len(train.classes))", "model = torch.compile(Net(21))"), "pass --compile"),
     "class of a loss": ("criterion = torch.nn.CrossEntropyLoss", "criterion is the class CrossEntropyLoss itself"),
@@ -384,7 +413,7 @@ MISTAKES = {
     ),
     "optimizer of another network": (
         "optimizer = torch.optim.Adam(FCN(2).parameters())",
-        "no gradient .of another network.: leave",
+        "holds [0-9] parameters of neither the network nor the criterion",
     ),
     "one cycle per epoch": (
         block("OneCycleLR").split("engine.fit")[0],
@@ -435,11 +464,11 @@ MISTAKES = {
     "filled with background": (f"{V2}v2.RandomRotation((30, 40))", "into one with the label 0: keep labels, and fill"),
     "scaled masks": (
         f"{V2}v2.ToDtype({{tv_tensors.Image: torch.uint8, tv_tensors.Mask: torch.float32}}, scale=True)",
-        r"masks of torch.float32 \[8, 32, 32\], not torch.uint8",
+        r"masks of torch.float32 \[64, 32, 32\], not torch.uint8",
     ),
     "normalised twice": (f"{V2}v2.ToDtype(torch.float32, scale=True)", "images of torch.float32 .*normalises after"),
-    "another size": (f"{V2}v2.RandomCrop(16)", r"images of torch.uint8 \[8, 3, 16, 16\], not .*keep size"),
-    "error in the augmentation": (f"{V2}v2.RandomCrop(300)", "the augmentation fails .*RandomCrop|.*crop"),
+    "another size": (f"{V2}v2.RandomCrop(16)", r"images of torch.uint8 \[64, 3, 16, 16\], not .*keep size"),
+    "error in the augmentation": (f"{V2}v2.RandomCrop(300)", "the augmentation fails .*([Cc]rop)"),
 }
 
 
@@ -491,6 +520,23 @@ def test_a_trainable_loss_that_no_optimizer_holds_is_a_warning(project, capsys):
     assert "warning: 1 trainable parameters are not in the optimizer and keep their values: criterion.scale" in (
         capsys.readouterr().out
     )
+
+
+def test_a_network_in_a_script_with_a_dot_in_its_name_can_be_loaded(project):
+    assert run(project, block("MyNet("), base="train_5_a", name="train.v2") == 0
+    del sys.modules["train.v2"]
+    assert checkpoint.load(project / "best_train.v2.pt").network.arguments == {"classes": 21, "width": 16}
+
+
+def test_several_processes_need_a_gradient_for_every_trainable_parameter(monkeypatch):
+    """DistributedDataParallel would fail in the second batch."""
+    model = TinyNet(2)
+    optimizer = torch.optim.SGD(model.classifier.parameters(), 0.1)
+    used = {id(parameter) for parameter in model.parameters()} - {id(model.layers[0].bias)}
+    assert len(preflight._check_parameters(model, None, optimizer, used)) == 1
+    monkeypatch.setattr(preflight.processes, "world_size", lambda: 2)
+    with pytest.raises(util.UserError, match="need a gradient for layers.0.bias: freeze"):
+        preflight._check_parameters(model, None, optimizer, used)
 
 
 def test_without_patience_a_run_goes_to_its_end(project, capsys):

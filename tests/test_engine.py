@@ -196,7 +196,7 @@ def test_the_loss_of_a_batch_is_that_of_the_criterion(options):
     assert weight == pytest.approx(sum(class_weights[label].item() for label in masks[masks != util.VOID]))
 
 
-@pytest.mark.parametrize("class_weights", [None, torch.linspace(1, 2, 21)])
+@pytest.mark.parametrize("class_weights", [None, torch.linspace(1, 2, 21), torch.arange(21.0)])
 def test_a_batch_without_labelled_pixels_moves_no_weight(tiny, class_weights):
     images, masks, _ = next(voc.loaders(tiny, 2, size=SIZE)[0].batches(1))
     criterion = CrossEntropyLoss(class_weights, ignore_index=util.VOID)

@@ -54,12 +54,13 @@ def test_files_without_a_checkpoint_to_continue_are_not_overwritten_either(folde
 
 
 def test_overwrite_replaces_all_that_the_first_run_has_left(folder):
-    other = folder / "plots" / "train_4_a_curves.png"  # of another experiment
-    other.write_bytes(b"a plot")
+    others = [folder / "plots" / "train_4_a_curves.png", folder / "results" / "train_seed_sweep_seed0.csv"]
+    for other in others:
+        other.write_bytes(b"of another experiment")
     assert run(folder, "--epochs 1 --seed 1 --overwrite") == 0
-    assert {path.name for path in (folder / "results").iterdir()} == {"train_seed1.json", "train_seed1.csv"}
+    assert {path.name for path in folder.glob("results/train_seed[0-9]*")} == {"train_seed1.json", "train_seed1.csv"}
     states = [torch.load(folder / f"{kind}_train.pt", weights_only=True) for kind in ("best", "last")]
-    assert [state["seed"] for state in states] == [1, 1] and other.exists()
+    assert [state["seed"] for state in states] == [1, 1] and all(other.exists() for other in others)
 
 
 def test_overwrite_deletes_nothing_if_the_new_run_cannot_start(folder, monkeypatch):

@@ -157,6 +157,13 @@ def test_only_train_is_augmented_with_new_params_in_every_epoch(tiny):
     assert torch.equal(images[6], originals[0].images[1].flip(-1)) and len(images) == len(masks) == 7
 
 
+def test_batches_are_on_the_device_of_the_loader(tiny):
+    """A stand-in for a GPU of which the data would fill too much; the data stays on the CPU."""
+    loader = voc.Loader(voc.Split(tiny, "train"), size=16, batch_size=4, device="meta")
+    assert loader.data.device.type == "cpu"
+    assert {tensor.device.type for tensor in loader.take(torch.tensor([0, 2]))} == {"meta"}
+
+
 def test_limit_keeps_the_first_images_and_the_test_split_may_be_missing(tiny):
     (tiny / "ImageSets" / "Segmentation" / "test.txt").unlink()
     train, val, test = voc.loaders(tiny, size=8, batch_size=2, limit=2)
