@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -270,33 +269,6 @@ def _link(source, target):
         shutil.copyfile(source, target)
 
 
-def verify(root):
-    """Open every photo and mask of the splits of ``root``; print the faults and return their number."""
-    faults = 0
-    for name in ("train", "val", "test"):
-        if name == "test" and not (root / "ImageSets" / "Segmentation" / "test.txt").exists():
-            continue
-        try:
-            split = voc.Split(root, name)
-        except UserError as error:
-            print(error)
-            faults += 1
-            continue
-
-        def fault(index, split=split):
-            try:
-                split.resized(index, (1, 1))
-            except UserError as error:
-                return str(error)
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = pool.map(fault, range(len(split)))
-            errors = [text for text in tqdm(found, name, len(split), unit=" images", disable=None) if text]
-        print("\n".join([*errors, f"{name}: {len(split)} images, {len(errors)} with faults"]))
-        faults += len(errors)
-    return faults
-
-
 def _url(text):
     if not text.startswith(("http://", "https://")):
         raise argparse.ArgumentTypeError(f"{text!r} does not start with http:// or https://")
@@ -317,9 +289,7 @@ def main():
     name = "Toy" if args.toy else "VOC2012-SBD" if args.sbd else f"VOC{args.year}"
     root = args.out / "VOCdevkit" / name
     if args.verify:
-        faults = verify(root)
-        if faults:
-            raise UserError(f"{root}: {faults} faults, listed above")
+        voc.check(root)
     elif args.sbd:
         get_sbd(args.out, args.mirror, args.tar)
     elif not args.toy:

@@ -1,11 +1,13 @@
 """Photos and masks as arrays: decoding, resizing and normalising, and VOC's palette."""
 
+import contextlib
 import functools
+import struct
 import warnings
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import processes
 from util import UserError
@@ -14,12 +16,17 @@ from util import UserError
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png")
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # in lower case; files may differ in case
 MAX_SIDE = 1 << 13  # of a network's input in pixels
 
 # Larger images are not decoded. Pillow refuses only images of twice this size, and warns from here on.
 MAX_PIXELS = 89_478_485
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of damaged EXIF data, which many photos have and which only matters for their orientation.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+
+# What Pillow raises for damaged files, besides OSError and DecompressionBombError.
+DAMAGED = (SyntaxError, ValueError, TypeError, LookupError, struct.error)
 
 
 def _palette():
@@ -52,8 +59,20 @@ def open_image(path):
             return image
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, but a split lists it: add the file or remove its id") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, *DAMAGED, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error}): replace the file") from None
+
+
+def open_photo(path):
+    """Decode the photo at ``path`` as a PIL image in RGB, turned upright as its EXIF orientation says.
+
+    A photo without an orientation, or with one that cannot be read, stays as it is stored. Raises a UserError if the
+    file cannot be decoded.
+    """
+    image = open_image(path)
+    with contextlib.suppress(*DAMAGED):
+        ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
 
 
 def to_rgb(image):

@@ -3,9 +3,11 @@
 A folder in VOC layout holds ``JPEGImages/<id>.jpg``, ``SegmentationClass/<id>.png`` and
 ``ImageSets/Segmentation/<split>.txt`` with one id per line; for other classes than VOC's, ``classes.txt`` with one name
 per line. Masks hold class indices, and 255 for void, the unlabelled pixels: void stays 255 up to the loss
-(``ignore_index``) and the metrics. Print how often each class occurs:
+(``ignore_index``) and the metrics. dataset.py reads the files, and docs/DATA.md describes them.
 
-    python voc.py --data data/VOCdevkit/VOC2007 --split train
+    python voc.py --data DIR --split train              print how often each class occurs in a split
+    python voc.py --data DIR --check                    open every photo and mask of the splits and list all faults
+    python voc.py --data DIR --from-colours colours.txt convert masks in colours to class indices
 """
 
 import contextlib
@@ -13,9 +15,8 @@ import functools
 import hashlib
 import math
 import os
-from collections import Counter
+import stat
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import PIL
@@ -24,6 +25,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 import cli
+import dataset
 import files
 import imaging
 import processes
@@ -36,29 +38,7 @@ CLASSES = (
 )  # fmt: skip
 
 DIGEST_LENGTH = 16  # characters of the digest in the name of a cache file
-
-def _find_root(root):
-    """Return ``root`` as a Path if it is a folder in VOC layout, else raise a UserError that says where data is."""
-    root = Path(root)
-    if (root / "ImageSets" / "Segmentation").is_dir():
-        return root
-    for folder in (*sorted(root.glob("*")), *sorted(root.glob("*/*")), *root.parents):
-        if (folder / "ImageSets" / "Segmentation").is_dir():
-            raise UserError(f"{root} is not in VOC layout, but {folder} is: use --data {folder}")
-    raise UserError(
-        f"{root}: no data in VOC layout (JPEGImages, SegmentationClass, ImageSets/Segmentation): "
-        "python download.py fetches VOC2007 (from archives on disk with --tar FILE --tar FILE), and "
-        "python download.py --toy renders a toy set without network, for --data data/VOCdevkit/Toy"
-    )
-
-
-def _read_lines(path, hint):
-    """The lines of a text file that are not blank; UserError, ending with ``hint``, if it cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error}): {hint}") from None
-    return [line.strip() for line in lines if line.strip()]
+DECODING = 2  # part of the digest: raise it when the same files give other pixels, so that no outdated cache is read
 
 
 class Split:
@@ -68,76 +48,55 @@ class Split:
         root: the folder in VOC layout.
         name: name of the list in ``ImageSets/Segmentation``, without ``.txt``.
         limit: keep only the first N ids; None keeps all.
+        report: called with the message of each fault of the list and ``classes.txt``; by default, the first is raised.
 
     Attributes:
         root: Path of the folder. dataset: its name.
-        ids: list of str. classes: tuple of class names, from ``classes.txt`` if there is one, else VOC's 21.
+        ids: list of str, see ``dataset.read_ids``. all_ids: the same without the limit.
+        num_left_out: how many lines of the list are marked -1.
+        classes: tuple of class names, from ``classes.txt`` if there is one, else VOC's 21.
 
     Raises:
-        UserError: the folder or the split does not exist, or the split is empty or lists an id twice.
+        UserError: the folder or the split does not exist, or the list or ``classes.txt`` has a fault.
     """
 
-    def __init__(self, root, name, limit=None):
-        self.root, self.name, self.limit = _find_root(root), name, limit
+    def __init__(self, root, name, limit=None, report=dataset.refuse):
+        self.root, self.name = dataset.find_root(root), name
         self.dataset = self.root.resolve().name
-        path = self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
-        hint = "write one image id per line into it"
+        path = self.root / dataset.LISTS / f"{name}.txt"
         if not path.exists():
-            raise UserError(f"{path}: no such split: {hint}")
-        ids = _read_lines(path, hint)
-        if not ids:
-            raise UserError(f"{path}: the split is empty: {hint}")
-        for image_id in ids:
-            if not image_id.isprintable() or Path(image_id).is_absolute() or ".." in Path(image_id).parts:
-                raise UserError(f"{path}: {image_id!r} is not the name of a file in this folder: correct the line")
-        image_id, count = Counter(ids).most_common(1)[0]
-        if count > 1:
-            raise UserError(f"{path}: lists {image_id} {count} times: keep one")
-        self.ids = ids[:limit]
-        self.classes = self._read_classes()
-
-    def _read_classes(self):
+            raise UserError(f"{path}: no such split: write one image id per line into it")
+        self._photos = dataset.list_images(self.root / "JPEGImages", imaging.PHOTO_SUFFIXES)
+        self._masks = dataset.list_images(self.root / "SegmentationClass", dataset.MASK_SUFFIXES)
+        self.all_ids, self.num_left_out = dataset.read_ids(path, self._photos.keys() | self._masks.keys(), report)
+        self.ids = self.all_ids[:limit]
         path = self.root / "classes.txt"
-        if not path.exists():
-            return CLASSES
-        names = tuple(_read_lines(path, "write one class name per line into it"))
-        if not 2 <= len(names) <= VOID or len(set(names)) < len(names):
-            raise UserError(f"{path}: needs 2 to {VOID} different class names, one per line; it has {len(names)}")
-        return names
+        self.classes = dataset.read_classes(path, report) if path.exists() else CLASSES
 
     def __len__(self):
         return len(self.ids)
 
     def paths(self, index):
-        """The paths of a photo and its mask. If there is no photo, its path is the one of a JPEG."""
-        stem = self.root / "JPEGImages" / self.ids[index]
-        candidates = [stem.with_name(stem.name + suffix) for suffix in imaging.PHOTO_SUFFIXES]
-        # os.path.exists returns False for a name that the system does not allow; Path.exists may raise
-        photo = next((path for path in candidates if os.path.exists(path)), candidates[0])
-        return photo, self.root / "SegmentationClass" / f"{self.ids[index]}.png"
+        """The paths of a photo and its mask, see ``photo_path`` and ``mask_path``."""
+        return self.photo_path(index), self.mask_path(index)
+
+    def photo_path(self, index):
+        """The path of a photo; that of a JPEG if there is none. Raises a UserError if two photos have the id."""
+        image_id = self.ids[index]
+        return dataset.find_image(self._photos, image_id, self.root / "JPEGImages" / f"{image_id}.jpg")
+
+    def mask_path(self, index):
+        """The path of a mask, whether or not it exists. Raises a UserError if two masks have the id."""
+        image_id = self.ids[index]
+        return dataset.find_image(self._masks, image_id, self.root / "SegmentationClass" / f"{image_id}.png")
 
     def photo(self, index):
-        """The photo as a PIL image in RGB. Raises a UserError if it is missing or unreadable."""
-        return imaging.to_rgb(imaging.open_image(self.paths(index)[0]))
+        """The photo as a PIL image in RGB, upright. Raises a UserError if it is missing or unreadable."""
+        return imaging.open_photo(self.photo_path(index))
 
     def mask(self, index):
-        """The mask as a uint8 array [H, W] of class indices and VOID, at its own resolution.
-
-        Raises a UserError if it is missing, unreadable, neither a palette nor a greyscale image, or holds other values.
-        """
-        path = self.paths(index)[1]
-        image = imaging.open_image(path)
-        if image.mode not in ("P", "L", "1"):
-            advice = "save class indices as a palette or 8-bit greyscale PNG"
-            raise UserError(f"{path}: is an image in mode {image.mode}, not a mask of class indices: {advice}")
-        mask = np.asarray(image).astype(np.uint8)
-        num_classes = len(self.classes)
-        invalid = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)[num_classes:VOID])
-        if invalid.size:
-            value, advice = invalid[0] + num_classes, f"correct the mask, or {self.root / 'classes.txt'}"
-            known = f"a class (0 .. {num_classes - 1}) nor void ({VOID})"
-            raise UserError(f"{path}: holds the value {value}, which is neither {known}: {advice}")
-        return mask
+        """The mask as a uint8 array [H, W] of class indices and VOID; errors as in ``dataset.read_mask``."""
+        return dataset.read_mask(self.mask_path(index), len(self.classes), self.root)
 
     def resized(self, index, size):
         """Photo and mask at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
@@ -146,18 +105,48 @@ class Split:
         them is invalid, or if they differ in size.
         """
         photo, mask = self.photo(index), Image.fromarray(self.mask(index))
-        if photo.size != mask.size:
-            sizes = f"{mask.width}x{mask.height}, but its photo is {photo.width}x{photo.height}"
-            raise UserError(f"{self.paths(index)[1]}: is {sizes}: a mask needs the size of its photo")
+        self._check_size(index, photo, mask)
         return np.dstack((imaging.resize(photo, size), imaging.resize(mask, size, Image.Resampling.NEAREST)))
 
+    def _check_size(self, index, photo, mask):
+        if photo.size == mask.size:
+            return
+        photo_path, mask_path = self.paths(index)
+        size, upright = (f"{image.width}x{image.height}" for image in (mask, photo))
+        if imaging.open_image(photo_path).size == mask.size:
+            problem = f"fits its photo only without the photo's EXIF orientation ({size}, but upright {upright})"
+            advice = f"rotate the mask, or remove the orientation from {photo_path.name}"
+            raise UserError(f"{mask_path}: {problem}: {advice}")
+        raise UserError(f"{mask_path}: is {size}, but its photo is {upright}: a mask needs the size of its photo")
+
+    def check(self, index):
+        """Check a photo and its mask as ``resized`` does.
+
+        Returns:
+            list of the messages of their faults, and the mask's int64 counts [256] of each value, or None if it is
+            invalid.
+        """
+        faults = []
+
+        def attempt(function, *args):
+            try:
+                return function(*args)
+            except UserError as error:
+                faults.append(str(error))
+
+        photo, mask = attempt(self.photo, index), attempt(self.mask, index)
+        if not faults:
+            attempt(self._check_size, index, photo, Image.fromarray(mask))
+        return faults, None if mask is None else np.bincount(mask.ravel(), minlength=VOID + 1)
+
     def digest(self, size):
-        """A short hash of everything that ``resized`` depends on for any image: files, classes, Pillow's version."""
-        state = [size, len(self.classes), PIL.__version__]
-        for index in range(len(self)):
-            for path in self.paths(index):
-                stat = path.stat() if os.path.exists(path) else None  # a missing file is reported when it is opened
-                state.append((path.name, stat and (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)))
+        """A short hash of all that ``resized`` depends on for any image of the list, whatever the limit."""
+        state = [DECODING, size, len(self.classes), PIL.__version__]
+        for image_id in self.all_ids:
+            for images in (self._photos, self._masks):
+                for path in images.get(image_id, []):
+                    found = path.stat() if path.exists() else None  # a missing file is reported when it is opened
+                    state.append((image_id, path.name, found and (found.st_size, found.st_mtime_ns, found.st_ctime_ns)))
         return hashlib.sha256(repr(state).encode()).hexdigest()[:DIGEST_LENGTH]
 
 
@@ -180,35 +169,56 @@ def class_weights(split):
     return torch.tensor(1 / np.log(1.02 + pixels / pixels.sum()), dtype=torch.float32)
 
 
+@contextlib.contextmanager
+def _naming_check(root):
+    """Add the command that lists all faults to the message of the first."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} ({dataset.command(root, '--check')} lists all faults)") from None
+
+
 def load_resized(split, size):
     """``Split.resized`` of all images at ``size``, (H, W): uint8 tensor [N, H, W, 4] on the CPU.
 
     They are decoded and checked once, and cached as a ``.npy`` file in ``.cache`` in the data's folder, which later
     runs map into memory. Its name holds ``Split.digest``, so that a change of any file is noticed. If the folder cannot
-    be written, nothing is cached.
+    be written, nothing is cached. With a limit, the first rows of the complete split's file are used if there is one,
+    and nothing is cached.
     """
     height, width = size
-    name = f"{split.name}_{height}x{width}" + ("" if split.limit is None else f"_limit{split.limit}")
-    path = split.root / ".cache" / f"{name}_{split.digest(size)}.npy"
+    folder, name = split.root / ".cache", f"{split.name}_{height}x{width}"
+    path = folder / f"{name}_{split.digest(size)}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
-        return torch.from_numpy(np.load(path, mmap_mode="c"))
+        return torch.from_numpy(np.load(path, mmap_mode="c")[: len(split)])
 
     pixels = np.empty((len(split), height, width, 4), np.uint8)
 
     def read(index):
         pixels[index] = split.resized(index, size)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _naming_check(split.root), ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(read, range(len(split))):  # raises the error of the first image that has one
             pass
-    with contextlib.suppress(OSError, UserError):
-        path.parent.mkdir(exist_ok=True)
-        with files.atomic_write(path) as file:
-            np.save(file, pixels)
-        for outdated in path.parent.glob(f"{name}_{'?' * DIGEST_LENGTH}.npy"):
-            if outdated != path:
-                outdated.unlink(missing_ok=True)
+    if len(split) == len(split.all_ids):
+        with contextlib.suppress(OSError, UserError):
+            _write_cache(path, pixels)
+            for outdated in folder.glob(f"{name}_{'?' * DIGEST_LENGTH}.npy"):
+                if outdated != path:
+                    outdated.unlink(missing_ok=True)
     return torch.from_numpy(pixels)
+
+
+def _write_cache(path, pixels):
+    """Save an array in ``.cache``, with the permissions of the data's folder: others who share it share the cache."""
+    folder = path.parent
+    mode = stat.S_IMODE(folder.parent.stat().st_mode)
+    if not folder.exists():
+        folder.mkdir()
+        folder.chmod(mode)
+    with files.atomic_write(path) as file:
+        np.save(file, pixels)
+    path.chmod(mode & 0o666)
 
 
 class PerImage:
@@ -257,6 +267,7 @@ class Loader:
         size: (height, width).
         images, masks: the whole split, uint8 [N, 3, H, W] and [N, H, W], on the GPU if it takes less than a quarter of
             its free memory, else on the CPU.
+        counts: the pixels of each class over all masks at this size, int64 [C] on the CPU.
         mean, std: of ``normalise``, tuples of three floats.
     """
 
@@ -270,8 +281,10 @@ class Loader:
         self.repeats = self.unchanged + (0 if augment is None else getattr(augment, "augmented", 1))
         with processes.main_process_first():
             self.data = load_resized(split, self.size)
-        if not any((mask != VOID).any() for mask in self.data[..., 3]):  # usually stops at the first mask
-            raise UserError(f"{split.root}: no mask of the split {split.name} has a labelled pixel: all is void")
+        counts = sum(torch.bincount(mask.flatten(), minlength=VOID + 1) for mask in self.data[..., 3])
+        self.counts = counts[: len(self.classes)]
+        if fault := dataset.label_fault(split, self.counts.numpy(), training):
+            raise UserError(fault)
         smallest = len(split) * self.repeats // len(self)
         if training and smallest < processes.world_size():
             count = processes.world_size()
@@ -287,8 +300,7 @@ class Loader:
     @functools.cached_property
     def baseline(self):
         """Name and Scores of the all-background baseline at the loader's size, see ``util.Scores.baseline``."""
-        counts = torch.bincount(self.masks.flatten().cpu(), minlength=VOID + 1)[: len(self.classes)]
-        return util.Scores(math.nan, torch.diag(counts), self.classes).baseline
+        return util.Scores(math.nan, torch.diag(self.counts), self.classes).baseline
 
     def normalise(self, images):
         """``normalise`` with the loader's device, mean and standard deviation."""
@@ -356,31 +368,71 @@ class Loader:
 def loaders(root, batch_size, size, augment=None, limit=None, seed=0, device="cpu"):
     """Loaders of the splits train, val and test; only train is shuffled and augmented. See Split and Loader.
 
-    The third is None if there is no ``test.txt``: the reported metrics are then on val only.
+    The third is None if there is no ``test.txt``: the reported metrics are then on val only. The main process prints
+    a line for each suspicious property of the data, such as classes without a pixel in train.
     """
-    root = _find_root(root)
+    root = dataset.find_root(root)
     shared = {"size": size, "batch_size": batch_size, "seed": seed, "device": device}
-    train, val = (Split(root, name, limit) for name in ("train", "val"))
-    has_test = (root / "ImageSets" / "Segmentation" / "test.txt").exists()
-    test = Split(root, "test", limit) if has_test else None
-    return (
-        Loader(train, training=True, augment=augment, **shared),
-        Loader(val, **shared),
-        None if test is None else Loader(test, **shared),
-    )
+    with _naming_check(root):
+        splits = [Split(root, name, limit) for name in dataset.split_names(root)]
+    train = Loader(splits[0], training=True, augment=augment, **shared)
+    others = [Loader(split, **shared) for split in splits[1:]]
+    if processes.is_main():
+        for text in dataset.warnings(splits, [loader.counts.tolist() for loader in (train, *others)]):
+            print(f"warning: {text}", flush=True)
+    return train, others[0], others[1] if len(others) > 1 else None
 
 
-def main():
-    parser = cli.Parser("Print how often each class occurs in a split, void excluded.")
-    parser.add_argument("--data", default="data/VOCdevkit/VOC2007", metavar="DIR", help="folder in VOC layout")
-    parser.add_argument("--split", default="train", help="name of a list in ImageSets/Segmentation (default: train)")
-    args = parser.parse_args()
-    split = Split(args.data, args.split)
+def check(root):
+    """Open all photos and masks of the splits train, val and test; print warnings and all faults of the data.
+
+    Raises a UserError if there are faults. Of a kind, the first 20 are printed.
+    """
+    root = dataset.find_root(root)
+    faults, splits, counts = [], [], []
+    for name in dataset.split_names(root):
+        try:
+            split = Split(root, name, report=faults.append)
+        except UserError as error:
+            faults.append(str(error))
+            continue
+        results = dataset.map_images(split.check, range(len(split)), name)
+        faults += [message for messages, _ in results for message in messages]
+        valid = [values[: len(split.classes)] for _, values in results if values is not None]
+        if valid:
+            splits.append(split)
+            counts.append(sum(valid))
+            faults += filter(None, [dataset.label_fault(split, counts[-1], training=name == "train")])
+    if len(splits) == len(dataset.split_names(root)):
+        for text in dataset.warnings(splits, counts):
+            print(f"warning: {text}")
+    dataset.report_faults(root, faults)
+    print(f"{root}: no faults in {', '.join(f'{len(split)} {split.name} images' for split in splits)}")
+
+
+def print_class_counts(split):
+    """Print how often each class occurs in a Split, void excluded."""
     pixels, images = class_counts(split)
     print(f"{split.root} {split.name}: {len(split)} masks, {pixels.sum()} labelled pixels")
     print(f"{'class':14} {'share of pixels':>15} {'pixels':>11} {'images':>7}")
     for name, num_pixels, num_images in zip(split.classes, pixels, images):
         print(f"{name:14} {num_pixels / pixels.sum():15.4f} {num_pixels:11d} {num_images:7d}")
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--data", default="data/VOCdevkit/VOC2007", metavar="DIR", help="folder in VOC layout")
+    parser.add_argument("--split", default="train", help="name of a list in ImageSets/Segmentation (default: train)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="list all faults of train, val and test instead")
+    instead.add_argument("--from-colours", metavar="FILE", help="convert masks in colours instead")
+    args = parser.parse_args()
+    if args.check:
+        check(args.data)
+    elif args.from_colours:
+        dataset.from_colours(args.data, args.from_colours)
+    else:
+        print_class_counts(Split(args.data, args.split))
 
 
 if __name__ == "__main__":

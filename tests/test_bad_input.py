@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Malicious, make_tiny, run_main, write_pair, write_split
-from PIL import Image
+from PIL import ExifTags, Image
 
 import checkpoint
 import compare
@@ -67,15 +67,53 @@ def mask(array):
     return lambda folder: Image.fromarray(array).save(folder / MASK)
 
 
-def all_void(split):
+def all_masks(split, change):
+    """A fault: the masks of a split become what ``change`` makes of their arrays, as greyscale images."""
+
     def spoil(folder):
         for name in (folder / LISTS / f"{split}.txt").read_text().split():
             path = folder / MASKS / f"{name}.png"
             with Image.open(path) as image:
-                void = Image.new("L", image.size, util.VOID)
-            void.save(path)
+                array = np.array(image)
+            Image.fromarray(change(array)).save(path)
 
     return spoil
+
+
+def all_void(array):
+    return np.full_like(array, util.VOID)
+
+
+def binary(array):
+    """Objects saved as 255, as many tools do."""
+    return np.where(array, 255, 0).astype(np.uint8)
+
+
+def rotated_photo(folder):
+    """A fault: the photo gets an EXIF orientation after the mask was drawn."""
+    with Image.open(folder / PHOTO) as image:
+        exif = image.getexif()
+        exif[ExifTags.Base.Orientation] = 6
+        image.resize((30, 20)).save(folder / PHOTO, exif=exif)
+    Image.new("L", (30, 20)).save(folder / MASK)
+
+
+def reordered_palette(folder):
+    """A fault: an image editor has saved the used colours only, in the order of their first pixels."""
+    with Image.open(folder / MASK) as image:
+        array, palette = np.array(image), np.array(image.getpalette()).reshape(-1, 3)
+    values, indices = np.unique(array, return_inverse=True)
+    image = Image.fromarray(indices.reshape(array.shape).astype(np.uint8))
+    image.putpalette(palette[values].astype(np.uint8).tobytes())
+    image.save(folder / MASK)
+
+
+def copied(source, target):
+    return lambda folder: shutil.copy(folder / source, folder / target)
+
+
+def both(*faults):
+    return lambda folder: [fault(folder) for fault in faults]
 
 
 def saved(value):
@@ -117,6 +155,9 @@ FLAGS += [
     (download, "--tar afile", "afile"),
     (download, "--mirror ftp", "--mirror"),
     (voc, "--data Tiny --split none", "none.txt"),
+    (voc, "--data Tiny --from-colours none.txt", "none.txt: cannot be read"),
+    (voc, "--data Tiny --from-colours afile", "afile: line 1 is"),
+    (voc, "--data none --check", "none: no data in VOC layout"),
     (predict, "", "checkpoint"),
     (predict, "none.pt Tiny/JPEGImages", "none.pt: no such file"),
     (predict, "Tiny Tiny/JPEGImages", "Tiny"),
@@ -143,14 +184,22 @@ DATA = [
     (write(f"{LISTS}/test.txt", b""), "test.txt"),
     (write(f"{LISTS}/train.txt", b"\xff\xfe\x00\x01"), "train.txt"),
     (folder_at(f"{LISTS}/train.txt"), "train.txt"),
-    (write(f"{LISTS}/train.txt", b"000000\n000001\n000000\n"), "000000 2 times"),
-    (write(f"{LISTS}/train.txt", b"../../secret\n"), "'../../secret' is not the name of a file in this folder"),
-    (write(f"{LISTS}/train.txt", b"/etc/passwd\n"), "'/etc/passwd' is not the name of a file in this folder"),
+    (write(f"{LISTS}/train.txt", b"000000\n000001\n000000\n"), "lists an id more than once (000000, 2 times)"),
+    (write(f"{LISTS}/train.txt", b"../../secret\n"), "is not the name of a file in this folder ('../../secret')"),
+    (write(f"{LISTS}/train.txt", b"/etc/passwd\n"), "is not the name of a file in this folder ('/etc/passwd')"),
     (write(f"{LISTS}/train.txt", b"a\x00b\n"), r"a\x00b"),
     (write(f"{LISTS}/train.txt", b"a\x1bb\n"), r"a\x1bb"),
     (write(f"{LISTS}/train.txt", b"a" * 400), "aaaa.jpg"),
     (write(f"{LISTS}/train.txt", "füchse und 'hunde'\n".encode()), "füchse und 'hunde'.jpg"),
-    (write(f"{LISTS}/train.txt", b"000000  1\n"), "000000  1.jpg"),
+    (write(f"{LISTS}/train.txt", b"none  1\n"), "none.jpg: no such file"),
+    (write(f"{LISTS}/train.txt", b"000000 -1\n000001 -1\n"), "train.txt: the split is empty, as all its lines end"),
+    (write(f"{LISTS}/train.txt", b"none.jpg\n"), "none.jpg: no such file"),
+    (write(f"{LISTS}/train.txt", b"a.jpg b.png\n"), "a photo and a mask of different names ('a.jpg b.png')"),
+    (write(f"{LISTS}/train.txt", "größe\n".encode("latin-1")), "train.txt: is not UTF-8 text"),
+    (write(f"{LISTS}/train.txt", "000000\n".encode("utf-16")), "save it as UTF-8"),
+    (copied(PHOTO, f"{PHOTOS}/{FIRST}.JPEG"), f"is not the only file with its id (also {FIRST}.jpg): keep one"),
+    (copied(MASK, f"{MASKS}/{FIRST}.PNG"), f"is not the only file with its id (also {FIRST}.png): keep one"),
+    (rotated_photo, f"{FIRST}.png: fits its photo only without the photo's EXIF orientation (30x20, but upright 20x3"),
     (remove(PHOTOS), f"{FIRST}.jpg"),
     (remove(MASKS), f"{FIRST}.png"),
     (remove(PHOTO), f"{FIRST}.jpg: no such file"),
@@ -166,18 +215,37 @@ DATA = [
     (write(MASK, b""), f"{FIRST}.png"),
     (write(MASK, png_header(60000, 60000)), f"{FIRST}.png: cannot be read as an image (Image size"),
     (mask(np.zeros((40, 40, 3), np.uint8)), f"{FIRST}.png: is an image in mode RGB,"),
-    (mask(np.zeros((40, 40, 4), np.uint8)), f"{FIRST}.png"),
+    (mask(np.zeros((40, 40, 3), np.uint8)), "python voc.py --data Tiny --from-colours colours.txt converts"),
+    (mask(np.zeros((40, 40, 4), np.uint8)), "python voc.py --data Tiny --from-colours colours.txt converts"),
+    (reordered_palette, f"{FIRST}.png: has VOC's colours in another order"),
+    (reordered_palette, "python voc.py --data Tiny --from-colours colours.txt converts"),
     (mask(np.zeros((40, 40), np.uint16)), f"{FIRST}.png"),
     (mask(np.full((40, 40), len(voc.CLASSES), np.uint8)), f"{FIRST}.png: holds the value 21,"),
     (mask(np.zeros((7, 9), np.uint8)), f"{FIRST}.png: is 9x7, but its photo is"),
-    (all_void("train"), "no mask of the split train has a labelled pixel"),
-    (all_void("val"), "no mask of the split val has a labelled pixel"),
+    (remove(MASK), "python voc.py --data Tiny --check lists all faults"),
+    (write(f"{LISTS}/val.txt", b""), "python voc.py --data Tiny --check lists all faults"),
+    (all_masks("train", all_void), "no mask of the split train has a labelled pixel"),
+    (all_masks("val", all_void), "no mask of the split val has a labelled pixel"),
+    (all_masks("train", binary), "show only background (value 0) and void: 255 is void, and an object needs the value"),
+    (both(all_masks("train", np.ones_like), write("Tiny/classes.txt", b"a\nb\n")), "show only b (value 1)"),
+    (write("Tiny/classes.txt", b"sky\nroad\n\ncar\n"), "classes.txt: line 3 is empty"),
+    (write("Tiny/classes.txt", b"sky\nroad\nsky\ncar\n"), "classes.txt: line 3 repeats a class name (sky)"),
+    (write("Tiny/classes.txt", "Größe\nsky\n".encode("latin-1")), "classes.txt: is not UTF-8 text"),
     (write("Tiny/classes.txt", b"one\n"), "classes.txt: needs 2 to 255 different class names, one per line; it has 1"),
     (write("Tiny/classes.txt", b"same\nsame\n"), "classes.txt"),
     (write("Tiny/classes.txt", b"\n".join(b"%d" % label for label in range(256))), "classes.txt"),
     (write("Tiny/classes.txt", b"\xff\xfe\x00\x01"), "classes.txt"),
     (write("Tiny/classes.txt", b"a\nb\n"), "classes.txt"),
     (folder_at("Tiny/classes.txt"), "classes.txt"),
+]
+# contents of colours.txt, and the message of voc.py --from-colours
+COLOURS = [
+    (b"0 0 0 sky\n", "colours.txt: needs 2 to 255 classes"),
+    (b"0 0 0 sky\n0,0,256,road\n", "colours.txt: line 2 is '0,0,256,road'"),
+    (b"0 0 0 sky\n\n0 0 1 road\n", "colours.txt: line 2 is ''"),
+    (b"0 0 0 sky\n0 0 0 road\n", "colours.txt: line 2 repeats a colour or a name (0 0 0 road)"),
+    (b"0 0 0 sky\n0 0 1 sky\n", "colours.txt: line 2 repeats a colour or a name (0 0 1 sky)"),
+    (b"\xff\xfe", "colours.txt: is not UTF-8 text"),
 ]
 # contents of a checkpoint, with which predict.py or train.py --resume then starts
 CHECKPOINT = [
@@ -220,6 +288,7 @@ RESUME = "--data Tiny --epochs 3 --limit 2 --batch-size 2 --device cpu --resume"
 PREDICT = f"best_train.pt {PHOTO} --device cpu"
 CASES = [(None, script, flags, message) for script, flags, message in FLAGS]
 CASES += [(spoil, train, "--data Tiny --epochs 1 --device cpu", message) for spoil, message in DATA]
+CASES += [(write("colours.txt", text), voc, "--data Tiny --from-colours colours.txt", part) for text, part in COLOURS]
 CASES += [(write("best_train.pt", content), predict, PREDICT, message) for content, message in CHECKPOINT + LOADED]
 CASES += [(write("last_train.pt", content), train, RESUME, message) for content, message in CHECKPOINT + RESUMED]
 CASES += [(None, train, f"{RESUME} {flags}", message) for flags, message in OTHER_FLAGS]
@@ -265,3 +334,49 @@ def test_unusual_but_valid_input_is_accepted(tmp_path, capsys):
     assert run_main(tmp_path, train, "--data 'with spaces' --epochs 1 --batch-size 1 --device cpu") == 0
     assert "train seed 0: val mean IoU" in capsys.readouterr().out
     assert (tmp_path / "plots" / "train_predictions.png").exists()
+
+
+def test_check_lists_every_fault_in_one_run_the_first_20_of_a_kind(tmp_path, capsys):
+    root = make_tiny(tmp_path / "Tiny", (("train", 30), ("val", 12), ("test", 2)))
+    assert run_main(tmp_path, voc, "--data Tiny --check") == 0
+    assert "Tiny: no faults in 30 train images, 12 val images, 2 test images" in capsys.readouterr().out
+
+    for index in range(25):
+        (root / "JPEGImages" / f"{index:06d}.jpg").write_bytes(b"")
+    faults = {  # of images of val, each with a part of its message
+        reordered_palette: "has VOC's colours in another order",
+        rotated_photo: "fits its photo only without the photo's EXIF",
+        mask(np.zeros((40, 40, 3), np.uint8)): "is an image in mode RGB",
+        mask(np.full((40, 40), 99, np.uint8)): "holds the value 99",
+        mask(np.zeros((7, 9), np.uint8)): "is 9x7, but its photo is",
+        remove(MASK): "no such file",
+        remove(PHOTO): "no such file",
+        copied(PHOTO, f"{PHOTOS}/{FIRST}.JPEG"): "is not the only file with its id",
+        write(MASK, truncate): "cannot be read as an image",
+    }
+    expected = [(f"{index:06d}.jpg", "cannot be read as an image") for index in range(20)]
+    for index, (spoil, text) in enumerate(faults.items(), start=30):
+        one = make_tiny(tmp_path / f"one{index}" / "Tiny", (("val", 1),))
+        spoil(one.parent)
+        for path in (one / "JPEGImages", one / "SegmentationClass"):
+            for suffix in ("jpg", "JPEG", "png"):
+                source, target = path / f"{FIRST}.{suffix}", root / path.name / f"{index:06d}.{suffix}"
+                target.unlink(missing_ok=True)
+                if source.exists():
+                    shutil.copy(source, target)
+        expected.append((f"{index:06d}.", text))
+    with open(root / "ImageSets" / "Segmentation" / "val.txt", "a") as file:
+        file.write("000030\n../secret\na.jpg b.png\n")
+    (root / "ImageSets" / "Segmentation" / "test.txt").write_text("")
+    (root / "classes.txt").write_text("\n".join((*voc.CLASSES[:16], "", "bird", "16", "17", "18", "19")))
+    expected += [("val.txt", "more than once (000030"), ("val.txt", "('../secret')"), ("val.txt", "a.jpg b.png")]
+    expected += [("test.txt", "the split is empty")]
+    expected += [("classes.txt", "line 17 is empty"), ("classes.txt", "line 18 repeats")]
+
+    assert run_main(tmp_path, voc, "--data Tiny --check") == 2
+    output, error = capsys.readouterr()
+    lines = output.splitlines()
+    for name, text in expected:
+        assert sum(name in line and text in line for line in lines) == 1, (name, text, output)
+    assert "... and 5 more of this kind" in lines and len(lines) == len(expected) + 1
+    assert error == f"error: Tiny: {25 + len(expected) - 20} faults, listed above\n"

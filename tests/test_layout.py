@@ -15,6 +15,7 @@ LEVELS = f"""util {MODELS}
 processes files
 cli
 imaging
+dataset
 voc
 checkpoint transforms plotting toy
 preflight reporting

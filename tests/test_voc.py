@@ -2,14 +2,18 @@
 
 import os
 import shutil
+import stat
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_tiny, run_main, write_split
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
+import dataset
 import imaging
 import util
 import voc
@@ -75,7 +79,7 @@ def test_class_frequencies_are_printed(tiny, capsys):
 
 
 def test_custom_classes_with_greyscale_masks_and_png_photos(tiny):
-    (tiny / "classes.txt").write_text("sky\nroad\n\ntree\ncar\n")
+    (tiny / "classes.txt").write_text("sky\nroad\ntree\ncar\n\n")
     rng = np.random.default_rng(1)
     mask = rng.integers(0, 4, (20, 30)).astype(np.uint8)
     Image.fromarray(mask).save(tiny / "SegmentationClass" / "grey.png")
@@ -92,6 +96,117 @@ def test_16_bit_greyscale_photos_are_scaled_to_8_bits(tiny):
     write_split(tiny, "custom", ["deep"])
     photo = np.asarray(voc.Split(tiny, "custom").photo(0))
     assert np.array_equal(photo, np.stack([grey // 256] * 3, -1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_photos_are_upright_in_training_as_in_prediction(tiny, suffix, orientation):
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8))
+    exif = stored.getexif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tiny / "JPEGImages" / f"turned{suffix}"
+    stored.save(path, exif=exif)
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image)
+    assert upright.size == ((30, 20) if orientation < 5 else (20, 30))
+    Image.new("L", upright.size).save(tiny / "SegmentationClass" / "turned.png")
+    write_split(tiny, "custom", ["turned"])
+    pixels = voc.Split(tiny, "custom").resized(0, (upright.height, upright.width))
+    assert np.array_equal(pixels[..., :3], np.asarray(upright.convert("RGB")))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # as in imaging.py; pytest resets the filters
+def test_a_photo_with_damaged_exif_data_stays_as_it_is(tiny):
+    path = tiny / "JPEGImages" / "turned.jpg"
+    Image.new("RGB", (30, 20)).save(path, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
+    assert imaging.open_photo(path).size == (30, 20)
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".Jpeg", ".PNG", ".webp", ".bmp", ".tif", ".TIFF"])
+def test_photos_and_masks_may_have_any_suffix_in_any_case(tiny, suffix):
+    Image.new("RGB", (30, 20), (200, 100, 0)).save(tiny / "JPEGImages" / f"own{suffix}")
+    Image.new("L", (30, 20), 7).save(tiny / "SegmentationClass" / "own.PNG")
+    write_split(tiny, "custom", ["own"])
+    pixels = voc.Split(tiny, "custom").resized(0, (2, 2))
+    assert pixels[0, 0].tolist() == pytest.approx([200, 100, 0, 7], abs=3)  # JPEG and WebP round
+
+
+def test_folders_are_listed_once_however_many_images_a_split_has(tiny, monkeypatch):
+    calls = []
+    for name in ("scandir", "stat"):
+        function = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, f=function, **options: (calls.append(args), f(*args, **options))[1])
+    split = voc.Split(tiny, "train")
+    for index in range(len(split)):
+        assert split.paths(index)
+    inside = [args for args in calls if {"JPEGImages", "SegmentationClass"} & {*map(str, Path(args[0]).parts)}]
+    assert len(inside) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("000000  1\n000001 -1\n000002  0\n", ["000000", "000002"]),
+        ("000000.jpg\n000001.JPG\n", ["000000", "000001"]),
+        ("000000.jpg 000000.png\n000001.jpg,000001.png\n", ["000000", "000001"]),
+        ("frame 1\n", ["frame 1"]),
+        ("frame 1.jpg frame 1.png\n", ["frame 1"]),
+        ("sub/000000\r\n\r\nsub/000001.jpg\r\n", ["sub/000000", "sub/000001"]),
+    ],
+)
+def test_lists_may_hold_labels_and_file_names(tiny, text, ids):
+    shutil.copytree(tiny / "JPEGImages", tiny / "JPEGImages" / "sub")
+    shutil.copytree(tiny / "SegmentationClass", tiny / "SegmentationClass" / "sub")
+    shutil.copy(tiny / "JPEGImages" / "000000.jpg", tiny / "JPEGImages" / "frame 1.jpg")
+    (tiny / "ImageSets" / "Segmentation" / "custom.txt").write_text(text)
+    split = voc.Split(tiny, "custom")
+    assert split.ids == ids
+    assert all(split.photo(index) for index in range(len(split)))
+
+
+@pytest.mark.parametrize(("in_list", "on_disk"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_umlauts_match_composed_and_decomposed(tiny, in_list, on_disk):
+    for path in tiny.rglob("000000.*"):
+        path.rename(path.with_stem(unicodedata.normalize(on_disk, "Füchse-ä")))
+    write_split(tiny, "custom", [unicodedata.normalize(in_list, "Füchse-ä")])
+    assert voc.Split(tiny, "custom").resized(0, (2, 2)).shape == (2, 2, 4)
+
+
+def printed_warnings(capsys, root, **options):
+    voc.loaders(root, 2, 16, **options)
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+
+
+def test_suspicious_data_is_reported_in_one_line_for_each_kind(tiny, capsys):
+    lists = tiny / "ImageSets" / "Segmentation"
+    path = tiny / "SegmentationClass" / f"{voc.Split(tiny, 'val').ids[0]}.png"
+    with Image.open(path) as image:
+        mask = np.array(image)
+    mask[30:] = 20
+    imaging.palette_image(mask).save(path)
+    with open(lists / "val.txt", "a") as file:
+        file.write("000000\n000001\n")
+    with open(lists / "train.txt", "a") as file:
+        file.write("000009 -1\n")
+    lines = printed_warnings(capsys, tiny)
+    assert [line.split(":")[1].strip() for line in lines] == [
+        "train",
+        "train has no pixel of 16 of 21 classes",
+        "val, but not train, has pixels of tvmonitor",
+        "2 of the 6 ids of val are in train too",
+    ]
+    assert "1 lines end with -1" in lines[0] and "bird" not in lines[1] and "boat, bottle" in lines[1]
+    assert len(printed_warnings(capsys, tiny, limit=1)) <= 5
+
+
+def test_data_with_all_classes_and_disjoint_splits_gives_no_warning(tiny, capsys):
+    (tiny / "classes.txt").write_text("".join(f"{name}\n" for name in ("background", "a", "b", "c")))
+    for path in (tiny / "SegmentationClass").iterdir():
+        with Image.open(path) as image:
+            mask = np.array(image)
+        mask[mask == 15] = 1
+        imaging.palette_image(mask).save(path)
+    assert printed_warnings(capsys, tiny) == []
 
 
 def test_loaders_show_each_image_of_their_split_once_normalised_with_void_kept(tiny):
@@ -229,14 +344,39 @@ def test_a_cached_mask_is_checked_again_if_the_classes_change(tiny):
         load(tiny)
 
 
-def test_each_limit_and_size_has_its_own_cache_file(tiny, opened):
+def test_only_complete_splits_are_cached_one_file_per_size_and_a_limit_reads_their_first_rows(tiny, opened):
+    limited = load(tiny, limit=2)
+    assert len(opened) == 4 and not (tiny / ".cache").exists()  # a quick try decodes what it needs
     complete = load(tiny)
-    assert torch.equal(load(tiny, limit=2), complete[:2])
+    assert torch.equal(limited, complete[:2])
     assert voc.load_resized(voc.Split(tiny, "train"), (8, 8)).shape == (5, 8, 8, 4)
-    assert len(opened) == 10 + 4 + 10
+    assert len(opened) == 4 + 10 + 10
     load(tiny)
-    load(tiny, limit=2)
-    assert len(opened) == 10 + 4 + 10  # both from their files
+    assert torch.equal(load(tiny, limit=2), complete[:2]) and torch.equal(load(tiny, limit=9), complete)
+    assert len(opened) == 4 + 10 + 10  # all from the files
+    assert len(list((tiny / ".cache").iterdir())) == 2
+
+
+def test_the_cache_is_not_used_if_images_are_decoded_in_another_way(tiny, opened, monkeypatch):
+    monkeypatch.setattr(voc, "DECODING", voc.DECODING - 1)
+    load(tiny)
+    monkeypatch.undo()
+    voc.load_resized(voc.Split(tiny, "train"), (16, 16))
+    (path,) = (tiny / ".cache").iterdir()
+    assert voc.Split(tiny, "train").digest((16, 16)) in path.name
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
+@pytest.mark.parametrize("mode", [0o2775, 0o700])
+def test_the_cache_has_the_permissions_of_the_data(tiny, mode):
+    tiny.chmod(mode)
+    umask = os.umask(0o077 if mode == 0o2775 else 0)
+    try:
+        load(tiny)
+    finally:
+        os.umask(umask)
+    (path,) = (tiny / ".cache").iterdir()
+    assert [stat.S_IMODE(one.stat().st_mode) for one in (path.parent, path)] == [mode, mode & 0o666]
 
 
 @pytest.mark.parametrize("length", [0, 1000])
@@ -261,3 +401,95 @@ def test_data_is_loaded_even_if_the_cache_cannot_be_written(tiny, monkeypatch):
     monkeypatch.setattr(os, "fsync", disk_is_full)
     assert torch.equal(load(tiny), expected)
     assert list((tiny / ".cache").iterdir()) == []
+
+
+COLOURS = {"background": (0, 0, 0), "red car": (255, 0, 0), "tree": (0, 255, 0), "void": (255, 255, 255)}
+COLOURS_TXT = "0 0 0 background\n255, 0, 0, red car\n0\t255\t0\ttree\n255,255,255 void\n"
+
+
+@pytest.fixture
+def coloured(tiny):
+    """The tiny set with all masks in colours: RGB, RGBA and with a palette in another order; their class indices."""
+    (tiny.parent / "colours.txt").write_text(COLOURS_TXT)
+    table = np.array(list(COLOURS.values()), np.uint8)
+    rng = np.random.default_rng(0)
+    indices = {}
+    for number, path in enumerate(sorted((tiny / "SegmentationClass").iterdir())):
+        with Image.open(path) as image:
+            labels = rng.integers(0, 4, (image.height, image.width)).astype(np.uint8)
+        image = Image.fromarray(table[labels])
+        if number % 3 == 1:
+            image = image.convert("RGBA")
+        if number % 3 == 2:
+            image = Image.fromarray(3 - labels)
+            image.putpalette(table[::-1].tobytes())
+        image.save(path)
+        indices[path.name] = np.where(labels == 3, 255, labels)
+    return tiny, indices
+
+
+def test_masks_in_colours_are_converted_and_the_originals_kept(coloured, capsys):
+    root, indices = coloured
+    before = {path.name: path.read_bytes() for path in (root / "SegmentationClass").iterdir()}
+    flags = f"--data {root.name} --from-colours colours.txt"
+    assert run_main(root.parent, voc, flags) == 0
+    assert (root / "classes.txt").read_text() == "background\nred car\ntree\n"
+    assert {path.name: path.read_bytes() for path in (root / "SegmentationClass_colours").iterdir()} == before
+    for name, expected in indices.items():
+        with Image.open(root / "SegmentationClass" / name) as image:
+            assert image.mode == "P" and np.array_equal(np.array(image), expected)
+    voc.loaders(root, 2, 16)
+    capsys.readouterr()
+    assert run_main(root.parent, voc, flags) == 2  # does not convert class indices
+    assert "SegmentationClass_colours: exists" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (root / "SegmentationClass_colours").iterdir()} == before
+
+
+def test_unknown_colours_are_named_and_nothing_is_changed(coloured, capsys):
+    root, _ = coloured
+    with Image.open(root / "SegmentationClass" / "000000.png") as image:
+        image.putpixel((3, 3), (1, 2, 3))
+        image.putpixel((4, 3), (1, 2, 3))
+        image.putpixel((5, 3), (9, 9, 9))
+        image.save(root / "SegmentationClass" / "000000.png")
+    before = {path: path.is_file() and path.read_bytes() for path in root.rglob("*")}
+    assert run_main(root.parent, voc, f"--data {root.name} --from-colours colours.txt") == 2
+    output, error = capsys.readouterr()
+    assert "000000.png: holds colours without a class (1 2 3 in 2 pixels, and 1 other colours)" in output
+    assert "1 faults, listed above" in error
+    assert {path: path.is_file() and path.read_bytes() for path in root.rglob("*")} == before
+
+
+def test_a_failed_conversion_leaves_the_masks_and_other_class_names_are_not_replaced(coloured, capsys, monkeypatch):
+    root, _ = coloured
+    (root / "classes.txt").write_text("other\nnames\n")
+    before = {path: path.is_file() and path.read_bytes() for path in root.rglob("*")}
+    with pytest.raises(UserError, match="classes.txt: names other classes than"):
+        dataset.from_colours(root, root.parent / "colours.txt")
+
+    def disk_is_full(image, path):
+        raise OSError(28, "No space left on device")
+
+    (root / "classes.txt").write_text("background\nred car\ntree\n")
+    before[root / "classes.txt"] = (root / "classes.txt").read_bytes()
+    monkeypatch.setattr(Image.Image, "save", disk_is_full)
+    with pytest.raises(UserError, match="No space left"):
+        dataset.from_colours(root, root.parent / "colours.txt")
+    assert {path: path.is_file() and path.read_bytes() for path in root.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("palette", "labels"),
+    [
+        ([[0, 0, 0], [0, 128, 0]], [0, 1]),  # VOC's colour of class 2, of which there is none
+        ([[0, 0, 0], [255, 0, 0], [0, 255, 0]], [0, 1, 2]),
+        ([[0, 0, 0]] * 3, [0, 1, 2]),
+        ([[0, 0, 0], [128, 128, 0], [255, 255, 255]], [0, 1, 2]),
+    ],
+)
+def test_palettes_of_ones_own_are_accepted(tiny, palette, labels):
+    (tiny / "classes.txt").write_text("".join(f"{name}\n" for name in labels))
+    image = Image.fromarray(np.array([labels], np.uint8))
+    image.putpalette(np.array(palette, np.uint8).tobytes())
+    image.save(tiny / "SegmentationClass" / "000000.png")
+    assert voc.Split(tiny, "train").mask(0).tolist() == [labels]

@@ -1,0 +1,327 @@
+"""The files of a folder in VOC layout: split lists, class names, masks, and the conversion of colour masks.
+
+What a run reads is in voc.py. docs/DATA.md describes the formats.
+"""
+
+import os
+import re
+import shlex
+import unicodedata
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import files
+import imaging
+from util import VOID, UserError
+
+LISTS = Path("ImageSets", "Segmentation")
+MASK_SUFFIXES = (".png",)
+SHOWN = 20  # of the faults of one kind
+
+LABELLED = re.compile(r"(.*\S)\s+(-1|0|1)")  # a line of VOC's lists per class
+SUFFIXES = "|".join(imaging.PHOTO_SUFFIXES).replace(".", r"\.")
+FILE_NAMES = re.compile(rf"(.+?)({SUFFIXES})(?:[\s,]+(.+)({SUFFIXES}))?", re.IGNORECASE)  # of a photo, or with its mask
+COLOUR = re.compile(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\S.*)")
+
+
+def refuse(message):
+    """Raise a UserError: what is done with a fault, unless all faults are collected."""
+    raise UserError(message)
+
+
+def command(root, flags):
+    """The command line that calls voc.py for a folder."""
+    return f"python voc.py --data {shlex.quote(str(root))} {flags}"
+
+
+def find_root(root):
+    """Return ``root`` as a Path if it is a folder in VOC layout, else raise a UserError that says where data is."""
+    root = Path(root)
+    if (root / LISTS).is_dir():
+        return root
+    for folder in (*sorted(root.glob("*")), *sorted(root.glob("*/*")), *root.parents):
+        if (folder / LISTS).is_dir():
+            raise UserError(f"{root} is not in VOC layout, but {folder} is: use --data {folder}")
+    raise UserError(
+        f"{root}: no data in VOC layout (JPEGImages, SegmentationClass, ImageSets/Segmentation): "
+        "python download.py fetches VOC2007 (from archives on disk with --tar FILE --tar FILE), and "
+        "python download.py --toy renders a toy set without network, for --data data/VOCdevkit/Toy"
+    )
+
+
+def list_images(folder, suffixes):
+    """List the image files of ``folder`` and its subfolders: a dict from image ids to sorted lists of Paths.
+
+    An id is a path below ``folder`` without its suffix, in composed Unicode (NFC). ``suffixes`` are in lower case,
+    those of the files in any case. A folder that does not exist has no images.
+    """
+    images = {}
+    for parent, _, names in os.walk(folder, followlinks=True):
+        for name in sorted(names):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in suffixes:
+                image_id = Path(os.path.relpath(parent, folder), stem).as_posix()
+                images.setdefault(unicodedata.normalize("NFC", image_id), []).append(Path(parent, name))
+    return images
+
+
+def find_image(images, image_id, default):
+    """The Path of an image in the result of ``list_images``, or ``default``; UserError if several files have its id."""
+    paths = images.get(image_id, [default])
+    if len(paths) > 1:
+        raise UserError(f"{paths[0]}: is not the only file with its id (also {paths[1].name}): keep one of them")
+    return paths[0]
+
+
+def _read_lines(path, hint):
+    """The stripped lines of a text file, without empty ones at its end; UserError if it cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error}): save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}): {hint}") from None
+    return [line.strip() for line in text.rstrip().splitlines()]
+
+
+def read_ids(path, known, report=refuse):
+    """Read a split list: the image ids, a list of str in NFC, and the number of lines that are left out.
+
+    A line is an id; or the name of a photo, alone or followed by that of its mask; or an id followed by 1, 0 or -1, as
+    in VOC's lists per class. Lines with -1, which means that the image does not show the class, are left out. A line
+    that is one of the ``known`` ids as a whole is that id. ``report`` is called with the message of each fault; a file
+    that cannot be read is a UserError.
+    """
+    hint = "write one image id per line into it"
+    ids, num_left_out = [], 0
+    for line in filter(None, _read_lines(path, hint)):
+        image_id = unicodedata.normalize("NFC", line)
+        if image_id not in known:
+            labelled = LABELLED.fullmatch(image_id)
+            image_id = labelled[1] if labelled else image_id
+            names = FILE_NAMES.fullmatch(image_id)
+            image_id = names[1] if names else image_id
+            if names and names[3] not in (None, names[1]):
+                report(f"{path}: lists a photo and a mask of different names ({line!r}): rename one, and list their id")
+                continue
+            if labelled and labelled[2] == "-1":
+                num_left_out += 1
+                continue
+        if not image_id.isprintable() or Path(image_id).is_absolute() or ".." in Path(image_id).parts:
+            report(f"{path}: lists what is not the name of a file in this folder ({line!r}): correct the line")
+            continue
+        ids.append(image_id)
+    counts = Counter(ids)
+    for image_id, count in counts.items():
+        if count > 1:
+            report(f"{path}: lists an id more than once ({image_id}, {count} times): keep one line")
+    if not ids and num_left_out:
+        report(f"{path}: the split is empty, as all its lines end with -1: {hint}")
+    elif not ids:
+        report(f"{path}: the split is empty: {hint}")
+    return list(counts), num_left_out
+
+
+def read_classes(path, report=refuse):
+    """The class names in ``path``, a tuple of str; faults as in ``read_ids``."""
+    names = _read_lines(path, "write one class name per line into it")
+    if not 2 <= len(names) <= VOID:
+        report(f"{path}: needs 2 to {VOID} different class names, one per line; it has {len(names)}")
+    for index, name in enumerate(names[:VOID]):
+        if not name:
+            report(f"{path}: line {index + 1} is empty, but the line is the class's value plus 1: name it or remove it")
+        elif name in names[:index]:
+            report(f"{path}: line {index + 1} repeats a class name ({name}): name each class once")
+    return tuple(names)
+
+
+def read_mask(path, num_classes, root):
+    """Read a mask: uint8 array [H, W] of class indices below ``num_classes`` and VOID, at its own resolution.
+
+    Raises a UserError if the file is missing or unreadable, is neither a palette nor a greyscale image, holds other
+    values, or has VOC's colours in another order than VOC's palette.
+    """
+    convert = f"{command(root, '--from-colours colours.txt')} converts colours to class indices"
+    image = imaging.open_image(path)
+    if image.mode.startswith(("I", "F")):
+        advice = "save class indices as a palette or 8-bit greyscale PNG"
+        raise UserError(f"{path}: is an image in mode {image.mode}, not a mask of class indices: {advice}")
+    if image.mode not in ("P", "L", "1"):
+        raise UserError(f"{path}: is an image in mode {image.mode}, not a mask of class indices: {convert}")
+    mask = np.asarray(image).astype(np.uint8)
+    values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+    if image.mode == "P" and _has_vocs_colours_elsewhere(image, values, num_classes):
+        raise UserError(f"{path}: has VOC's colours in another order, as an image editor saves them: {convert}")
+    invalid = values[(values >= num_classes) & (values != VOID)]
+    if invalid.size:
+        known = f"a class (0 .. {num_classes - 1}) nor void ({VOID})"
+        advice = f"correct the mask, or {root / 'classes.txt'}"
+        raise UserError(f"{path}: holds the value {invalid[0]}, which is neither {known}: {advice}")
+    return mask
+
+
+def _has_vocs_colours_elsewhere(image, values, num_classes):
+    """Whether all colours of a palette image are different ones of VOC's, and one besides black is at another index.
+
+    Of VOC's colours, those of the classes and void count. Palettes of a user's own, also if grey or all black, pass.
+    """
+    index_of = {tuple(imaging.PALETTE[index].tolist()): index for index in (*range(num_classes), VOID)}
+    palette = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+    colours = [tuple(colour) for colour in palette[values[values < len(palette)]].tolist()]
+    misplaced = [colour for value, colour in zip(values, colours) if index_of.get(colour) != value and any(colour)]
+    return bool(misplaced) and len({*colours} & {*index_of}) == len(values)
+
+
+def label_fault(split, counts, training):
+    """Why a split cannot be trained on or scored, as a message, from the pixels of each class, [C]; None if it can."""
+    if not counts.any():
+        return f"{split.root}: no mask of the split {split.name} has a labelled pixel: all is void ({VOID})"
+    present = np.flatnonzero(counts)
+    only = "background" if split.classes[0] == "background" else split.classes[present[0]]
+    if training and [split.classes[index] for index in present] == [only]:
+        hint = "" if len(split) == len(split.all_ids) else ", or raise --limit"
+        problem = f"the masks of the split {split.name} show only {only} (value {present[0]}) and void"
+        advice = f"{VOID} is void, and an object needs the value of its class, such as 1: correct the masks{hint}"
+        return f"{split.root}: {problem}: {advice}"
+    return None
+
+
+def warnings(splits, counts):
+    """What is suspicious about a dataset, a list of messages.
+
+    Args:
+        splits: Splits, train and val first. counts: for each, the pixels of each class, [C].
+    """
+    texts = [f"{split.name}: {split.num_left_out} lines end with -1 and are left out" for split in splits]
+    texts = [text for text, split in zip(texts, splits) if split.num_left_out]
+    train, classes = splits[0], splits[0].classes
+    absent = [name for name, count in zip(classes, counts[0]) if not count]
+    only_val = [name for name, *pixels in zip(classes, *counts[:2]) if not pixels[0] and pixels[1]]
+    if absent:
+        texts.append(f"train has no pixel of {len(absent)} of {len(classes)} classes: {_shorten(absent)}")
+    if only_val:
+        texts.append(f"val, but not train, has pixels of {_shorten(only_val)}: these cannot be learned")
+    for split in splits[1:]:
+        shared = set(train.all_ids) & set(split.all_ids)
+        if shared:
+            texts.append(f"{len(shared)} of the {len(split.all_ids)} ids of {split.name} are in train too")
+    return texts
+
+
+def _shorten(names, shown=20):
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def split_names(root):
+    """The splits of a run: train, val and, if it has a list, test."""
+    return ("train", "val", "test") if (root / LISTS / "test.txt").exists() else ("train", "val")
+
+
+def map_images(function, items, name):
+    """The results of a function for each item, a list; it runs on several threads. ``name`` labels a progress bar."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(tqdm(pool.map(function, items), name, len(items), unit=" images", disable=None))
+
+
+def report_faults(root, faults):
+    """Print messages, each once and the first 20 of a kind; raise a UserError with their number if there are any."""
+    faults = list(dict.fromkeys(faults))
+    by_kind = {}
+    for message in faults:
+        by_kind.setdefault(_kind(root, message), []).append(message)
+    for messages in by_kind.values():
+        print(*messages[:SHOWN], sep="\n")
+        if len(messages) > SHOWN:
+            print(f"... and {len(messages) - SHOWN} more of this kind")
+    if faults:
+        raise UserError(f"{root}: {len(faults)} faults, listed above")
+
+
+def _kind(root, message):
+    """The folder of the file that a message names, and what is wrong, without details, names and numbers."""
+    path, _, problem = message.removeprefix(f"{root}{os.sep}").partition(": ")
+    return Path(path).parts[:1], re.sub(r"\d+", "N", re.split(r"[:(,]", problem)[0])
+
+
+def _read_colours(path):
+    """Read lines ``R G B name``: the class names, and a dict from colours, R * 65536 + G * 256 + B, to values.
+
+    A class's value is its position; the name ``void``, which may occur several times, stands for VOID.
+    """
+    names, values = [], {}
+    for number, line in enumerate(_read_lines(path, "write one line R G B name per class into it"), start=1):
+        found = COLOUR.fullmatch(line)
+        if not found or max(map(int, found.groups()[:3])) > 255:
+            raise UserError(f"{path}: line {number} is {line!r}: write R G B name, with R, G and B from 0 to 255")
+        red, green, blue, name = *map(int, found.groups()[:3]), found[4]
+        colour = red << 16 | green << 8 | blue
+        if colour in values or name in names:
+            raise UserError(f"{path}: line {number} repeats a colour or a name ({line}): write each once")
+        values[colour] = VOID if name == "void" else len(names)
+        names += [] if name == "void" else [name]
+    if not 2 <= len(names) <= VOID:
+        raise UserError(f"{path}: needs 2 to {VOID} classes, one line R G B name for each; it has {len(names)}")
+    return names, values
+
+
+def _indices(path, values, colours_path):
+    """A mask in colours as a uint8 array [H, W] of class indices and VOID; UserError for a colour without a value."""
+    image = imaging.open_image(path)
+    if image.mode.startswith(("I", "F")):
+        raise UserError(f"{path}: is an image in mode {image.mode}: save its colours as an 8-bit RGB PNG")
+    red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int64), -1, 0)
+    colours, inverse, counts = np.unique(red << 16 | green << 8 | blue, return_inverse=True, return_counts=True)
+    unknown = [(count, colour) for count, colour in zip(counts.tolist(), colours.tolist()) if colour not in values]
+    if unknown:
+        count, colour = max(unknown)
+        name = f"{colour >> 16} {colour >> 8 & 255} {colour & 255}"
+        others = f", and {len(unknown) - 1} other colours" if len(unknown) > 1 else ""
+        advice = f"add it to {colours_path}, or correct the mask"
+        raise UserError(f"{path}: holds colours without a class ({name} in {count} pixels{others}): {advice}")
+    return np.array([values[colour] for colour in colours.tolist()], np.uint8)[inverse].reshape(red.shape)
+
+
+def from_colours(root, colours_path):
+    """Convert the masks of a folder in VOC layout from colours to class indices, all of them or none.
+
+    ``SegmentationClass`` gets palette PNGs, and ``SegmentationClass_colours`` the originals. Writes ``classes.txt``.
+
+    Args:
+        root: the folder. colours_path: a text file with a line ``R G B name`` for each class, and one for void.
+
+    Raises:
+        UserError: a colour has no class, a file cannot be read or written, or something would be overwritten.
+    """
+    root = find_root(root)
+    names, values = _read_colours(Path(colours_path))
+    masks, originals, classes = root / "SegmentationClass", root / "SegmentationClass_colours", root / "classes.txt"
+    if originals.exists():
+        advice = f"to convert them again, replace {masks} by it"
+        raise UserError(f"{originals}: exists, so the masks have been converted: {advice}")
+    if classes.exists() and read_classes(classes) != tuple(names):
+        raise UserError(f"{classes}: names other classes than {colours_path}: correct one of them, or move it away")
+    images = list_images(masks, MASK_SUFFIXES)
+    if not images:
+        raise UserError(f"{masks}: holds no PNG: put the masks in colours there")
+
+    def convert(image_id):
+        target = unfinished / f"{image_id}.png"
+        try:
+            mask = _indices(find_image(images, image_id, None), values, colours_path)
+        except UserError as error:
+            return str(error)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        imaging.palette_image(mask).save(target)
+        return None
+
+    with files.writing(masks), files.atomic_folder(masks) as unfinished:
+        faults = map_images(convert, list(images), "converting")
+        report_faults(root, filter(None, faults))
+        with files.atomic_write(classes) as file:
+            file.write("".join(f"{name}\n" for name in names).encode())
+        masks.rename(originals)
+    print(f"{masks}: {len(images)} masks of {len(names)} classes; the originals are in {originals}")
