@@ -42,11 +42,11 @@ def palette_image(mask):
     return image
 
 
-def open_image(path):
-    """Decode the image file at ``path`` as a PIL image; raise a UserError if that fails."""
+def open_image(path, max_pixels=MAX_PIXELS):
+    """Decode the image file at ``path`` as a PIL image; UserError if that fails or it has over ``max_pixels``."""
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > max_pixels:
                 raise UserError(f"{path}: {image.width}x{image.height} pixels are too many: make the image smaller")
             image.load()
             return image
