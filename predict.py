@@ -241,7 +241,8 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
     if skipped:
         names = ", ".join(path.name for path in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
-        advice = "" if args.recursive or not any(path.is_dir() for path in skipped) else "; --recursive takes subfolders"
+        has_subfolders = not args.recursive and any(path.is_dir() for path in skipped)
+        advice = "; --recursive takes subfolders" if has_subfolders else ""
         reporting.log(f"skipped {len(skipped)} that are hidden, no photos or earlier results ({names}){advice}")
     reporting.log(f"masks are computed at {reporting.size_text(model.size)} and upsampled to each photo's size")
 

@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_tiny
+from conftest import ROOT, make_tiny, write_pair, write_split
 from PIL import Image
 from tiny_net import TinyNet
 from torch.nn import CrossEntropyLoss, functional
@@ -20,7 +20,10 @@ from torch.nn import CrossEntropyLoss, functional
 import checkpoint
 import cli
 import engine
+import files
 import imaging
+import plotting
+import reporting
 import util
 import voc
 from util import UserError
@@ -386,6 +389,23 @@ def test_prediction_in_strips_equals_that_of_the_whole_upsampled_logits(num_clas
     strips = list(engine.predict_strips(logits, shape))
     assert len(strips) == -(-num_classes * shape[0] * shape[1] // engine.STRIP_SIZE)
     assert max(prediction.numel() for _, prediction in strips) * num_classes < 1.1 * engine.STRIP_SIZE
+
+
+def test_plots_take_large_photos_downscaled_and_show_their_progress(tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        write_pair(tmp_path, split, np.zeros((1500, 900, 3), np.uint8), np.zeros((1500, 900), np.uint8))
+        write_split(tmp_path, split, [split])
+    drawn, shapes, bars = [], [], []
+    monkeypatch.setattr(plotting, "predictions", lambda path, title, classes, samples: drawn.extend(samples))
+    monkeypatch.setattr(reporting, "progress", lambda items, *args, **names: bars.append(args) or items)
+    train, val, _ = voc.loaders(tmp_path, 1, size=SIZE)
+    row = {"epoch": 1, "learning_rate": 0.1, "train_loss": 1, "val_loss": 1, "val_miou": 0.1, "val_pixel_accuracy": 0.5}
+    scores = {"val": util.Scores(1.0, torch.eye(21, dtype=torch.int64), val.classes)}
+    run_files = files.RunFiles(tmp_path, "train", 0)
+    predict = lambda index, shape: shapes.append(shape) or np.zeros(shape, np.uint8)  # noqa: E731
+    reporting.draw_plots(run_files, [row], train, val, 1, scores, predict)
+    assert [array.shape[:2] for array in drawn[0][1:]] == [(640, 384)] * 3 and shapes == [(640, 384)]
+    assert bars == [(1, "drawing plots", "photo")]
 
 
 def test_evaluation_counts_strips_like_whole_masks(finished, monkeypatch):

@@ -222,6 +222,7 @@ def test_legend_names_the_predicted_classes_in_the_colours_of_the_overlays(best,
     assert swatches == {tuple(colour) for colour in predict.overlay_palette()[labels[labels > 0]].tolist()}
 
 
+@pytest.mark.filterwarnings("ignore:Image size")  # as in imaging.py; pytest resets the filters
 def test_a_photo_of_over_89_million_pixels_is_accepted(best, tmp_path, monkeypatch):
     monkeypatch.setattr(predict.engine, "predict_mask", lambda logits, shape: torch.zeros(shape, dtype=torch.uint8))
     Image.new("L", (9500, 9500)).save(tmp_path / "large.png")
@@ -229,6 +230,7 @@ def test_a_photo_of_over_89_million_pixels_is_accepted(best, tmp_path, monkeypat
     assert masks(tmp_path) == {"large": 9500}
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("content", [FCN(21), FCN(21).state_dict(), torch.jit.script(torch.nn.Identity())])
 def test_a_foreign_checkpoint_is_refused_without_advice_to_disable_weights_only(tmp_path, capsys, content):
     save = torch.jit.save if isinstance(content, torch.jit.ScriptModule) else torch.save
