@@ -147,11 +147,11 @@ def masks(folder):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_photos_of_the_same_name_are_kept_apart_in_any_order(best, tmp_path, reverse):
-    photos = ["a/x_2.jpg", "a/x.jpg", "b/x.jpg", "b/x.png", "c/X.jpg", "c/y.jpg"]
+    photos = ["a/x_2.jpg", "a/x.jpg", "b/x.jpg", "b/x.png", "c/Y.jpg", "d/y.jpg"]
     save_photos(tmp_path, *photos)
     order = photos[::-1] if reverse else photos
     assert run_predict(tmp_path, *order, "./b/x.png", "--masks-only") == 0  # one of them in two spellings
-    expected = {"x_2": 20, "a_x": 21, "b_x.jpg": 22, "b_x.png": 23, "c_X": 24, "y": 25}
+    expected = {"x_2": 20, "a_x": 21, "b_x.jpg": 22, "b_x.png": 23, "c_Y": 24, "d_y": 25}
     assert masks(tmp_path) == expected
 
 
