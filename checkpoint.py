@@ -189,7 +189,10 @@ def read(path, key):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: train a model first, or correct the path") from None
     except Exception as error:  # a damaged archive raises one of many types
-        raise UserError(f"{path}: is not a readable checkpoint ({reason(error)}): pass a best_*.pt") from None
+        problem = reason(error)
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in problem:  # PyTorch advises to disable it
+            problem = "it holds more than tensors and plain types, or is no PyTorch file"
+        raise UserError(f"{path}: is not a readable checkpoint of this project ({problem}): pass a best_*.pt") from None
     if not isinstance(state, dict) or not {"module", "class", "arguments", "model", "classes", key} <= state.keys():
         raise UserError(f"{path}: was not written by this project: pass a best_*.pt")
     return state

@@ -20,6 +20,8 @@ import reporting
 import util
 from util import VOID, Scores, UserError
 
+STRIP_SIZE = 1 << 22  # logits that are upsampled at a time: 16 MB, about one VOC image of 21 classes
+
 
 def forward(network, images, full_precision=False):
     """Apply a network to images [B, 3, H, W], in bfloat16 on GPUs that have it unless ``full_precision``.
@@ -76,10 +78,52 @@ def _mean_loss(losses, device):
     return total / weight if weight else math.nan
 
 
+def predict_strips(logits, shape):
+    """Upsample logits bilinearly and take the argmax, strip by strip, so that memory stays bounded.
+
+    The result is exactly that of a single ``interpolate``, which also computes the horizontal mean first: here it is
+    computed for all columns at the logits' height, then the vertical one per strip. Of equal logits, the first wins.
+
+    Args:
+        logits: [C, h, w], contiguous. shape: (H, W) of the mask.
+
+    Yields:
+        A slice of the mask's columns, from left to right, and the prediction for them: int64 [H, columns].
+    """
+    height, width = shape
+    resize = functools.partial(functional.interpolate, mode="bilinear", align_corners=False)
+    logits = logits[None].float()
+    num_strips = min(width, math.ceil(logits.shape[1] * height * width / STRIP_SIZE))
+    if num_strips == 1:
+        yield slice(0, width), resize(logits, shape).max(1).indices[0]  # several times faster than argmax
+        return
+    start = 0
+    for strip in resize(logits, (logits.shape[2], width)).tensor_split(num_strips, 3):
+        stop = start + strip.shape[3]
+        labels = _possible_classes(strip[0])
+        upsampled = resize(strip[:, labels], (height, stop - start))
+        yield slice(start, stop), labels[upsampled.max(1).indices[0]]
+        start = stop
+
+
+def _possible_classes(logits):
+    """The classes that may have the largest of logits [C, h, W] after vertical interpolation: int64 [at most C].
+
+    A value between two rows is a mean of both. It cannot be the largest if another class is larger in both.
+    """
+    below = torch.cat((logits[:, 1:], logits[:, -1:]), 1)
+    smallest_maximum = torch.minimum(logits, below).amax(0)
+    margin = 1e-5 * logits.abs().max()  # far more than the rounding of a mean
+    cannot_win = torch.maximum(logits, below) < smallest_maximum - margin
+    return (~cannot_win).flatten(1).any(1).nonzero().flatten()
+
+
 def predict_mask(logits, shape):
-    """Upsample logits [C, h, w] bilinearly to ``shape`` [H, W] and take the argmax: int64 [H, W]."""
-    logits = functional.interpolate(logits[None].float(), shape, mode="bilinear", align_corners=False)
-    return logits.argmax(1)[0]
+    """The prediction of ``predict_strips`` for logits [C, h, w] in any memory format: uint8 [H, W]."""
+    mask = torch.empty(shape, dtype=torch.uint8, device=logits.device)
+    for columns, prediction in predict_strips(logits.contiguous(), shape):
+        mask[:, columns] = prediction
+    return mask
 
 
 @torch.inference_mode()
@@ -115,7 +159,8 @@ def evaluate(model, loader, criterion, full_resolution=True):
             # upsampling one image of a channels_last batch is far slower than of a contiguous one
             for image_logits, mask in zip(logits.contiguous(), full_masks):
                 mask = torch.from_numpy(mask).to(device)
-                matrix += util.confusion_matrix(mask, predict_mask(image_logits, mask.shape), num_classes)
+                for columns, prediction in predict_strips(image_logits, mask.shape):
+                    matrix += util.confusion_matrix(mask[:, columns], prediction, num_classes)
     loss = _mean_loss(torch.stack(losses).cpu(), device)
     matrix = processes.all_reduce(matrix, device).cpu()
     if not full_resolution:
@@ -322,7 +367,7 @@ def epochs_without_progress(history, baseline_miou):
 
 @torch.inference_mode()
 def predict_index(model, loader, index, shape):
-    """The prediction for one image of a loader at ``shape`` [H, W]: int64 array [H, W]."""
+    """The prediction for one image of a loader at ``shape`` [H, W]: uint8 array [H, W]."""
     logits = forward(model, loader.normalise(loader.images[index : index + 1]), full_precision=True)["out"][0]
     return predict_mask(logits, shape).cpu().numpy()
 

@@ -49,11 +49,11 @@ def palette_image(mask):
     return image
 
 
-def open_image(path):
-    """Decode the image file at ``path`` as a PIL image; raise a UserError if that fails."""
+def open_image(path, max_pixels=MAX_PIXELS):
+    """Decode the image file at ``path`` as a PIL image; UserError if that fails or it has over ``max_pixels``."""
     try:
         with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
+            if image.width * image.height > max_pixels:
                 raise UserError(f"{path}: {image.width}x{image.height} pixels are too many: make the image smaller")
             image.load()
             return image
@@ -63,13 +63,13 @@ def open_image(path):
         raise UserError(f"{path}: cannot be read as an image ({error}): replace the file") from None
 
 
-def open_photo(path):
+def open_photo(path, max_pixels=MAX_PIXELS):
     """Decode the photo at ``path`` as a PIL image in RGB, turned upright as its EXIF orientation says.
 
     A photo without an orientation, or with one that cannot be read, stays as it is stored. Raises a UserError if the
     file cannot be decoded.
     """
-    image = open_image(path)
+    image = open_image(path, max_pixels)
     with contextlib.suppress(*DAMAGED):
         ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image)

@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from PIL import Image
 
 import files
+import imaging
 import util
 from imaging import PALETTE
 from util import VOID
@@ -20,6 +22,39 @@ from util import VOID
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++")
+
+
+MAX_SIDE = 640  # of a photo in a plot in pixels
+MAX_CLASSES = 40  # in a plot of classes
+MAX_LETTERS = 24  # of a class name in a plot
+
+
+def thumbnail(photo, mask):
+    """Downscale a photo, a PIL image in RGB, and its mask, uint8 [H, W], for a plot; to the nearest pixel for the mask.
+
+    Returns:
+        uint8 arrays [h, w, 3] and [h, w], of at most 640 pixels per side; smaller images stay as they are.
+    """
+    scale = max(1, max(mask.shape) / MAX_SIDE)
+    size = tuple(max(1, round(side / scale)) for side in mask.shape)
+    return imaging.resize(photo, size), imaging.resize(Image.fromarray(mask), size, Image.Resampling.NEAREST)
+
+
+def _most_frequent(counts):
+    """The indices of the at most 40 largest of ``counts``, in ascending order."""
+    return np.sort(np.argsort(-np.asarray(counts), kind="stable")[:MAX_CLASSES])
+
+
+def _names(classes, labels):
+    """The names of some classes, shortened where they are too long for a plot."""
+    names = [classes[label] for label in labels]
+    half = MAX_LETTERS // 2  # long names often differ at their ends
+    return [name if len(name) <= MAX_LETTERS else f"{name[: half - 1]}…{name[-half:]}" for name in names]
+
+
+def _shown(title, criterion, labels, classes):
+    """The title of a plot, which says so if it does not show all classes."""
+    return title if len(labels) == len(classes) else f"{title}\nthe {len(labels)} {criterion} of {len(classes)} classes"
 
 
 def _figure(width, height):
@@ -69,41 +104,46 @@ def curves(path, title, history, best_epoch, baseline):
 
 def class_iou(path, title, classes, scores):
     """Draw the IoU of each class as bars. ``scores`` maps the names of up to seven splits or models to their Scores."""
-    figure = _figure(max(6, 0.13 * len(classes) * (2 + len(scores))) + 3, 5)
-    figure.suptitle(title)
+    labels = _most_frequent(sum(result.matrix.sum(1) for result in scores.values()))
+    figure = _figure(min(24, max(6, 0.13 * len(labels) * (2 + len(scores))) + 3), 5)
+    figure.suptitle(_shown(title, "most frequent", labels, classes))
     axis = figure.subplots()
     width = 0.8 / len(scores)
     for index, ((name, result), colour, hatch) in enumerate(zip(scores.items(), COLOURS, HATCHES)):
-        values = util.iou(result.matrix).numpy()
-        x = np.arange(len(classes)) + (index - (len(scores) - 1) / 2) * width
+        values = util.iou(result.matrix).numpy()[labels]
+        x = np.arange(len(labels)) + (index - (len(scores) - 1) / 2) * width
         label = f"{name}: mean IoU {result.miou:.4f}"
         axis.bar(x, values, width, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label)
         for absent in x[np.isnan(values)]:
             axis.text(absent, 0, " absent", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
         axis.axhline(result.miou, color=colour, linestyle=("--", ":", "-.")[index % 3], linewidth=1)
-    highest = max(np.nanmax(bars.datavalues) for bars in axis.containers)
-    axis.set(ylabel="IoU", xlim=(-0.7, len(classes) - 0.3), ylim=(0, min(1, max(1.05 * highest, 0.01))))
-    axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+    highest = max(np.nan_to_num(bars.datavalues).max() for bars in axis.containers)
+    axis.set(ylabel="IoU", xlim=(-0.7, len(labels) - 0.3), ylim=(0, min(1, max(1.05 * highest, 0.01))))
+    axis.set_xticks(range(len(labels)), _names(classes, labels), rotation=60, ha="right")
     axis.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper")
     _save(figure, path)
 
 
 def confusion(path, title, classes, matrix):
-    """Draw a confusion matrix, int64 [C, C] with rows ground truth, each row in percent of its pixels."""
-    side = max(5, 0.42 * len(classes) + 2)
+    """Draw a confusion matrix, int64 [C, C] with rows ground truth, each row in percent of its pixels.
+
+    Of more than 40 classes, those most frequent in the ground truth are shown.
+    """
+    labels = _most_frequent(matrix.sum(1))
+    side = max(5, 0.42 * len(labels) + 2)
     figure = _figure(side + 0.8, side)
     axis = figure.subplots()
     counts = matrix.double()
-    shares = (counts / counts.sum(1, keepdim=True)).numpy()
+    shares = (counts / counts.sum(1, keepdim=True)).numpy()[np.ix_(labels, labels)]
     image = axis.imshow(np.ma.masked_invalid(shares), cmap="cividis", vmin=0, vmax=1)
     for row, column in zip(*np.nonzero(np.nan_to_num(shares) >= 0.005)):
         share = shares[row, column]
         colour = "black" if share > 0.5 else "white"
         axis.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    axis.set(title=title, xlabel="prediction", ylabel="ground truth")
-    axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
-    axis.set_yticks(range(len(classes)), classes)
+    axis.set(title=_shown(title, "most frequent", labels, classes), xlabel="prediction", ylabel="ground truth")
+    axis.set_xticks(range(len(labels)), _names(classes, labels), rotation=60, ha="right")
+    axis.set_yticks(range(len(labels)), _names(classes, labels))
     figure.colorbar(image, label="share of the ground truth's pixels (numbers: percent)", shrink=0.8)
     _save(figure, path)
 
@@ -125,19 +165,6 @@ def predictions(path, title, classes, samples, models=("prediction",)):
     for axis, name in zip(axes[0], ("photo", "ground truth", *models)):
         axis.set_title(name)
     _legend(figure, classes, [mask for sample in samples for mask in sample[2:]])
-    _save(figure, path)
-
-
-def overlay(path, title, classes, photo, mask):
-    """Draw a photo with its classes on top in VOC's colours, background transparent."""
-    height, width = mask.shape
-    figure = _figure(8, min(24, max(3, 6.5 * height / width)))
-    axis = figure.subplots()
-    is_background = np.array([name == "background" for name in classes])
-    alpha = np.where(is_background[mask], 0, 0.6)[..., None]
-    axis.imshow(((1 - alpha) * photo + alpha * PALETTE[mask]).round().astype(np.uint8))
-    axis.set(xticks=[], yticks=[], title=title)
-    _legend(figure, classes, [mask])
     _save(figure, path)
 
 
@@ -177,16 +204,18 @@ def comparison(path, title, scores, baseline):
 
 def classes_by_experiment(path, title, experiments, classes, ious):
     """Draw IoU per class as a heat map: float array [experiments, classes] in 0..1, NaN for an absent class."""
-    figure = _figure(0.5 * len(classes) + 3, 0.42 * len(experiments) + 2.4)
+    labels = _most_frequent(np.nan_to_num(ious).max(0))
+    ious = ious[:, labels]
+    figure = _figure(0.5 * len(labels) + 3, 0.42 * len(experiments) + 2.4)
     axis = figure.subplots()
-    highest = max(np.nanmax(ious), 0.01)
+    highest = max(np.nan_to_num(ious).max(), 0.01)
     image = axis.imshow(np.ma.masked_invalid(ious), cmap="cividis", vmin=0, vmax=highest, aspect="auto")
     for (row, column), value in np.ndenumerate(ious):
         text = "-" if np.isnan(value) else f"{100 * value:.0f}"
         colour = "black" if np.isnan(value) or value > highest / 2 else "white"
         axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
-    axis.set(title=title)
-    axis.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+    axis.set(title=_shown(title, "best", labels, classes))
+    axis.set_xticks(range(len(labels)), _names(classes, labels), rotation=60, ha="right")
     axis.set_yticks(range(len(experiments)), experiments)
     figure.colorbar(image, label="IoU (numbers: percent)")
     _save(figure, path)
@@ -219,8 +248,15 @@ def histories(path, title, runs, baseline):
 
 
 def _legend(figure, classes, masks):
-    """Name the colours of the classes, and of void, that occur in a list of masks."""
-    labels = sorted(set().union(*map(np.unique, masks)))
-    names = {label: "void" if label == VOID else classes[label] for label in labels}
-    patches = [Patch(facecolor=PALETTE[label] / 255, edgecolor="black", label=names[label]) for label in labels]
-    figure.legend(handles=patches, loc="outside right upper")
+    """Name the colours of the classes, and of void, that occur most in a list of masks, as many as the figure holds."""
+    counts = sum(np.bincount(np.ravel(mask), minlength=VOID + 1) for mask in masks)
+    present = np.flatnonzero(counts)
+    most_frequent = present[np.argsort(-counts[present], kind="stable")]
+    capacity = max(3, int(4.5 * figure.get_figheight()) - 2)  # a line takes 0.21 inches; one may count the rest
+    labels = np.sort(most_frequent[:capacity]).tolist()
+    names = _names({**dict(enumerate(classes)), VOID: "void"}, labels)
+    colours = PALETTE[labels] / 255
+    handles = [Patch(facecolor=colour, edgecolor="black", label=name) for colour, name in zip(colours, names)]
+    if len(present) > len(labels):
+        handles.append(Line2D([], [], linestyle="", label=f"and {len(present) - len(labels)} more"))
+    figure.legend(handles=handles, loc="outside right upper")

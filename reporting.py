@@ -93,9 +93,9 @@ def draw_plots(run_files, history, train, val, epoch, scores, predict):
     title = f"{run_files.experiment} on {val.split.dataset}"
     name, val_scores = next(iter(scores.items()))
     samples = []
-    for index in np.linspace(0, len(val.split) - 1, min(5, len(val.split))).round().astype(int).tolist():
-        mask = val.split.mask(index)
-        photo = np.asarray(val.split.photo(index))
+    shown = np.linspace(0, len(val.split) - 1, min(5, len(val.split))).round().astype(int).tolist()
+    for index in progress(shown, len(shown), "drawing plots", "photo"):
+        photo, mask = plotting.thumbnail(val.split.photo(index), val.split.mask(index))
         samples.append((val.split.ids[index], photo, mask, predict(index, mask.shape)))
     curves_title = f"{title}, val at {size_text(val.size)}"
     plotting.curves(run_files.plot("curves"), curves_title, history, epoch, val_scores.baseline)

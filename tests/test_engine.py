@@ -12,7 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_tiny
+from conftest import ROOT, make_tiny, write_pair, write_split
 from PIL import Image
 from tiny_net import TinyNet
 from torch.nn import CrossEntropyLoss, functional
@@ -20,7 +20,10 @@ from torch.nn import CrossEntropyLoss, functional
 import checkpoint
 import cli
 import engine
+import files
 import imaging
+import plotting
+import reporting
 import util
 import voc
 from util import UserError
@@ -371,3 +374,58 @@ def test_flags_have_the_documented_defaults(monkeypatch):
     expected |= {"resume": False, "overwrite": False, "limit": None, "compile": False}
     expected["defaults"] = {"epochs": 7, "batch_size": 16}
     assert vars(cli.arguments(str(SCRIPT), "An experiment.", epochs=7)) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "size", "shape"),
+    [(60, (32, 24), (500, 700)), (5, (7, 9), (61, 83)), (21, (14, 14), (60, 9000)), (21, (64, 40), (9000, 60))],
+)
+@pytest.mark.parametrize("ties", [False, True])
+def test_prediction_in_strips_equals_that_of_the_whole_upsampled_logits(num_classes, size, shape, ties):
+    logits = torch.randn(num_classes, *size, generator=torch.Generator().manual_seed(0))
+    logits = logits.round() if ties else logits
+    expected = functional.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0].argmax(0)
+    assert torch.equal(engine.predict_mask(logits, shape), expected.byte())
+    strips = list(engine.predict_strips(logits, shape))
+    assert len(strips) == -(-num_classes * shape[0] * shape[1] // engine.STRIP_SIZE)
+    assert max(prediction.numel() for _, prediction in strips) * num_classes < 1.1 * engine.STRIP_SIZE
+
+
+def test_plots_take_large_photos_downscaled_and_show_their_progress(tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        write_pair(tmp_path, split, np.zeros((1500, 900, 3), np.uint8), np.zeros((1500, 900), np.uint8))
+        write_split(tmp_path, split, [split])
+    drawn, shapes, bars = [], [], []
+    monkeypatch.setattr(plotting, "predictions", lambda path, title, classes, samples: drawn.extend(samples))
+    monkeypatch.setattr(reporting, "progress", lambda items, *args, **names: bars.append(args) or items)
+    train, val, _ = voc.loaders(tmp_path, 1, size=SIZE)
+    row = {"epoch": 1, "learning_rate": 0.1, "train_loss": 1, "val_loss": 1, "val_miou": 0.1, "val_pixel_accuracy": 0.5}
+    scores = {"val": util.Scores(1.0, torch.eye(21, dtype=torch.int64), val.classes)}
+    run_files = files.RunFiles(tmp_path, "train", 0)
+    predict = lambda index, shape: shapes.append(shape) or np.zeros(shape, np.uint8)  # noqa: E731
+    reporting.draw_plots(run_files, [row], train, val, 1, scores, predict)
+    assert [array.shape[:2] for array in drawn[0][1:]] == [(640, 384)] * 3 and shapes == [(640, 384)]
+    assert bars == [(1, "drawing plots", "photo")]
+
+
+def test_evaluation_counts_strips_like_whole_masks(finished, monkeypatch):
+    data, out, _ = finished
+    model, loader = checkpoint.load(out / "best_train.pt"), voc.loaders(data, 3, size=SIZE)[1]
+    generator = torch.Generator().manual_seed(0)
+    model.network.classifier.weight.data.normal_(generator=generator)  # predicts many classes
+    expected = engine.evaluate(model, loader, CRITERION).matrix
+    monkeypatch.setattr(engine, "STRIP_SIZE", 21 * 60 * 20)  # 20 columns
+    matrix = engine.evaluate(model, loader, CRITERION).matrix
+    assert (expected.sum(0) > 0).sum() > 3 and matrix.sum() == expected.sum()
+    # in such small strips, interpolate takes another path and may round the last digit differently
+    assert (matrix - expected).abs().sum() < 1e-3 * expected.sum()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_a_class_that_is_left_out_of_a_strip_is_nowhere_the_largest(rows):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(30, rows, 4, generator=generator) + torch.linspace(-3, 3, 30).view(-1, 1, 1)
+    labels = engine._possible_classes(logits)
+    means = [weight * logits[:, :-1] + (1 - weight) * logits[:, 1:] for weight in torch.linspace(0, 1, 33)]
+    winners = torch.cat([logits, *means], 1).argmax(0).unique()
+    assert set(winners.tolist()) <= set(labels.tolist()) and len(labels) < 30

@@ -6,6 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import imaging
 import plotting
@@ -127,3 +128,48 @@ def test_histories_show_every_epoch_of_every_run(tmp_path, figures):
         assert all(bottom <= value <= top for line in axis.lines for value in line.get_ydata())
     assert axes[3].get_ylim()[0] == 0
     assert axes[3].lines[1].get_ydata().tolist() == pytest.approx([0.4, 0.8])
+
+
+@pytest.mark.parametrize("num_classes", [2, 21, 60, 254])
+def test_plots_of_many_classes_are_bounded_and_say_what_they_leave_out(tmp_path, figures, num_classes):
+    classes = tuple(f"a class with the long name {label}" for label in range(num_classes))
+    matrix = torch.diag(torch.arange(1, num_classes + 1))  # the last classes are the most frequent
+    shown = min(40, num_classes)
+    plotting.confusion(tmp_path / "confusion.png", "title", classes, matrix)
+    plotting.class_iou(tmp_path / "iou.png", "title", classes, {"val": Scores(1.0, matrix, classes)})
+    plotting.classes_by_experiment(tmp_path / "classes.png", "title", ["a", "b"], classes, np.eye(2, num_classes))
+    masks = np.repeat(np.arange(num_classes), np.arange(1, num_classes + 1)).astype(np.uint8)[None]
+    sample = ("name", np.zeros((*masks.shape, 3), np.uint8), masks, masks)
+    plotting.predictions(tmp_path / "predictions.png", "title", classes, [sample])
+    for name in ("confusion", "iou", "classes", "predictions"):
+        assert max(matplotlib.image.imread(tmp_path / f"{name}.png").shape) < 3300
+    confusion, iou, _, predictions = figures
+    assert len(confusion.axes[0].texts) == len(iou.axes[0].containers[0]) == shown
+    legend = predictions.legends[0]
+    frame = legend.get_window_extent()
+    assert frame.y0 >= 0 and frame.y1 <= predictions.bbox.height
+    assert max(len(label) for label in labels(legend)) <= 24
+    if num_classes > 40:
+        assert f"the 40 most frequent of {num_classes} classes" in confusion.axes[0].get_title()
+        assert f"the 40 most frequent of {num_classes} classes" in iou.get_suptitle()
+    if num_classes > 2:
+        assert labels(legend)[-1] == f"and {num_classes - len(labels(legend)) + 1} more"
+
+
+def test_plots_show_the_most_frequent_classes(tmp_path, figures):
+    classes = tuple(map(str, range(60)))
+    matrix = torch.diag(torch.arange(60) + 1)
+    plotting.confusion(tmp_path / "a.png", "title", classes, matrix)
+    plotting.class_iou(tmp_path / "b.png", "title", classes, {"val": Scores(1.0, matrix, classes)})
+    for figure in figures:
+        assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == list(map(str, range(20, 60)))
+
+
+def test_thumbnail_bounds_photo_and_mask_and_mixes_no_classes():
+    mask = np.zeros((900, 1500), np.uint8)
+    mask[:, 700:], mask[500:] = 200, 255
+    photo, small = plotting.thumbnail(Image.fromarray(imaging.PALETTE[mask]), mask)
+    assert photo.shape == (384, 640, 3) and small.shape == (384, 640)
+    assert np.unique(small).tolist() == [0, 200, 255] and not photo[10, 10].any() and not small[10, 10]
+    mask = mask[:30, :40]
+    assert np.array_equal(plotting.thumbnail(Image.fromarray(imaging.PALETTE[mask]), mask)[1], mask)

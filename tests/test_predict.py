@@ -1,5 +1,8 @@
 """Predictions on any photo: sizes, rotation, colour modes, files that are no photos, and masks that read back."""
 
+import csv
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +12,10 @@ from torch.nn import functional
 
 import checkpoint
 import imaging
-import plotting
 import predict
 import voc
 from basic_fcn import FCN
+from util import UserError
 
 
 @pytest.fixture
@@ -90,16 +93,28 @@ def test_every_colour_mode_and_size_is_accepted(best, tmp_path):
     assert run_predict(tmp_path, tmp_path) == 0
     for name in ("pixel", *(mode for mode, _ in photos)):
         assert read(tmp_path / "predictions" / f"{name}_mask.png").shape == ((1, 1) if name == "pixel" else (50, 70))
-        assert min(read(tmp_path / "predictions" / f"{name}_overlay.png").shape[:2]) > 300
+        shape = (1, 1, 3) if name == "pixel" else (50, 70, 3)
+        assert read(tmp_path / "predictions" / f"{name}_overlay.png").shape == shape
 
 
-def test_overlay_shows_the_photo_in_the_background_and_blends_objects(tmp_path):
-    photo, mask = np.full((60, 80, 3), (10, 200, 30), np.uint8), np.zeros((60, 80), np.uint8)
-    mask[:, 40:] = 15
-    plotting.overlay(tmp_path / "a.png", "title", voc.CLASSES, photo, mask)
-    colours = {tuple(colour) for colour in read(tmp_path / "a.png")[..., :3].reshape(-1, 3).tolist()}
-    blend = tuple((0.4 * photo[0, 0] + 0.6 * imaging.PALETTE[15]).round().astype(int).tolist())
-    assert {(10, 200, 30), blend} <= colours
+def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours():
+    photo, mask = np.full((600, 80, 3), (10, 200, 30), np.uint8), np.zeros((600, 80), np.uint8)
+    mask[:, 40:], mask[300:, 60:] = 15, 7
+    result = np.asarray(predict.overlay(Image.fromarray(photo), mask, voc.CLASSES))
+    colours = predict.overlay_palette()
+    assert result.shape == photo.shape and (result[:, :40] == photo[:, :40]).all()
+    for label, part in ((15, result[5:295, 45:75]), (7, result[305:, 65:])):
+        assert (part == photo[0, 0] // 2 + colours[label] // 2).all()
+    assert (result[:, 40] == colours[15]).all()  # to the background, also where strips of rows meet
+    assert (result[301:, 59] == colours[15]).all() and (result[301:, 60] == colours[7]).all()
+    assert (result[299, 61:] == colours[15]).all() and (result[300, 61:] == colours[7]).all()
+
+
+def test_overlay_colours_differ_for_255_classes_and_strongly_for_neighbours():
+    colours = predict.overlay_palette().astype(int)
+    distance = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 1000 * np.eye(255)
+    assert colours.shape == (255, 3) and distance.min() > 10 and distance[:21, :21].min() > 50
+    assert np.abs(colours.max(1) - colours.min(1)).min() > 15  # no greys, which a photo is full of
 
 
 def test_unreadable_photo_is_named_and_the_others_are_predicted(best, tmp_path, capsys):
@@ -113,13 +128,121 @@ def test_unreadable_photo_is_named_and_the_others_are_predicted(best, tmp_path, 
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and f"error: {folder / 'b.jpg'}: cannot be read" in error
     written = {path.name for path in (tmp_path / "predictions").iterdir()}
-    assert written == {f"{name}_{kind}.png" for name in ("a", "ü c") for kind in ("mask", "overlay")}
+    results = {f"{name}_{kind}.png" for name in ("a", "ü c") for kind in ("mask", "overlay")}
+    assert written == results | {"predictions.csv", "legend.png"}
 
 
-def test_photos_of_the_same_name_do_not_overwrite_each_other(best, tmp_path):
-    for folder, side in (("one", 20), ("two", 30)):
-        (tmp_path / folder).mkdir()
-        make_photo(side, side).save(tmp_path / folder / "x.jpg")
-    assert run_predict(tmp_path, "one", "two", "one") == 0
-    masks = (tmp_path / "predictions").glob("*_mask.png")
-    assert sorted(len(read(path)) for path in masks) == [20, 30]
+def save_photos(folder, *paths):
+    """Write photos of different sizes."""
+    for index, path in enumerate(paths):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        make_photo(20 + index, 30).save(folder / path)
+
+
+def masks(folder):
+    """The heights of the masks by name."""
+    paths = (folder / "predictions").glob("*_mask.png")
+    return {path.name.removesuffix("_mask.png"): len(read(path)) for path in paths}
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_photos_of_the_same_name_are_kept_apart_in_any_order(best, tmp_path, reverse):
+    photos = ["a/x_2.jpg", "a/x.jpg", "b/x.jpg", "b/x.png", "c/Y.jpg", "d/y.jpg"]
+    save_photos(tmp_path, *photos)
+    order = photos[::-1] if reverse else photos
+    assert run_predict(tmp_path, *order, "./b/x.png", "--masks-only") == 0  # one of them in two spellings
+    expected = {"x_2": 20, "a_x": 21, "b_x.jpg": 22, "b_x.png": 23, "c_Y": 24, "d_y": 25}
+    assert masks(tmp_path) == expected
+
+
+def test_names_that_a_folder_makes_equal_are_kept_apart():
+    photos = [Path(path) for path in ("/p/a/x.jpg", "/p/b/x.jpg", "/p/c/a_x.jpg", "/q/a/x.jpg")]
+    assert predict.output_names(photos) == ["p_a_x.jpg", "b_x", "c_a_x", "q_a_x.jpg"]
+    with pytest.raises(UserError, match="rename one of them"):
+        predict.output_names([Path("/a/b_c/x.jpg"), Path("/a/b/c_x.jpg"), Path("/a_b/c_x.jpg"), Path("/a_b/c/x.jpg")])
+
+
+def test_a_folder_gives_the_photos_of_all_formats_and_says_what_it_skips(best, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    save_photos(folder, "a.webp", "b.BMP", "c.tif", "d.gif", ".hidden.jpg", "e_mask.png", "e_overlay.png", "sub/f.jpg")
+    (folder / "notes.txt").write_text("no photo")
+    assert run_predict(tmp_path, folder) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert set(masks(tmp_path)) == set("abcd")
+    assert [line for line in lines if "skipped" in line] == [lines[0]]
+    assert lines[0].startswith("skipped 5 ") and lines[0].endswith("--recursive takes subfolders")
+    assert run_predict(tmp_path, folder, "--recursive", "--overwrite", "--masks-only") == 0
+    assert set(masks(tmp_path)) == set("abcdf") and "skipped 4 " in capsys.readouterr().out
+
+
+def test_its_own_results_are_never_its_input(best, tmp_path, capsys):
+    save_photos(tmp_path, "predictions/x.jpg")
+    for _ in range(2):
+        assert run_predict(tmp_path, "predictions", "--overwrite") == 0
+        assert set(masks(tmp_path)) == {"x"}
+    capsys.readouterr()
+    assert run_predict(tmp_path, "predictions/x_mask.png") == 2
+    assert "predictions/x_mask.png: holds no photo" in capsys.readouterr().err
+
+
+def test_earlier_results_are_replaced_only_with_overwrite(best, tmp_path, capsys, monkeypatch):
+    save_photos(tmp_path, "x.jpg", "y.jpg")
+    assert run_predict(tmp_path, "y.jpg") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "segment", None)  # must not be called
+        assert run_predict(tmp_path, "x.jpg", "y.jpg") == 2
+    error = capsys.readouterr().err
+    assert f"error: {Path('predictions', 'y_mask.png')}: 4 results are from an earlier" in error
+    assert error.count("\n") == 1 and "--overwrite" in error and set(masks(tmp_path)) == {"y"}
+    assert run_predict(tmp_path, "x.jpg", "y.jpg", "--overwrite") == 0
+    assert set(masks(tmp_path)) == {"x", "y"}
+
+
+def test_csv_holds_the_share_of_each_class(best, tmp_path, capsys):
+    save_photos(tmp_path, "x.jpg", "b/x.jpg")
+    assert run_predict(tmp_path, "x.jpg", "b", "--masks-only") == 0
+    written = {path.name for path in (tmp_path / "predictions").iterdir()}
+    assert written == {f"{tmp_path.name}_x_mask.png", "b_x_mask.png", "predictions.csv"}
+    with open(tmp_path / "predictions" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["photo"] for row in rows] == ["x.jpg", str(Path("b", "x.jpg"))]
+    for row in rows:
+        mask = read(tmp_path / "predictions" / row["mask"])
+        shares = [float(row[name]) for name in voc.CLASSES]
+        assert shares == pytest.approx(np.bincount(mask.ravel(), minlength=21) / mask.size, abs=1e-6)
+    assert capsys.readouterr().out.count("masks are computed at 64x64 and upsampled") == 1
+
+
+def test_legend_names_the_predicted_classes_in_the_colours_of_the_overlays(best, tmp_path):
+    save_photos(tmp_path, "x.jpg")
+    assert run_predict(tmp_path, "x.jpg") == 0
+    labels = np.unique(read(tmp_path / "predictions" / "x_mask.png"))
+    legend = read(tmp_path / "predictions" / "legend.png")
+    swatches = {tuple(colour) for colour in legend[:, 20].tolist()} - {(255, 255, 255), (0, 0, 0)}
+    assert swatches == {tuple(colour) for colour in predict.overlay_palette()[labels[labels > 0]].tolist()}
+
+
+@pytest.mark.filterwarnings("ignore:Image size")  # as in imaging.py; pytest resets the filters
+def test_a_photo_of_over_89_million_pixels_is_accepted(best, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict.engine, "predict_mask", lambda logits, shape: torch.zeros(shape, dtype=torch.uint8))
+    Image.new("L", (9500, 9500)).save(tmp_path / "large.png")
+    assert run_predict(tmp_path, "large.png", "--masks-only") == 0
+    assert masks(tmp_path) == {"large": 9500}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("content", [FCN(21), FCN(21).state_dict(), torch.jit.script(torch.nn.Identity())])
+def test_a_foreign_checkpoint_is_refused_without_advice_to_disable_weights_only(tmp_path, capsys, content):
+    save = torch.jit.save if isinstance(content, torch.jit.ScriptModule) else torch.save
+    save(content, tmp_path / "best.pt")
+    save_photos(tmp_path, "x.jpg")
+    assert run_predict(tmp_path, "x.jpg") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: best.pt: ") and error.endswith(": pass a best_*.pt\n") and error.count("\n") == 1
+    assert "project" in error and "eights" not in error
+
+
+def test_swapped_arguments_are_named(best, tmp_path, capsys):
+    save_photos(tmp_path, "x.jpg")
+    assert run_main(tmp_path, predict, "x.jpg best.pt") == 2
+    assert capsys.readouterr().err.startswith("error: x.jpg: is a photo, not a checkpoint: pass the best_*.pt first")
