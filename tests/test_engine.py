@@ -393,7 +393,7 @@ def test_prediction_in_strips_equals_that_of_the_whole_upsampled_logits(num_clas
 
 def test_plots_take_large_photos_downscaled_and_show_their_progress(tmp_path, monkeypatch):
     for split in ("train", "val"):
-        write_pair(tmp_path, split, np.zeros((1500, 900, 3), np.uint8), np.zeros((1500, 900), np.uint8))
+        write_pair(tmp_path, split, np.zeros((1500, 900, 3), np.uint8), np.ones((1500, 900), np.uint8))
         write_split(tmp_path, split, [split])
     drawn, shapes, bars = [], [], []
     monkeypatch.setattr(plotting, "predictions", lambda path, title, classes, samples: drawn.extend(samples))
@@ -402,7 +402,11 @@ def test_plots_take_large_photos_downscaled_and_show_their_progress(tmp_path, mo
     row = {"epoch": 1, "learning_rate": 0.1, "train_loss": 1, "val_loss": 1, "val_miou": 0.1, "val_pixel_accuracy": 0.5}
     scores = {"val": util.Scores(1.0, torch.eye(21, dtype=torch.int64), val.classes)}
     run_files = files.RunFiles(tmp_path, "train", 0)
-    predict = lambda index, shape: shapes.append(shape) or np.zeros(shape, np.uint8)  # noqa: E731
+
+    def predict(index, shape):
+        shapes.append(shape)
+        return np.zeros(shape, np.uint8)
+
     reporting.draw_plots(run_files, [row], train, val, 1, scores, predict)
     assert [array.shape[:2] for array in drawn[0][1:]] == [(640, 384)] * 3 and shapes == [(640, 384)]
     assert bars == [(1, "drawing plots", "photo")]
