@@ -50,7 +50,7 @@ class ImageDataset(Dataset):
     """Images and masks of a voc.Split, decoded, resized and augmented at each access."""
 
     def __init__(self, split, size, augmentation):
-        self.split, self.size = split, (size, size)
+        self.split, self.size = split, size[::-1]  # width first, as Pillow takes it
         fill = {tv_tensors.Image: [255 * value for value in MEAN], tv_tensors.Mask: VOID}
         dtypes = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
         transforms = [v2.RandomHorizontalFlip(augmentation.flip)]
