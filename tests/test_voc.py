@@ -289,7 +289,7 @@ def test_limit_keeps_the_first_images_and_the_test_split_may_be_missing(tiny):
 def opened(monkeypatch):
     """The paths of all image files that were decoded."""
     paths, open_image = [], imaging.open_image
-    monkeypatch.setattr(imaging, "open_image", lambda path: (paths.append(path), open_image(path))[1])
+    monkeypatch.setattr(imaging, "open_image", lambda path, *args: (paths.append(path), open_image(path, *args))[1])
     return paths
 
 
