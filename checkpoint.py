@@ -10,6 +10,7 @@ import io
 import pickle
 import platform
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -185,7 +186,9 @@ def _code(script):
 def read(path, key):
     """The content of a checkpoint with the entry ``key``; UserError if the file is not one of this project."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about TorchScript, which is refused below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: train a model first, or correct the path") from None
     except Exception as error:  # a damaged archive raises one of many types
