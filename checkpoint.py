@@ -94,15 +94,16 @@ def save_best(path, metadata, model, epoch, scores):
     _save(path, metadata | results | {"model": model.state_dict()})
 
 
-def save_last(path, metadata, history, seconds, *, model, criterion, optimizer, scheduler):
-    """Write ``last_*.pt``: everything that is needed for exact continuation."""
-    progress = {"epoch": len(history), "history": history, "seconds": seconds}
-    _save(path, metadata | progress | training_state(model, criterion, optimizer, scheduler))
+def save_last(path, metadata, history, **parts):
+    """Write ``last_*.pt``: everything that is needed for exact continuation.
+
+    ``parts`` are model, criterion, optimizer and scheduler, see ``training_state``.
+    """
+    _save(path, metadata | {"epoch": len(history), "history": history} | training_state(**parts))
 
 
-def training_state(model, criterion, optimizer, scheduler):
-    """The states of all parts of a training; None for one that has no state."""
-    parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
+def training_state(**parts):
+    """The state of each part of a training; None for one that has no state."""
     return {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in parts.items()}
 
 
@@ -120,8 +121,8 @@ def _save(path, state):
             file.write(serialise(state).getbuffer())
 
 
-def resume(run_files, metadata, annealed, *, model, criterion, optimizer, scheduler):
-    """Restore the state that ``save_last`` wrote; return history (a list of dicts) and seconds (float) so far.
+def resume(run_files, metadata, annealed, **parts):
+    """Restore the state of the parts that ``save_last`` wrote; return the history, a list of dicts.
 
     With ``annealed``, the schedule depends on the number of epochs, which then has to be the same.
 
@@ -130,11 +131,10 @@ def resume(run_files, metadata, annealed, *, model, criterion, optimizer, schedu
     state = read(run_files.last, "history")
     try:
         _check_same_run(run_files, state, metadata, annealed)
-        parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
         for name, part in parts.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(state[name])
-        return list(state["history"]), float(state["seconds"])
+        return [{**row, "seconds": float(row["seconds"])} for row in state["history"]]
     except UserError:
         raise
     except Exception as error:  # a missing or wrong entry raises one of many types

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -34,9 +35,9 @@ def arguments(script, doc, epochs, batch_size=16, pretrained=False):
         pretrained: whether the experiment starts from pretrained weights; adds the flag ``--no-pretrained``.
 
     Returns:
-        argparse.Namespace with the flags, script (Path), experiment (the stem of its files' names) and defaults (dict
-        with the experiment's own epochs and batch_size). data is a str, device a torch.device and out a Path; limit may
-        be None.
+        argparse.Namespace with the flags, script (Path), experiment (the stem of its files' names), idea (see ``idea``)
+        and defaults (dict with the experiment's own epochs and batch_size). data is a str, device a torch.device and
+        out a Path; limit may be None.
     """
     parser = shared_flags(doc, epochs, batch_size, pretrained)
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")
@@ -45,9 +46,19 @@ def arguments(script, doc, epochs, batch_size=16, pretrained=False):
     existing.add_argument("--overwrite", action="store_true", help="delete the experiment's earlier run in --out first")
     args = parser.parse_args()
     args.script, args.defaults = Path(script), {"epochs": epochs, "batch_size": batch_size}
+    args.idea = idea(doc)
     args.experiment = args.script.stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
     args.device = processes.join(args.device)
     return args
+
+
+def idea(doc):
+    """What an experiment is about, for titles: its docstring up to the first colon, full stop or end of line."""
+    text = re.split(r"[:.\n]", (doc or "").strip())[0]
+    rest_of_word = text.partition(" ")[0][1:]
+    if rest_of_word == rest_of_word.lower():  # not "U-Net"
+        text = text[:1].lower() + text[1:]
+    return textwrap.shorten(text, 60, placeholder=" ...")
 
 
 def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):

@@ -71,10 +71,14 @@ def batch_loss(criterion, logits, masks):
     return criterion(logits, masks), weight
 
 
-def _mean_loss(losses, device):
-    """The mean over all processes of losses and weights [N, 2] from ``batch_loss``; NaN if all weights are 0."""
+def _mean_loss(losses, device=None):
+    """The mean of losses and weights [N, 2] from ``batch_loss``; NaN if all weights are 0.
+
+    With ``device``, the mean over all processes.
+    """
     losses, weights = losses.double().T
-    total, weight = processes.all_reduce(torch.stack(((losses * weights).sum(), weights.sum())), device).tolist()
+    sums = torch.stack(((losses * weights).sum(), weights.sum()))
+    total, weight = (sums if device is None else processes.all_reduce(sums, device)).tolist()
     return total / weight if weight else math.nan
 
 
@@ -143,7 +147,7 @@ def evaluate(model, loader, criterion, full_resolution=True):
     model.eval()
     num_classes, device = len(loader.classes), loader.device
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-    assignment_total = torch.zeros((), dtype=torch.float64)
+    image_ious, assignment_ious = torch.zeros(2, len(loader.split), dtype=torch.float64)
     losses = [torch.zeros(2, device=device)]  # a process may have no batch
     num_batches = math.ceil(len(loader) / processes.world_size())
     with ThreadPoolExecutor() as pool:
@@ -154,19 +158,20 @@ def evaluate(model, loader, criterion, full_resolution=True):
             if not full_resolution:
                 matrix += util.confusion_matrix(masks, logits.argmax(1), num_classes)
                 continue
-            assignment_total += util.assignment_iou(masks.cpu(), logits.argmax(1).cpu(), num_classes).sum()
+            assignment_ious[indices] = util.assignment_iou(masks.cpu(), logits.argmax(1).cpu(), num_classes)
             full_masks = pool.map(loader.split.mask, indices.tolist())
             # upsampling one image of a channels_last batch is far slower than of a contiguous one
-            for image_logits, mask in zip(logits.contiguous(), full_masks):
-                mask = torch.from_numpy(mask).to(device)
+            for index, image_logits, mask in zip(indices.tolist(), logits.contiguous(), full_masks):
+                mask, before = torch.from_numpy(mask).to(device), matrix.clone()
                 for columns, prediction in predict_strips(image_logits, mask.shape):
                     matrix += util.confusion_matrix(mask[:, columns], prediction, num_classes)
+                image_ious[index] = util.mean_iou(matrix - before)
     loss = _mean_loss(torch.stack(losses).cpu(), device)
     matrix = processes.all_reduce(matrix, device).cpu()
     if not full_resolution:
         return Scores(loss, matrix, loader.classes)
-    assignment_total = processes.all_reduce(assignment_total, device).item()
-    return Scores(loss, matrix, loader.classes, assignment_total / len(loader.split))
+    image_ious, assignment_ious = processes.all_reduce(torch.stack((image_ious, assignment_ious)), device).cpu()
+    return Scores(loss, matrix, loader.classes, image_ious, assignment_ious.mean().item())
 
 
 def backward(network, loss, weight):
@@ -186,32 +191,54 @@ def training_step(network, images, masks, criterion, optimizer, index, count):
         index, count: position of the batch in its epoch, from 0, and number of batches.
 
     Returns:
-        loss and weight of the batch, see ``batch_loss``, and the gradient's norm: scalar tensors.
+        loss and weight of the batch, see ``batch_loss``, and the gradient's norm, scalar tensors; and the logits
+        [B, C, H, W], for the metrics on train.
     """
     optimizer.zero_grad()
-    loss, weight = batch_loss(criterion, forward(network, images)["out"], masks)
+    logits = forward(network, images)["out"]
+    loss, weight = batch_loss(criterion, logits, masks)
     norm = backward(network, loss, weight)
     optimizer.step()
-    return loss, weight, norm
+    return loss, weight, norm, logits
 
 
 def train_epoch(network, loader, epoch, criterion, optimizer, training_step=training_step, scheduler=None):
-    """Take one step per batch, and one of the scheduler; return the mean loss over the labelled pixels of the epoch.
+    """Take one step per batch, and one of the scheduler.
+
+    Returns:
+        Scores of the batches as the network saw them, with the weights of that moment: the loss is the mean over all
+        labelled pixels, the confusion matrix is of every fourth row and column.
+        The learning rates, a list with one list per batch, which holds the rate of each parameter group.
 
     Raises a UserError if the loss or the gradient of a batch is not finite; the weights are unusable then.
     """
     network.train()
-    results, batch_indices = [], []
-    batches = reporting.progress(loader.batches(epoch), len(loader), f"epoch {epoch}")
+    num_classes, device = len(loader.classes), loader.device
+    matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    results, batch_indices, learning_rates = [], [], []
+    batches = reporting.progress(
+        loader.batches(epoch),
+        len(loader),
+        f"epoch {epoch}",
+        status=lambda: f"loss {_mean_loss(torch.stack(results)[:, :2].cpu()):.4f}",
+    )
     for index, (images, masks, indices) in enumerate(batches):
-        result = training_step(network, images, masks, criterion, optimizer, index=index, count=len(loader))
+        learning_rates.append([float(group["lr"]) for group in optimizer.param_groups])
+        *result, logits = training_step(network, images, masks, criterion, optimizer, index=index, count=len(loader))
         results.append(torch.stack([value.detach() for value in result]))
         batch_indices.append(indices)
+        matrix += _sampled_confusion_matrix(masks, logits.detach(), num_classes)
         if scheduler is not None:
             scheduler.step()
-    results = torch.stack(results).cpu()  # only here, so that no step waits for a GPU
-    _check_finite(results[:, 0], results[:, 2], batch_indices, loader.split.ids, epoch)
-    return _mean_loss(results[:, :2], loader.device)
+    losses, weights, norms = torch.stack(results).T.cpu()  # only here, so that no step waits for a GPU
+    _check_finite(losses, norms, batch_indices, loader.split.ids, epoch)
+    loss = _mean_loss(torch.stack((losses, weights), 1), device)
+    return Scores(loss, processes.all_reduce(matrix, device).cpu(), loader.classes), learning_rates
+
+
+def _sampled_confusion_matrix(masks, logits, num_classes):
+    """The confusion matrix of every fourth row and column, which is enough for a curve and takes little time."""
+    return util.confusion_matrix(masks[:, ::4, ::4], logits[:, :, ::4, ::4].max(1).indices, num_classes)
 
 
 def _check_finite(losses, norms, batch_indices, ids, epoch):
@@ -283,37 +310,28 @@ def fit(
         warnings = preflight.check(args, metadata, train, forward, training_step, scheduler_interval, **states)
         if args.overwrite and processes.is_main():
             run_files.delete()
-        history, seconds = [], 0.0
-        if resuming:
-            history, seconds = checkpoint.resume(run_files, metadata, annealed, **states)
-            reporting.write_history(run_files.history, history)
+        history = checkpoint.resume(run_files, metadata, annealed, **states) if resuming else []
+        report = reporting.Report(run_files, args, criterion, train, val, test, predict_index)
         stopping = f"patience {patience} epochs" if stops_early else f"all {args.epochs} epochs are run"
-        reporting.describe(run_files, args, model, train, val, test, criterion, stopping, warnings, len(history))
+        report.start(model, history, stopping, warnings)
         network, parallel = _wrap(model, args)
 
         def run_epoch(epoch):
             """Train and validate for an epoch; return its row of the history and the Scores on val."""
             util.seed_epoch(args.seed, epoch, processes.rank())
-            learning_rate = float(optimizer.param_groups[0]["lr"])
             batch_scheduler = scheduler if scheduler_interval == "batch" else None
-            train_loss = train_epoch(parallel, train, epoch, criterion, optimizer, training_step, batch_scheduler)
+            train_scores, learning_rates = train_epoch(
+                parallel, train, epoch, criterion, optimizer, training_step, batch_scheduler
+            )
             processes.broadcast(model.buffers())  # each process has its own statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
             if not math.isfinite(scores.loss):
                 raise UserError(f"the val loss is {scores.loss} in epoch {epoch}: lower the learning rate")
-            row = {
-                "epoch": epoch,
-                "learning_rate": learning_rate,
-                "train_loss": train_loss,
-                "val_loss": scores.loss,
-                "val_pixel_accuracy": scores.pixel_accuracy,
-                "val_miou": scores.miou,
-            }
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(scores.miou if scheduler.mode == "max" else scores.loss)
             elif scheduler is not None and scheduler_interval == "epoch":
                 scheduler.step()
-            return row, scores
+            return reporting.history_row(epoch, learning_rates, train_scores, scores), scores
 
         try:
             epochs = range(len(history) + 1, args.epochs + 1)
@@ -326,15 +344,17 @@ def fit(
                 # best before last: a run that is killed in between repeats the epoch and finds the same best
                 if best_epoch([*history, row]) is row:
                     checkpoint.save_best(run_files.best, metadata, model, epoch, scores)
-                epoch_seconds = time.perf_counter() - start
-                seconds += epoch_seconds
-                checkpoint.save_last(run_files.last, metadata, [*history, row], seconds, **states)
+                row["seconds"] = round(time.perf_counter() - start, 3)
+                checkpoint.save_last(run_files.last, metadata, [*history, row], **states)
                 history.append(row)
-                reporting.write_history(run_files.history, history)
-                reporting.log(reporting.epoch_line(history, best_epoch(history), args.epochs, epoch_seconds, scores))
-            _report(run_files, metadata, args.device, history, seconds, train, val, test, criterion)
+                report.epoch(history, best_epoch(history), scores)
+            with processes.main_process_first():  # it has written the file
+                best_model = checkpoint.load(run_files.best, args.device)
+            loaders = [loader for loader in (val, test) if loader is not None]
+            results = {loader.split.name: evaluate(best_model, loader, criterion) for loader in loaders}
+            report.finish(metadata, best_model, history, best_epoch(history), results)
         except BaseException:
-            _report_stop(run_files, history, train, val)
+            report.stop(history)
             raise
 
 
@@ -370,39 +390,3 @@ def predict_index(model, loader, index, shape):
     """The prediction for one image of a loader at ``shape`` [H, W]: uint8 array [H, W]."""
     logits = forward(model, loader.normalise(loader.images[index : index + 1]), full_precision=True)["out"][0]
     return predict_mask(logits, shape).cpu().numpy()
-
-
-def _report_stop(run_files, history, train, val):
-    """After Ctrl-C or an error: draw the plots of the epochs before, and print what is kept."""
-    if not processes.is_main():
-        return
-    if not history:
-        reporting.log(f"{run_files.experiment}: stopped before the end of its first epoch: there is nothing to keep")
-        return
-    plots = ""
-    try:
-        best = checkpoint.read(run_files.best, "val_matrix")
-        scores = {f"val at {reporting.size_text(val.size)}": Scores(math.nan, best["val_matrix"], val.classes)}
-        model = checkpoint.load(run_files.best, val.device)
-        predict = functools.partial(predict_index, model, val)
-        reporting.draw_plots(run_files, history, train, val, best["epoch"], scores, predict)
-        plots = f", drew {run_files.plot('*')}"
-    except Exception as error:  # the reason for the stop, such as a full disk, matters more
-        reporting.log(util.reason(error))
-    kept = [str(path) for path in (run_files.best, run_files.last) if path.exists()]
-    advice = ": the same command with --resume continues" if len(kept) == 2 else ""
-    kept = " and ".join(kept) or "nothing"
-    reporting.log(f"{run_files.experiment}: stopped after epoch {len(history)}; kept {kept}{plots}{advice}")
-
-
-def _report(run_files, metadata, device, history, seconds, train, val, test, criterion):
-    """Evaluate the best checkpoint at full resolution; write metrics and plots; print tables and paths."""
-    with processes.main_process_first():  # it has written the file
-        model = checkpoint.load(run_files.best, device)
-    scores = {loader.split.name: evaluate(model, loader, criterion) for loader in (val, test) if loader is not None}
-    if not processes.is_main():
-        return
-    epoch = best_epoch(history)["epoch"]
-    reporting.write_metrics(run_files, metadata, device, history, epoch, seconds, model, scores)
-    reporting.draw_plots(run_files, history, train, val, epoch, scores, functools.partial(predict_index, model, val))
-    reporting.summarise(run_files, metadata["seed"], len(history), epoch, scores, val.classes)

@@ -4,6 +4,8 @@
 and ``baseline`` is the name of a constant prediction with its Scores or its mean IoU.
 """
 
+import itertools
+
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -22,6 +24,7 @@ from util import VOID
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++")
+STYLES = ("-", "--", ":", "-.")
 
 
 MAX_SIDE = 640  # of a photo in a plot in pixels
@@ -69,37 +72,60 @@ def _save(figure, path):
         figure.savefig(file, format="png", dpi=130)
 
 
-def curves(path, title, history, best_epoch, baseline):
-    """Draw loss, pixel accuracy, mean IoU and learning rate over the epochs.
+def curves(path, title, history, best_epoch, baseline, weighted):
+    """Draw loss, pixel accuracy, mean IoU and learning rates over the epochs.
 
-    ``history`` is a list of dicts with epoch, learning_rate, train_loss, val_loss, val_pixel_accuracy and val_miou.
+    ``history`` is a list of the dicts of ``reporting.history_row``, ``baseline`` has the resolution of its val metrics,
+    and ``weighted`` tells whether the loss has class weights.
     """
     figure = _figure(10, 7)
     figure.suptitle(title)
-    axes = figure.subplots(2, 2).flat
+    (loss, accuracy), (miou, learning_rate) = figure.subplots(2, 2)
     epochs = [row["epoch"] for row in history]
     baseline_name, baseline_scores = baseline
-    panels = (
-        ("loss", (("train_loss", "train", ORANGE, "--"), ("val_loss", "val", BLUE, "-")), None),
-        ("pixel accuracy", (("val_pixel_accuracy", "val", BLUE, "-"),), baseline_scores.pixel_accuracy),
-        ("mean IoU", (("val_miou", "val", BLUE, "-"),), baseline_scores.miou),
-        ("learning rate", (("learning_rate", "", GREEN, "-"),), None),
-    )
-    for axis, (name, lines, level) in zip(axes, panels):
-        for key, label, colour, style in lines:
-            axis.plot(epochs, [row[key] for row in history], style, color=colour, label=label, marker="o", markersize=3)
-        if level is not None:
-            axis.axhline(level, color=GREY, linestyle=":", label=baseline_name)
-        if name != "learning rate":
-            axis.axvline(best_epoch, color=GREY, linewidth=0.8, label=f"best epoch: {best_epoch}")
-            axis.legend()
-        axis.set(title=name, xlabel="epoch")
+    loss.set_title("loss, weighted by class" if weighted else "loss")
+    levels = {"pixel_accuracy": baseline_scores.pixel_accuracy, "miou": baseline_scores.miou}
+    for axis, name in ((loss, "loss"), (accuracy, "pixel_accuracy"), (miou, "miou")):
+        for split, colour, style in (("train", ORANGE, "--"), ("val", BLUE, "-")):
+            values = [row[f"{split}_{name}"] for row in history]
+            marker = "o" if len(history) <= 60 else None
+            axis.plot(epochs, values, style, color=colour, label=split, marker=marker, markersize=3)
+        if name in levels:
+            axis.axhline(levels[name], color=GREY, linestyle=":", label=f"{baseline_name} on val")
+        axis.axvline(best_epoch, color=GREY, linewidth=0.8, label=f"best epoch: {best_epoch}")
+    accuracy.set_title("pixel accuracy")
+    miou.set_title("mean IoU")
+    _plot_learning_rates(learning_rate, history)
+    for axis in (loss, accuracy, miou, learning_rate):
+        axis.set(xlabel="epoch", xlim=(0, max(1.03 * epochs[-1], epochs[-1] + 0.5)))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.update_datalim([(epochs[0], 0)])  # include 0 before the margin at the top is computed
-        axis.autoscale_view()
-        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
+    for axis in (loss, accuracy, miou):
+        axis.update_datalim([(0, 0)])  # include 0 before the margin at the top is computed
+        axis.autoscale_view(scalex=False)
+        axis.set_ylim(bottom=0)
+    figure.legend(*miou.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     _save(figure, path)
+
+
+def _plot_learning_rates(axis, history):
+    """Draw the learning rate of each parameter group in each epoch, or in each batch if it changes within epochs."""
+    steps = [
+        (row["epoch"] - 1 + (batch + 1) / len(row["batch_learning_rates"]), rates)
+        for row in history
+        for batch, rates in enumerate(row["batch_learning_rates"])
+    ]
+    ends = [history[0]["epoch"] - 1] + [end for end, _ in steps]
+    groups = np.array([rates for _, rates in steps]).T
+    for index, (rates, colour, style) in enumerate(zip(groups, itertools.cycle(COLOURS), itertools.cycle(STYLES)), 1):
+        axis.stairs(rates, ends, baseline=None, color=colour, linestyle=style, label=f"parameter group {index}")
+    axis.set_title("learning rate")
+    if len(groups) > 1:
+        axis.legend()
+    if len(groups) > 1 and groups.min() > 0:
+        axis.set_yscale("log")  # groups often differ by orders of magnitude
+    else:
+        axis.set_ylim(bottom=0, top=1.05 * groups.max() or None)
 
 
 def class_iou(path, title, classes, scores):

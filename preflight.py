@@ -46,8 +46,8 @@ def check(args, metadata, train, forward, training_step, interval, *, model, cri
         with _stage(script, network), torch.no_grad():  # after the step, which may change more than the parameters
             _check_rebuilding(model, images, forward, metadata)
         with _stage(script, "saving the state of criterion, optimizer and scheduler"):
-            state = checkpoint.training_state(None, criterion, optimizer, scheduler)
-            torch.load(checkpoint.serialise(state), weights_only=True)
+            state = checkpoint.training_state(criterion=criterion, optimizer=optimizer, scheduler=scheduler)
+            torch.load(checkpoint.serialise(state), "cpu", weights_only=True)
         with _stage(script, "the optimizer"):
             return _check_parameters(model, criterion, optimizer, used)
 
@@ -232,9 +232,14 @@ def _try_training_step(training_step, model, images, masks, criterion, optimizer
         for hook in hooks:
             hook.remove()
     values = result if isinstance(result, tuple) else ()
-    if len(values) != 3 or not all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in values):
-        raise UserError("training_step has to return loss, weight and norm as engine.training_step does: three scalars")
-    torch.stack([value.detach() for value in values])  # as train_epoch does
+    if len(values) != 4 or [value.ndim for value in values if isinstance(value, torch.Tensor)] != [0, 0, 0, 4]:
+        raise UserError(
+            "training_step has to return loss, weight, norm and logits as engine.training_step does: three scalars and "
+            "a tensor [B, C, H, W]"
+        )
+    if values[3].shape[2:] != masks.shape[1:]:
+        raise UserError(f"training_step returns logits of shape {list(values[3].shape)} for masks {list(masks.shape)}")
+    torch.stack([value.detach() for value in values[:3]])  # as train_epoch does
     return used | {id(parameter) for parameter in parameters if parameter.grad is not None}
 
 

@@ -1,27 +1,57 @@
 """What a run prints and writes about itself: its description, a line per epoch, metrics, tables and plots."""
 
+import contextlib
 import json
+import math
 import sys
+import time
 
 import numpy as np
 import torch
 from torch.nn import CrossEntropyLoss
 from tqdm import tqdm
 
+import checkpoint
 import files
 import processes
+import util
+from util import Scores
+
+LINE_INTERVAL = 30  # seconds without a line after which ``progress`` prints one
+INTERVALS = {"curves": 20, "predictions": 60}  # seconds between two drawings during a run
+DRAWING_SHARE = 0.01  # of a run's time, for each of the two
+NUM_SHOWN = 5  # images in the plot of predictions, besides best, median and worst
+
+_last_line = time.perf_counter()
 
 
-def progress(iterable, total, name, unit="batch"):
-    """A progress bar on stderr that disappears at its end; none in other processes or if stderr is not a terminal."""
-    return tqdm(iterable, name, total, leave=False, unit=unit, disable=None if processes.is_main() else True)
+def progress(iterable, total, name, unit="batch", status=lambda: ""):
+    """Yield from ``iterable`` with a progress bar on stderr, which disappears at its end, in the main process.
+
+    If stderr is not a terminal, print a line instead whenever nothing was printed for 30 seconds. ``status()`` is shown
+    with either; it is called at most once per second.
+    """
+    bar = tqdm(iterable, name, total, leave=False, unit=unit, disable=None if processes.is_main() else True)
+    shown = time.perf_counter()
+    for done, item in enumerate(bar, 1):
+        yield item
+        now = time.perf_counter()
+        if not processes.is_main():
+            continue
+        if bar.disable and now - _last_line > LINE_INTERVAL:
+            log(f"{name}: {done}/{total}  {status()}".rstrip())
+        elif not bar.disable and now - shown > 1:
+            bar.set_postfix_str(status())
+            shown = now
 
 
 def log(text):
     """Print a line in the main process, without breaking the progress bars, and flush it."""
+    global _last_line
     if processes.is_main():
         tqdm.write(text)
         sys.stdout.flush()
+        _last_line = time.perf_counter()
 
 
 def size_text(size):
@@ -30,117 +60,234 @@ def size_text(size):
     return f"{width}x{height}"
 
 
-def write_history(path, history):
-    """Write the rows of ``history``, a list of dicts, as a CSV."""
-    if processes.is_main():
-        lines = [",".join(history[0])] + [",".join(map(str, row.values())) for row in history]
-        with files.atomic_write(path) as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
+def history_row(epoch, learning_rates, train, val):
+    """The row of an epoch in the history: a dict of plain types, to which ``fit`` adds its seconds.
+
+    ``learning_rates`` is a list with one list per batch, which holds the rate of each parameter group; ``train`` and
+    ``val`` are Scores.
+    """
+    row = {"epoch": epoch}
+    for group, rate in enumerate(learning_rates[0], 1):
+        row["learning_rate" if group == 1 else f"learning_rate_{group}"] = rate
+    for name, scores in (("train", train), ("val", val)):
+        row |= {f"{name}_{metric}": getattr(scores, metric) for metric in ("loss", "pixel_accuracy", "miou")}
+    changes = any(rates != learning_rates[0] for rates in learning_rates)
+    return row | {"batch_learning_rates": learning_rates if changes else learning_rates[:1]}
 
 
-def _num_parameters(model):
+def loss_name(criterion):
+    """The criterion's name; a weighted loss cannot be compared with others."""
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    return name + (", weighted by class" if getattr(criterion, "weight", None) is not None else "")
+
+
+def num_parameters(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def describe(run_files, args, model, train, val, test, criterion, stopping, warnings, epochs_done):
-    """Print what is about to run. ``stopping`` says when it ends, ``warnings`` is from ``preflight.check``."""
-    images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
-    if train.repeats > 1:
-        images += f" (an epoch shows each train image {train.repeats} times)"
-    size = size_text(train.size)
-    log(f"{run_files.experiment}: {train.split.dataset}, {images} images at {size}, {len(train.classes)} classes")
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    network = f"{type(model).__name__}, {_num_parameters(model):,} parameters ({trained:,} of them trained)"
-    log(f"{network}, batch {args.batch_size}, seed {args.seed}, device {args.device}")
-    if isinstance(criterion, CrossEntropyLoss) and criterion.weight is not None:
-        weights = ", ".join(f"{name} {weight:.2f}" for name, weight in zip(train.classes, criterion.weight.tolist()))
-        log(f"class weights of the loss: {weights}")
-    name, baseline = val.baseline
-    log(f"{name} on val: pixel accuracy {baseline.pixel_accuracy:.4f}, mean IoU {baseline.miou:.4f}")
-    log(f"val is evaluated at {size} after each epoch, and at full resolution at the end; {stopping}")
-    if test is None:
-        log(f"{train.split.root} has no test.txt: the results are on val, which also selects the best epoch")
-    if args.compile:
-        log("the first epoch includes the time of torch.compile")
-    for warning in warnings:
-        log(f"warning: {warning}")
-    if epochs_done:
-        log(f"continuing {run_files.last} after epoch {epochs_done}")
-    elif args.resume:
-        log("nothing to resume: starting")
+class Report:
+    """What a run prints and writes about itself, in the main process.
 
-
-def epoch_line(history, best, epochs, seconds, scores):
-    """One line about the epoch that has just ended; ``best`` is the row of the best epoch."""
-    row = history[-1]
-    name, baseline = scores.baseline
-    warning = "" if scores.miou > baseline.miou else f"  not above the {name}"
-    return (
-        f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  loss {row['train_loss']:.4f} (val {row['val_loss']:.4f})  "
-        f"pixel accuracy {row['val_pixel_accuracy']:.4f}  mean IoU {row['val_miou']:.4f} "
-        f"(best {best['val_miou']:.4f}, epoch {best['epoch']})  {seconds:.1f} s{warning}"
-    )
-
-
-def draw_plots(run_files, history, train, val, epoch, scores, predict):
-    """Draw the plots of a run.
-
-    ``scores`` maps splits to the Scores of the best ``epoch``, val first; ``predict(index, shape)`` returns the mask
-    that its model predicts for an image of val.
+    ``predict(model, loader, index, shape)`` returns the predicted mask, uint8 [H, W], of an image of a loader. The
+    other parameters are those of ``engine.fit``.
     """
-    import plotting  # only here: training should not wait for matplotlib
 
-    title = f"{run_files.experiment} on {val.split.dataset}"
-    name, val_scores = next(iter(scores.items()))
-    samples = []
-    shown = np.linspace(0, len(val.split) - 1, min(5, len(val.split))).round().astype(int).tolist()
-    for index in progress(shown, len(shown), "drawing plots", "photo"):
-        photo, mask = plotting.thumbnail(val.split.photo(index), val.split.mask(index))
-        samples.append((val.split.ids[index], photo, mask, predict(index, mask.shape)))
-    curves_title = f"{title}, val at {size_text(val.size)}"
-    plotting.curves(run_files.plot("curves"), curves_title, history, epoch, val_scores.baseline)
-    plotting.class_iou(run_files.plot("iou"), f"{title}, epoch {epoch}", val.classes, scores)
-    plotting.confusion(run_files.plot("confusion"), f"{title}, {name}, epoch {epoch}", val.classes, val_scores.matrix)
-    plotting.predictions(run_files.plot("predictions"), f"{title}, val, epoch {epoch}", val.classes, samples)
-    if train.augment is not None:
-        images, masks = train.augmented_samples(16)
-        images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
-        plotting.samples(run_files.plot("augmentation"), f"{title}, train", train.classes, images, masks)
+    def __init__(self, run_files, args, criterion, train, val, test, predict):
+        self.files, self.args, self.criterion, self.predict = run_files, args, criterion, predict
+        self.train, self.val, self.test = train, val, test
+        self.title = f"{run_files.experiment}{args.idea and ': '}{args.idea}, {val.split.dataset}"
+        self.start_time = time.perf_counter()
+        self.drawn = {}  # by plot, during the run: the time of the last drawing, its cost, and that of all
+        self.predicted_epoch = None
 
+    def start(self, model, history, stopping, warnings):
+        """Print what is about to run. ``stopping`` says when it ends, ``warnings`` is from ``preflight.check``."""
+        args, train, val, test = self.args, self.train, self.val, self.test
+        images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
+        if train.repeats > 1:
+            images += f" (an epoch shows each train image {train.repeats} times)"
+        size = size_text(train.size)
+        log(f"{self.files.experiment}: {train.split.dataset}, {images} images at {size}, {len(train.classes)} classes")
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        network = f"{type(model).__name__}, {num_parameters(model):,} parameters ({trained:,} of them trained)"
+        log(f"{network}, batch {args.batch_size}, seed {args.seed}, device {args.device}")
+        if isinstance(self.criterion, CrossEntropyLoss) and self.criterion.weight is not None:
+            weights = zip(train.classes, self.criterion.weight.tolist())
+            log(f"class weights of the loss: {', '.join(f'{name} {weight:.2f}' for name, weight in weights)}")
+        name, baseline = val.baseline
+        log(f"{name} on val: pixel accuracy {baseline.pixel_accuracy:.4f}, mean IoU {baseline.miou:.4f}")
+        log(f"val is evaluated at {size} after each epoch, and at full resolution at the end; {stopping}")
+        if test is None:
+            log(f"{train.split.root} has no test.txt: the results are on val, which also selects the best epoch")
+        if args.compile:
+            log("the first epoch includes the time of torch.compile")
+        for warning in warnings:
+            log(f"warning: {warning}")
+        if history:
+            log(f"continuing {self.files.last} after epoch {len(history)}")
+            self._write_history(history)
+        elif args.resume:
+            log("nothing to resume: starting")
 
-def write_metrics(run_files, metadata, device, history, epoch, seconds, model, scores):
-    """Write the JSON of a finished run: the results of the best ``epoch``, whose model is ``model``."""
-    metrics = {
-        "experiment": run_files.experiment,
-        "dataset": metadata["dataset"],
-        "seed": metadata["seed"],
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "epochs": len(history),
-        "best_epoch": epoch,
-        "parameters": _num_parameters(model),
-        "multiply_adds": _multiply_adds(model, device),
-        "seconds": round(seconds, 3),
-        "flags": {name: metadata["flags"][name] for name in ("epochs", "batch_size", "limit")},
-        "defaults": metadata["defaults"],
-        "versions": metadata["versions"],
-        "val": scores["val"].as_dict(),
-        "test": scores["test"].as_dict() if "test" in scores else None,
-    }
-    with files.atomic_write(run_files.metrics) as file:
-        file.write(json.dumps(metrics, indent=2, allow_nan=False).encode() + b"\n")
+    def epoch(self, history, best, scores):
+        """After an epoch: write the CSV, print a line, and redraw plots. ``best`` is the row of the best epoch."""
+        row, epochs = history[-1], self.args.epochs
+        self._write_history(history)
+        name, baseline = scores.baseline
+        warning = "" if scores.miou > baseline.miou else f"  not above the {name}"
+        log(
+            f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  loss {row['train_loss']:.4f} "
+            f"(val {row['val_loss']:.4f})  pixel accuracy {row['val_pixel_accuracy']:.4f}  "
+            f"mean IoU {row['val_miou']:.4f} (best {best['val_miou']:.4f}, epoch {best['epoch']})  "
+            f"{row['seconds']:.1f} s{warning}"
+        )
+        if processes.is_main():
+            try:
+                self._draw_during_run(history, best["epoch"])
+            except Exception as error:  # such as a full disk: training may go on
+                log(f"warning: the plots are not updated ({util.reason(error)})")
 
+    def stop(self, history):
+        """After Ctrl-C or an error: draw the plots of the epochs before, and print what is kept."""
+        if not history:
+            log(f"{self.files.experiment}: stopped before the end of its first epoch: there is nothing to keep")
+        if not history or not processes.is_main():
+            return
+        plots = ""
+        try:
+            best = checkpoint.read(self.files.best, "val_matrix")
+            model = checkpoint.load(self.files.best, self.args.device)
+            scores = Scores(math.nan, best["val_matrix"], self.val.classes)
+            self._draw_all(model, history, best["epoch"], {f"val at {size_text(self.val.size)}": scores})
+            plots = f", drew {self.files.plot('*')}"
+        except Exception as error:  # the reason for the stop, such as a full disk, matters more
+            log(util.reason(error))
+        kept = [str(path) for path in (self.files.best, self.files.last) if path.exists()]
+        advice = ": the same command with --resume continues" if len(kept) == 2 else ""
+        text = " and ".join(kept) or "nothing"
+        log(f"{self.files.experiment}: stopped after epoch {len(history)}; kept {text}{plots}{advice}")
 
-def summarise(run_files, seed, epochs, epoch, scores, classes):
-    """Print the results of a finished run, where its files are, and a last line with its mean IoU."""
-    log(_table(scores, classes))
-    for name, result in scores.items():
-        baseline_name, baseline = result.baseline
-        if not result.miou > baseline.miou:
-            log(f"warning: on {name} the mean IoU is not above the {baseline_name}")
-    log(f"\nplots       {run_files.plot('*')}\ncheckpoint  {run_files.best}")
-    log(f"metrics     {run_files.metrics}, {run_files.history}")
-    summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
-    log(f"{run_files.experiment} seed {seed}: {summary} (epoch {epoch} of {epochs})")
+    def finish(self, metadata, model, history, best, scores):
+        """At the end: write metrics and plots; print tables and paths.
+
+        ``model`` is that of the epoch whose row is ``best``, ``scores`` maps splits to its Scores, val first.
+        """
+        if not processes.is_main():
+            return
+        epoch = best["epoch"]
+        self._write_metrics(metadata, model, history, epoch, scores)
+        self._draw_all(model, history, epoch, scores)
+        log(_table(scores, self.val.classes))
+        for name, result in scores.items():
+            baseline_name, baseline = result.baseline
+            if not result.miou > baseline.miou:
+                log(f"warning: on {name} the mean IoU is not above the {baseline_name}")
+        log(f"\nplots       {self.files.plot('*')}\ncheckpoint  {self.files.best}")
+        log(f"metrics     {self.files.metrics}, {self.files.history}")
+        summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
+        log(f"{self.files.experiment} seed {self.args.seed}: {summary} (epoch {epoch} of {len(history)})")
+
+    def _write_history(self, history):
+        """Write the CSV, a row per epoch. It holds no times: the same seed gives the same file."""
+        if processes.is_main():
+            left_out = ("batch_learning_rates", "seconds")
+            rows = [{name: value for name, value in row.items() if name not in left_out} for row in history]
+            lines = [",".join(rows[0])] + [",".join(map(str, row.values())) for row in rows]
+            with files.atomic_write(self.files.history) as file:
+                file.write("".join(f"{line}\n" for line in lines).encode())
+
+    def _write_metrics(self, metadata, model, history, epoch, scores):
+        """Write the JSON of a finished run: the results of the best ``epoch``, whose model is ``model``."""
+        device = self.args.device
+        metrics = {
+            "experiment": self.files.experiment,
+            "idea": self.args.idea,
+            "dataset": metadata["dataset"],
+            "seed": metadata["seed"],
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "epochs": len(history),
+            "best_epoch": epoch,
+            "loss": loss_name(self.criterion),
+            "parameters": num_parameters(model),
+            "multiply_adds": _multiply_adds(model, device),
+            "seconds": round(sum(row["seconds"] for row in history), 3),
+            "epoch_seconds": [row["seconds"] for row in history],
+            "flags": {name: metadata["flags"][name] for name in ("epochs", "batch_size", "limit")},
+            "defaults": metadata["defaults"],
+            "versions": metadata["versions"],
+            "val": scores["val"].as_dict(),
+            "test": scores["test"].as_dict() if "test" in scores else None,
+        }
+        with files.atomic_write(self.files.metrics) as file:
+            file.write(json.dumps(metrics, indent=2, allow_nan=False).encode() + b"\n")
+
+    def _draw_during_run(self, history, best_epoch):
+        """Redraw the curves, and the predictions if there is a better epoch, when it is time to.
+
+        The first curves are drawn in any case.
+        """
+        if not self.drawn or self._is_due("curves"):
+            with self._timed("curves"):
+                self._draw_curves(history, best_epoch)
+        if best_epoch != self.predicted_epoch and self._is_due("predictions"):
+            with self._timed("predictions"):
+                self._draw_predictions(checkpoint.load(self.files.best, self.args.device), best_epoch)
+            self.predicted_epoch = best_epoch
+
+    def _is_due(self, name):
+        """Whether the interval since the last drawing has passed, and another keeps to its share of the time."""
+        now = time.perf_counter()
+        last, cost, total = self.drawn.get(name, (self.start_time, 0, 0))
+        return now - last >= INTERVALS[name] and total + cost <= DRAWING_SHARE * (now - self.start_time)
+
+    @contextlib.contextmanager
+    def _timed(self, name):
+        start = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        self.drawn[name] = now, now - start, self.drawn.get(name, (0, 0, 0))[2] + now - start
+
+    def _draw_all(self, model, history, epoch, scores):
+        """Draw all plots. ``scores`` maps splits to the Scores of the best ``epoch``, val first."""
+        import plotting  # only in functions: training should not wait for matplotlib
+
+        name, val_scores = next(iter(scores.items()))
+        title, classes, train = f"{self.title}, epoch {epoch}", self.val.classes, self.train
+        self._draw_curves(history, epoch)
+        plotting.class_iou(self.files.plot("iou"), title, classes, scores)
+        plotting.confusion(self.files.plot("confusion"), f"{title}, {name}", classes, val_scores.matrix)
+        self._draw_predictions(model, epoch, val_scores.image_ious)
+        if train.augment is not None:
+            images, masks = train.augmented_samples(16)
+            images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
+            plotting.samples(self.files.plot("augmentation"), f"{self.title} train", train.classes, images, masks)
+
+    def _draw_curves(self, history, best_epoch):
+        import plotting
+
+        title = f"{self.title} val at {size_text(self.val.size)}"
+        baseline, weighted = self.val.baseline, "weighted" in loss_name(self.criterion)
+        plotting.curves(self.files.plot("curves"), title, history, best_epoch, baseline, weighted)
+
+    def _draw_predictions(self, model, epoch, image_ious=None):
+        """Draw predictions for some val images, evenly spaced, and for the best, the median and the worst."""
+        import plotting
+
+        split = self.val.split
+        shown = np.linspace(0, len(split) - 1, min(NUM_SHOWN, len(split))).round().astype(int).tolist()
+        rows = [(index, split.ids[index]) for index in shown]
+        if image_ious is not None:
+            ranked = [index for index in image_ious.argsort().tolist() if not image_ious[index].isnan()]
+            for name, place in (("best", -1), ("median", len(ranked) // 2), ("worst", 0)) if ranked else ():
+                index = ranked[place]
+                rows.append((index, f"{split.ids[index]}\n{name}, IoU {image_ious[index]:.2f}"))
+        samples = []
+        for index, name in progress(rows, len(rows), "drawing predictions", "photo"):
+            photo, mask = plotting.thumbnail(split.photo(index), split.mask(index))
+            samples.append((name, photo, mask, self.predict(model, self.val, index, mask.shape)))
+        plotting.predictions(
+            self.files.plot("predictions"), f"{self.title} val, epoch {epoch}", self.val.classes, samples
+        )
 
 
 def _multiply_adds(model, device):

@@ -1,4 +1,4 @@
-"""The baseline: a small fully convolutional network, trained from scratch at a constant learning rate.
+"""Baseline: a small fully convolutional network, trained from scratch at a constant learning rate.
 
     python train.py
 

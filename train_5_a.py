@@ -1,4 +1,4 @@
-"""A custom network: a residual encoder and a decoder with skip connections, lighter than the baseline.
+"""Custom network: a residual encoder and a decoder with skip connections, lighter than the baseline.
 
     python train_5_a.py
 

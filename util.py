@@ -121,12 +121,14 @@ class Scores:
     Attributes:
         loss: mean of the criterion over the labelled pixels, at the network's input size.
         matrix: int64 [C, C] on the CPU, see ``confusion_matrix``. classes: the C class names.
+        image_ious: mean IoU of each image by itself, float64 [N], NaN without a labelled pixel; None if not computed.
         assignment_iou: mean over the images, at the network's input size; None if it was not computed.
     """
 
     loss: float
     matrix: torch.Tensor
     classes: tuple
+    image_ious: torch.Tensor | None = None
     assignment_iou: float | None = None
 
     @property

@@ -58,7 +58,8 @@ def with_descendants(pid):
 def read_results(out):
     """The metrics and weights of a finished run as a dict from name to value, without the time it took."""
     metrics = json.loads((out / "results" / "train_seed0.json").read_text())
-    results = {"JSON": {**metrics, "seconds": None}, "CSV": (out / "results" / "train_seed0.csv").read_bytes()}
+    del metrics["seconds"], metrics["epoch_seconds"]
+    results = {"JSON": metrics, "CSV": (out / "results" / "train_seed0.csv").read_bytes()}
     for kind in ("best", "last"):
         state = torch.load(out / f"{kind}_train.pt", weights_only=True)
         results |= {f"{kind} {name}": value.numpy().tobytes() for name, value in state["model"].items()}

@@ -249,7 +249,7 @@ class Process:
     def wait(self):
         pass
 
-with mock.patch("subprocess.Popen", Process), mock.patch("reporting.draw_plots"):
+with mock.patch("subprocess.Popen", Process), mock.patch("reporting.Report._draw_all"):
     cli.run(compare.main)
 """
 

@@ -207,10 +207,10 @@ def test_an_edit_trains_and_resumes_to_the_same_result(project, monkeypatch, nam
     train_epoch = engine.train_epoch
 
     def stop_in_epoch_3(network, loader, epoch, *args):
-        loss = train_epoch(network, loader, epoch, *args)
+        result = train_epoch(network, loader, epoch, *args)
         if epoch == 3:
             raise Stop
-        return loss
+        return result
 
     monkeypatch.setattr(engine, "train_epoch", stop_in_epoch_3)
     with pytest.raises(Stop):
@@ -225,7 +225,7 @@ def test_an_edit_trains_and_resumes_to_the_same_result(project, monkeypatch, nam
     for part in ("model", "criterion", "optimizer"):
         torch.testing.assert_close(states[1][part], states[0][part], rtol=0, atol=0)
     assert states[1]["scheduler"] == states[0]["scheduler"]
-    losses = [float(row.split(",")[2]) for row in histories[0].splitlines()[1:]]
+    losses = history(project, "complete", "train_loss", stem)
     assert losses[-1] < losses[0]
     model = checkpoint.load(project / "complete" / f"best_{stem}.pt")
     mask = predict.segment(model, voc.Split(project / "Tiny", "val").photo(0))

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_tiny, write_pair, write_split
+from matplotlib.figure import Figure
 from PIL import Image
+from sklearn.metrics import confusion_matrix, jaccard_score
 from tiny_net import TinyNet
 from torch.nn import CrossEntropyLoss, functional
 
@@ -39,7 +41,7 @@ def fit(data, out, *, criterion=CRITERION, scheduler=None, patience=9, lr=1e-3, 
     """Run an experiment as a script would; return its metrics. ``change(epoch, step, *batch)`` changes a batch."""
     defaults = {"script": SCRIPT, "experiment": "train", "data": str(data), "epochs": 2, "batch_size": 3, "seed": 0}
     defaults |= {"device": torch.device("cpu"), "out": out, "resume": False, "limit": None, "compile": False}
-    defaults |= {"overwrite": False, "defaults": {"epochs": 2, "batch_size": 3}}
+    defaults |= {"overwrite": False, "idea": "an idea", "defaults": {"epochs": 2, "batch_size": 3}}
     args = Namespace(**defaults | flags)
     util.seed_everything(args.seed)
     train, val, test = voc.loaders(data, args.batch_size, size=SIZE, seed=args.seed)
@@ -86,8 +88,11 @@ def test_a_run_writes_the_documented_files_and_metrics(finished):
     plots = {f"plots/train_{name}.png" for name in ("curves", "iou", "confusion", "predictions")}
     results = {"results/train_seed0.csv", "results/train_seed0.json"}
     assert written == {"best_train.pt", "last_train.pt", ".train.lock"} | results | plots
-    head = ["experiment", "dataset", "seed", "device", "epochs", "best_epoch", "parameters", "multiply_adds", "seconds"]
-    assert list(metrics) == [*head, "flags", "defaults", "versions", "val", "test"]
+    head = ["experiment", "idea", "dataset", "seed", "device", "epochs", "best_epoch", "loss", "parameters"]
+    tail = ["multiply_adds", "seconds", "epoch_seconds", "flags", "defaults", "versions", "val", "test"]
+    assert list(metrics) == head + tail
+    assert len(metrics["epoch_seconds"]) == metrics["epochs"]
+    assert sum(metrics["epoch_seconds"]) == pytest.approx(metrics["seconds"], abs=1e-3)
     # 3x3 from 3 to 16 channels, then 1x1 from 16 to 21, at each pixel
     assert metrics["multiply_adds"] == SIZE**2 * (9 * 3 * 16 + 16 * 21)
     assert metrics["flags"] == {"epochs": 9, "batch_size": 3, "limit": None}
@@ -113,7 +118,7 @@ def test_the_best_epoch_is_reported_and_the_run_stops_after_its_patience(finishe
     data, out, metrics = finished
     mious = [float(row.split(",")[-1]) for row in history(out)[1:]]
     assert metrics["best_epoch"] == 1 + int(np.argmax(mious))
-    losses = [float(row.split(",")[3]) for row in history(out)[1:]]
+    losses = [float(row.split(",")[history(out)[0].split(",").index("val_loss")]) for row in history(out)[1:]]
     assert metrics["epochs"] == len(mious) == max(metrics["best_epoch"], 1 + int(np.argmin(losses))) + 2 < 9
     best, last = (checkpoint.load(out / name) for name in ("best_train.pt", "last_train.pt"))
     assert best.classes == voc.CLASSES and not best.training
@@ -208,7 +213,7 @@ def test_a_batch_without_labelled_pixels_moves_no_weight(tiny, class_weights):
 
     def moved(masks):
         before = [parameter.clone() for parameter in model.parameters()]
-        loss, weight, norm = engine.training_step(model, images, masks, criterion, optimizer, 0, 1)
+        loss, weight, norm, _ = engine.training_step(model, images, masks, criterion, optimizer, 0, 1)
         assert loss.isfinite() and (weight == 0) == (norm == 0)
         return [not torch.equal(*pair) for pair in zip(before, model.parameters())]
 
@@ -223,7 +228,8 @@ def test_the_same_seed_gives_the_same_run_compiled_or_not(finished, tmp_path, mo
     monkeypatch.setattr(torch, "compile", torch_compile)
     data, out, metrics = finished
     again = fit(data, tmp_path, **RUN, compile=compile)
-    assert {**again, "seconds": 0} == {**metrics, "seconds": 0}
+    times = {"seconds": 0, "epoch_seconds": 0}
+    assert again | times == metrics | times
     assert history(tmp_path) == history(out)
     assert_same_weights(tmp_path / "last_train.pt", out / "last_train.pt")
     assert torch_compile.called == compile
@@ -372,8 +378,22 @@ def test_flags_have_the_documented_defaults(monkeypatch):
     expected = {"script": SCRIPT, "experiment": "train", "data": "data/VOCdevkit/VOC2007", "out": Path(".")}
     expected |= {"epochs": 7, "batch_size": 16, "seed": 0, "device": cli.parse_device("auto")}
     expected |= {"resume": False, "overwrite": False, "limit": None, "compile": False}
-    expected["defaults"] = {"epochs": 7, "batch_size": 16}
+    expected |= {"defaults": {"epochs": 7, "batch_size": 16}, "idea": "an experiment"}
     assert vars(cli.arguments(str(SCRIPT), "An experiment.", epochs=7)) == expected
+
+
+@pytest.mark.parametrize(
+    ("docstring", "idea"),
+    [
+        ("Cosine annealing: the baseline with a decaying rate.\n\n    python x.py", "cosine annealing"),
+        ("U-Net: a contracting path.", "U-Net"),
+        ("\nA wider network\nthan before.", "a wider network"),
+        (None, ""),
+        ("Word " * 20, "word" + " Word" * 10 + " ..."),
+    ],
+)
+def test_titles_name_the_idea_from_the_docstring(docstring, idea):
+    assert cli.idea(docstring) == idea
 
 
 @pytest.mark.parametrize(
@@ -391,25 +411,150 @@ def test_prediction_in_strips_equals_that_of_the_whole_upsampled_logits(num_clas
     assert max(prediction.numel() for _, prediction in strips) * num_classes < 1.1 * engine.STRIP_SIZE
 
 
-def test_plots_take_large_photos_downscaled_and_show_their_progress(tmp_path, monkeypatch):
+def report_of(folder, size=(60, 50), predict=None, **flags):
+    """A Report on a train and a val image of ``size``, and a history of one epoch."""
     for split in ("train", "val"):
-        write_pair(tmp_path, split, np.zeros((1500, 900, 3), np.uint8), np.ones((1500, 900), np.uint8))
-        write_split(tmp_path, split, [split])
+        write_pair(folder, split, np.zeros((*size, 3), np.uint8), np.ones(size, np.uint8))
+        write_split(folder, split, [split])
+    train, val, _ = voc.loaders(folder, 1, size=SIZE)
+    scores = util.Scores(1.0, torch.eye(21, dtype=torch.int64), val.classes)
+    args = Namespace(idea="an idea", epochs=9, device=torch.device("cpu"), **flags)
+    report = reporting.Report(files.RunFiles(folder, "train", 0), args, CRITERION, train, val, None, predict)
+    return report, [reporting.history_row(1, [[0.1]], scores, scores) | {"seconds": 1.0}], scores
+
+
+def test_plots_take_large_photos_downscaled_and_show_their_progress(tmp_path, monkeypatch):
     drawn, shapes, bars = [], [], []
     monkeypatch.setattr(plotting, "predictions", lambda path, title, classes, samples: drawn.extend(samples))
     monkeypatch.setattr(reporting, "progress", lambda items, *args, **names: bars.append(args) or items)
-    train, val, _ = voc.loaders(tmp_path, 1, size=SIZE)
-    row = {"epoch": 1, "learning_rate": 0.1, "train_loss": 1, "val_loss": 1, "val_miou": 0.1, "val_pixel_accuracy": 0.5}
-    scores = {"val": util.Scores(1.0, torch.eye(21, dtype=torch.int64), val.classes)}
-    run_files = files.RunFiles(tmp_path, "train", 0)
 
-    def predict(index, shape):
+    def predict(model, loader, index, shape):
         shapes.append(shape)
         return np.zeros(shape, np.uint8)
 
-    reporting.draw_plots(run_files, [row], train, val, 1, scores, predict)
+    report, history, scores = report_of(tmp_path, (1500, 900), predict)
+    report._draw_all(None, history, 1, {"val": scores})
     assert [array.shape[:2] for array in drawn[0][1:]] == [(640, 384)] * 3 and shapes == [(640, 384)]
-    assert bars == [(1, "drawing plots", "photo")]
+    assert bars == [(1, "drawing predictions", "photo")]
+
+
+def test_best_median_and_worst_image_are_shown_with_their_iou(finished, monkeypatch):
+    data, out, _ = finished
+    model, val = checkpoint.load(out / "best_train.pt"), voc.loaders(data, 3, size=SIZE)[1]
+    drawn = []
+    monkeypatch.setattr(plotting, "predictions", lambda path, title, classes, samples: drawn.extend(samples))
+    report, *_ = report_of(out.parent / "shown", predict=engine.predict_index)
+    report.val, ids = val, val.split.ids
+    ious = torch.linspace(0.1, 0.9, len(ids)).double()
+    ious[0] = torch.nan  # an image without a labelled pixel has no IoU
+    report._draw_predictions(model, 1, ious)
+    ranked = [f"{ids[index]}\n{name}, IoU {ious[index]:.2f}" for name, index in (("best", -1), ("worst", 1))]
+    assert [sample[0] for sample in drawn[-3::2]] == ranked and "median, IoU" in drawn[-2][0]
+    assert [sample[0] for sample in drawn[:-3]] == ids  # fewer than five
+
+
+def test_evaluation_scores_each_image_by_itself(finished):
+    """A single image has the IoU of a split that consists of it."""
+    data, out, _ = finished
+    model = checkpoint.load(out / "best_train.pt")
+    val = voc.loaders(data, 3, size=SIZE)[1]
+    scores = engine.evaluate(model, val, CRITERION)
+    expected = []
+    for index in range(len(val.split)):
+        mask = val.split.mask(index)
+        prediction = engine.predict_index(model, val, index, mask.shape)
+        labels = sorted((set(np.unique(mask)) | set(np.unique(prediction[mask != util.VOID]))) - {util.VOID})
+        ious = jaccard_score(mask[mask != util.VOID], prediction[mask != util.VOID], labels=labels, average=None)
+        expected.append(ious.mean())
+    assert scores.image_ious.tolist() == pytest.approx(expected, abs=1e-12)
+    assert np.std(expected) > 0.01
+    assert engine.evaluate(model, val, CRITERION, full_resolution=False).image_ious is None
+
+
+def test_metrics_on_train_are_those_of_the_logits_that_were_trained_on(tiny):
+    train = voc.loaders(tiny, 2, size=SIZE)[0]
+    model = TinyNet(21, norm=False)  # without dropout
+    optimizer = torch.optim.SGD(model.parameters(), lr=0)
+    scores, rates = engine.train_epoch(model, train, 1, CRITERION, optimizer)
+    expected = torch.zeros(21, 21, dtype=torch.int64)
+    for images, masks, _ in train.batches(1):
+        prediction = model(images).argmax(1)[:, ::4, ::4].numpy().ravel()
+        truth = masks[:, ::4, ::4].numpy().ravel()
+        labelled = truth != util.VOID
+        expected += torch.from_numpy(confusion_matrix(truth[labelled], prediction[labelled], labels=range(21)))
+    assert torch.equal(scores.matrix, expected) and expected.sum() > 0
+    assert rates == [[0.0]] * len(train)
+
+
+def test_curves_are_there_and_complete_from_the_first_epoch_on(tiny, tmp_path, monkeypatch):
+    """A viewer that looks at any moment, here in each later epoch, finds a complete picture that changes."""
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: figure.canvas.print_figure(file, **options))
+    monkeypatch.setattr(reporting, "INTERVALS", {"curves": 0, "predictions": math.inf})
+    monkeypatch.setattr(reporting, "DRAWING_SHARE", math.inf)
+    train_epoch, seen = engine.train_epoch, []
+
+    def look_during_epoch(network, loader, epoch, *args):
+        if epoch > 1:
+            path = tmp_path / "plots" / "train_curves.png"
+            Image.open(path).load()
+            seen.append(path.read_bytes())
+        return train_epoch(network, loader, epoch, *args)
+
+    monkeypatch.setattr(engine, "train_epoch", look_during_epoch)
+    fit(tiny, tmp_path, epochs=3)
+    assert len(set(seen)) == 2
+
+
+def test_drawing_during_a_run_keeps_to_its_share_of_the_time(tmp_path, monkeypatch):
+    """A clock of our own: epochs of 7 s, curves that take 1 s and predictions that take 3 s."""
+    now, drawn = [0.0], []
+
+    def draw(name, seconds):
+        drawn.append((name, now[0]))
+        now[0] += seconds
+
+    monkeypatch.setattr(reporting.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(checkpoint, "load", lambda *args: None)
+    report, history, _ = report_of(tmp_path)
+    monkeypatch.setattr(report, "_draw_curves", lambda *args: draw("curves", 1))
+    monkeypatch.setattr(report, "_draw_predictions", lambda *args: draw("predictions", 3))
+    for epoch in range(1, 601):
+        now[0] += 7
+        report._draw_during_run(history, best_epoch=1 + epoch // 51)
+    times = {name: [time for other, time in drawn if other == name] for name in ("curves", "predictions")}
+    assert times["curves"][0] == 7
+    assert min(np.diff(times["curves"])) >= 20 and min(np.diff(times["predictions"])) >= 60
+    assert 0.009 * now[0] < len(times["curves"]) <= 0.01 * now[0]
+    assert len(times["predictions"]) == 12  # once per better epoch
+
+
+def test_a_plot_that_fails_during_the_run_does_not_end_it(tiny, tmp_path, monkeypatch, capsys):
+    draw = Mock(side_effect=[ValueError("no such font"), None])
+    monkeypatch.setattr(reporting.Report, "_draw_curves", draw)
+    fit(tiny, tmp_path, epochs=1)
+    assert "warning: the plots are not updated (no such font)" in capsys.readouterr().out and draw.call_count == 2
+
+
+def test_progress_prints_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    """Items that take 12 s each: a line whenever 30 s have passed without one."""
+    now = [0.0]
+    monkeypatch.setattr(reporting.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(reporting, "_last_line", 0.0)
+    for index in reporting.progress(range(10), 10, "epoch 3", status=lambda: f"loss {now[0]}"):
+        now[0] += 12
+        if index == 4:
+            reporting.log("another line")
+    lines = ["epoch 3: 3/10  loss 36.0", "another line", "epoch 3: 8/10  loss 96.0"]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_the_progress_bar_of_an_epoch_shows_the_running_loss(tiny, monkeypatch):
+    bars = []
+    monkeypatch.setattr(reporting, "progress", lambda items, *args, status: bars.append(status) or items)
+    train = voc.loaders(tiny, 2, size=SIZE)[0]
+    model = TinyNet(21)
+    scores, _ = engine.train_epoch(model, train, 1, CRITERION, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert bars[0]() == f"loss {scores.loss:.4f}"  # after the last batch: that of the epoch
 
 
 def test_evaluation_counts_strips_like_whole_masks(finished, monkeypatch):

@@ -64,7 +64,7 @@ def results(folder):
     metrics = json.loads((folder / "results/train_seed0.json").read_text())
     models = [torch.load(folder / name, weights_only=True)["model"] for name in ("best_train.pt", "last_train.pt")]
     weights = [value.tolist() for model in models for value in model.values()]
-    return (folder / "results/train_seed0.csv").read_bytes(), {**metrics, "seconds": 0}, weights
+    return (folder / "results/train_seed0.csv").read_bytes(), {**metrics, "seconds": 0, "epoch_seconds": 0}, weights
 
 
 @contextlib.contextmanager

@@ -30,19 +30,31 @@ def labels(legend):
 
 
 def test_curves_show_every_column_and_mark_the_best_epoch(tmp_path, figures):
-    columns = {"epoch": (1, 2, 3), "learning_rate": (0.1, 0.05, 0.02), "val_pixel_accuracy": (0.7, 0.8, 0.9)}
-    columns |= {"train_loss": (3, 1.5, 1), "val_loss": (2, 1, 0.5), "val_miou": (0.1, 0.3, 0.2)}
+    columns = {"epoch": (1, 2, 3), "train_pixel_accuracy": (0.6, 0.7, 0.95), "val_pixel_accuracy": (0.7, 0.8, 0.9)}
+    columns |= {"train_loss": (3, 1.5, 1), "val_loss": (2, 1, 0.5), "train_miou": (0.2, 0.4, 0.6)}
+    columns["val_miou"] = (0.1, 0.3, 0.2)
+    columns["batch_learning_rates"] = ([[0.1, 2.0]], [[0.05, 1.0], [0.02, 0.5]], [[0, 0]])
     history = [dict(zip(columns, row)) for row in zip(*columns.values())]
     baseline = Scores(math.nan, torch.tensor([[7, 0], [3, 0]]), ("background", "thing"))
-    plotting.curves(tmp_path / "a.png", "title", history, 2, ("all-background baseline", baseline))
+    plotting.curves(tmp_path / "a.png", "title", history, 2, ("all-background baseline", baseline), False)
     panels = {axis.get_title(): axis for axis in figures[0].axes}
     assert list(panels) == ["loss", "pixel accuracy", "mean IoU", "learning rate"]
-    lines = {line.get_label(): line for line in panels["loss"].lines}
-    assert lines["train"].get_ydata().tolist() == [3, 1.5, 1] and lines["val"].get_ydata().tolist() == [2, 1, 0.5]
-    assert panels["learning rate"].lines[0].get_ydata().tolist() == [0.1, 0.05, 0.02]
-    lines = {line.get_label(): line for line in panels["mean IoU"].lines}
-    assert lines["best epoch: 2"].get_xdata()[0] == 2 and lines["val"].get_ydata().tolist() == [0.1, 0.3, 0.2]
-    assert lines["all-background baseline"].get_ydata()[0] == pytest.approx(0.35)
+    for title, name in (("loss", "loss"), ("pixel accuracy", "pixel_accuracy"), ("mean IoU", "miou")):
+        lines = {line.get_label(): line for line in panels[title].lines}
+        for split in ("train", "val"):
+            assert tuple(lines[split].get_ydata()) == columns[f"{split}_{name}"]
+        assert lines["best epoch: 2"].get_xdata()[0] == 2
+        left, right = panels[title].get_xlim()
+        assert left <= 0 and right > 3
+    levels = {"pixel accuracy": 0.7, "mean IoU": 0.35}
+    for title, level in levels.items():
+        lines = {line.get_label(): line for line in panels[title].lines}
+        assert lines["all-background baseline on val"].get_ydata()[0] == pytest.approx(level)
+    groups = [patch.get_data() for patch in panels["learning rate"].patches]
+    assert [group.values.tolist() for group in groups] == [[0.1, 0.05, 0.02, 0], [2, 1, 0.5, 0]]
+    assert groups[0].edges.tolist() == [0, 1, 1.5, 2, 3]  # two batches in the second epoch
+    plotting.curves(tmp_path / "a.png", "title", history, 2, ("all-background baseline", baseline), True)
+    assert figures[1].axes[0].get_title() == "loss, weighted by class"
 
 
 def test_bars_show_the_iou_and_mark_an_absent_class(tmp_path, figures):
