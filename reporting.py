@@ -41,7 +41,7 @@ def progress(iterable, total, name, unit="batch", status=lambda: ""):
         if bar.disable and now - _last_line > LINE_INTERVAL:
             log(f"{name}: {done}/{total}  {status()}".rstrip())
         elif not bar.disable and now - shown > 1:
-            bar.set_postfix_str(status())
+            bar.set_postfix_str(status(), refresh=False)
             shown = now
 
 
