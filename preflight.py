@@ -13,29 +13,28 @@ import checkpoint
 import processes
 from util import VOID, UserError, is_out_of_memory, reason
 
-ROOT = Path(__file__).resolve().parent
 # files in which a user's mistake may surface
 SHARED = ("preflight", "engine", "voc", "imaging", "checkpoint", "processes", "util")
-LENGTHS = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
+LENGTH_ARGUMENTS = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
 NUM_IMAGES = 2  # of the batch on which everything is tried
 NUM_PROBES = 64  # images on which the augmentation is tried
 
 
-def check(args, metadata, train, forward, training_step, interval, *, model, criterion, optimizer, scheduler):
+def check(args, metadata, train, forward, training_step, scheduler_interval, *, model, criterion, optimizer, scheduler):
     """Try augmentation, network, checkpoint, criterion and one training step on a few images; then undo the step.
 
-    ``metadata`` is from ``checkpoint.metadata``, ``forward`` is ``engine.forward``, ``interval`` is scheduler_interval;
-    the others are as for ``engine.fit``. Returns a list of warnings; raises a UserError for the first fault.
+    ``metadata`` is from ``checkpoint.metadata``, ``forward`` is ``engine.forward``; the others are as for
+    ``engine.fit``. Returns a list of warnings; raises a UserError for the first fault.
     """
     script = args.script.name
-    _check_scheduler(script, scheduler, optimizer, interval, args.epochs, len(train))
+    _check_scheduler(script, scheduler, optimizer, scheduler_interval, args.epochs, len(train))
     with _stage(script, "the augmentation"):
         _check_augmentation(train)
         images, masks, _ = next(train.batches())
         images, masks = images[:NUM_IMAGES], masks[:NUM_IMAGES]
         masks[0, 0, 0] = VOID
     network = f"the network {type(model).__name__}"
-    with _undone(model, criterion, optimizer):
+    with _restored_afterwards(model, criterion, optimizer):
         with _stage(script, network), torch.no_grad():
             logits = forward(model.eval(), images)["out"]
             _check_logits(logits, images, train.classes)
@@ -84,13 +83,13 @@ def _stage(script, name):
         if is_out_of_memory(error) or processes.is_connection_lost(error):
             raise
         frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
-        frames = [(path, line) for path, line in frames if path.parent == ROOT and path.stem not in SHARED]
+        frames = [(path, line) for path, line in frames if path.parent == checkpoint.ROOT and path.stem not in SHARED]
         place = f"{frames[-1][0].name}, line {frames[-1][1]}: " if frames else ""
         raise UserError(f"{script}: {name} fails ({place}{type(error).__name__}: {reason(error)})") from error
 
 
 @contextlib.contextmanager
-def _undone(model, criterion, optimizer):
+def _restored_afterwards(model, criterion, optimizer):
     """Restore parameters, buffers and the state of the optimizer after the block."""
     modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
 
@@ -122,24 +121,24 @@ def _check_scheduler(script, scheduler, optimizer, interval, epochs, num_batches
             raise UserError(f"{script}: {name} is stepped after each epoch: leave out scheduler_interval")
         return
     steps = epochs * num_batches if interval == "batch" else epochs
-    for part, part_steps in _parts(scheduler, steps):
-        length = getattr(part, LENGTHS.get(type(part).__name__, ""), part_steps)
+    for part, part_steps in _final_schedulers(scheduler, steps):
+        length = getattr(part, LENGTH_ARGUMENTS.get(type(part).__name__, ""), part_steps)
         if length == part_steps:
             continue
         if interval == "epoch" and length == epochs * num_batches:
             advice = 'pass scheduler_interval="batch" to engine.fit'
         else:
             advice = "derive it from args.epochs" + (" and len(train)" if interval == "batch" else "")
-        argument = f"{type(part).__name__} has {LENGTHS[type(part).__name__]} {length}"
+        argument = f"{type(part).__name__} has {LENGTH_ARGUMENTS[type(part).__name__]} {length}"
         raise UserError(f"{script}: {argument}, but is stepped {part_steps} times, once per {interval}: {advice}")
 
 
-def _parts(scheduler, steps):
+def _final_schedulers(scheduler, steps):
     """The schedulers within a scheduler that run to the end, each with the number of its steps."""
     if isinstance(scheduler, lr_scheduler.SequentialLR):
-        return _parts(scheduler._schedulers[-1], steps - scheduler._milestones[-1])
+        return _final_schedulers(scheduler._schedulers[-1], steps - scheduler._milestones[-1])
     if isinstance(scheduler, lr_scheduler.ChainedScheduler):
-        return [part for inner in scheduler._schedulers for part in _parts(inner, steps)]
+        return [part for inner in scheduler._schedulers for part in _final_schedulers(inner, steps)]
     return [(scheduler, steps)]
 
 
@@ -173,7 +172,7 @@ def _check_rebuilding(model, images, forward, metadata):
     problem = f"the network {metadata['class']} cannot be rebuilt from its checkpoint"
     found = f"; it is {metadata['arguments']}"
     try:
-        state = torch.load(checkpoint.serialise(metadata | {"model": model.state_dict()}), weights_only=True)
+        state = torch.load(checkpoint.serialise(metadata | {"model": model.state_dict()}), "cpu", weights_only=True)
     except Exception:  # pickle raises one of many types
         raise UserError(
             f"{problem}: self.arguments has to hold numbers, strings, lists and dicts only{found}"
@@ -267,10 +266,10 @@ def _check_parameters(model, criterion, optimizer, used):
         )
     trainable = {name: id(parameter) for name, parameter in parameters.items() if parameter.requires_grad}
     left_out = [name for name, index in trainable.items() if index not in optimized]
-    unused = [name for name in left_out if trainable[name] not in used]
-    if unused and processes.world_size() > 1:
+    without_gradient = [name for name in left_out if trainable[name] not in used]
+    if without_gradient and processes.world_size() > 1:
         advice = "freeze what is not used, requires_grad_(False)"
-        raise UserError(f"several processes need a gradient for {_some(unused)}: {advice}")
+        raise UserError(f"several processes need a gradient for {_some(without_gradient)}: {advice}")
     problem = f"{len(left_out)} trainable parameters are not in the optimizer and keep their values"
     return [f"{problem}: {_some(left_out)}"] if left_out else []
 

@@ -475,7 +475,6 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_refused_before_the_first_epoch_in_one_line(project, monkeypatch, capsys, name):
     changes, message = MISTAKES[name]
-    monkeypatch.setattr("preflight.ROOT", project)
     monkeypatch.setattr(engine, "train_epoch", None)
     assert run(project, changes, base="train_5_a" if "model = " in changes else "train") == 2
     output, errors = capsys.readouterr()
