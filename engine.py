@@ -403,6 +403,8 @@ def _report(run_files, metadata, device, history, seconds, train, val, test, cri
     if not processes.is_main():
         return
     epoch = best_epoch(history)["epoch"]
-    reporting.write_metrics(run_files, metadata, device, history, epoch, seconds, model, scores)
-    reporting.draw_plots(run_files, history, train, val, epoch, scores, functools.partial(predict_index, model, val))
+    metrics = reporting.write_metrics(run_files, metadata, device, history, epoch, seconds, model, scores)
+    predict = functools.partial(predict_index, model, val)
+    reporting.draw_plots(run_files, history, train, val, epoch, scores, predict)
+    reporting.write_html(run_files, metadata, metrics, history, val, predict)
     reporting.summarise(run_files, metadata["seed"], len(history), epoch, scores, val.classes)

@@ -9,7 +9,9 @@ from torch.nn import CrossEntropyLoss
 from tqdm import tqdm
 
 import files
+import html_report
 import processes
+import util
 
 
 def progress(iterable, total, name, unit="batch"):
@@ -109,7 +111,7 @@ def draw_plots(run_files, history, train, val, epoch, scores, predict):
 
 
 def write_metrics(run_files, metadata, device, history, epoch, seconds, model, scores):
-    """Write the JSON of a finished run: the results of the best ``epoch``, whose model is ``model``."""
+    """Write the JSON of a finished run and return it: the results of the best ``epoch``, whose model is ``model``."""
     metrics = {
         "experiment": run_files.experiment,
         "dataset": metadata["dataset"],
@@ -128,6 +130,23 @@ def write_metrics(run_files, metadata, device, history, epoch, seconds, model, s
     }
     with files.atomic_write(run_files.metrics) as file:
         file.write(json.dumps(metrics, indent=2, allow_nan=False).encode() + b"\n")
+    return metrics
+
+
+def write_html(run_files, metadata, metrics, history, val, predict):
+    """Write the HTML report of a finished run; ``metrics`` is from ``write_metrics``, ``predict`` as ``draw_plots``."""
+    import plotting
+
+    def samples():
+        shown = html_report.indices(len(val.split))
+        for index in progress(shown, len(shown), "writing the report", "photo"):
+            photo, mask = plotting.thumbnail(val.split.photo(index), val.split.mask(index))
+            predicted = predict(index, mask.shape)
+            matrix = util.confusion_matrix(torch.tensor(mask), torch.tensor(predicted), len(val.classes))
+            yield val.split.ids[index], util.mean_iou(matrix), photo, mask, predicted
+
+    title = f"{run_files.experiment}, {metrics['dataset']}"
+    html_report.write_run(run_files, title, metrics, history, samples(), metadata)
 
 
 def summarise(run_files, seed, epochs, epoch, scores, classes):
@@ -137,7 +156,7 @@ def summarise(run_files, seed, epochs, epoch, scores, classes):
         baseline_name, baseline = result.baseline
         if not result.miou > baseline.miou:
             log(f"warning: on {name} the mean IoU is not above the {baseline_name}")
-    log(f"\nplots       {run_files.plot('*')}\ncheckpoint  {run_files.best}")
+    log(f"\nreport      {run_files.report}\nplots       {run_files.plot('*')}\ncheckpoint  {run_files.best}")
     log(f"metrics     {run_files.metrics}, {run_files.history}")
     summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
     log(f"{run_files.experiment} seed {seed}: {summary} (epoch {epoch} of {epochs})")
