@@ -102,9 +102,10 @@ def table(header, rows, foot=(), bars=(), best=None):
             line = "<tr class=best>" if tag == "tbody" and index == best else "<tr>"
             line += f'<th scope="row"{" class=number" * number[0]}>{escape(first)}</th>'
             for name, cell, is_number in zip(header[1:], cells, number[1:]):
-                share = re.match(r"[\d.]+", cell) if name in bars and tag == "tbody" else None
+                share = re.match(r"[\d.]+", str(cell)) if name in bars and tag == "tbody" else None
                 bar = f' bar" style="--share: {share[0]}' if share else ""
-                line += f'<td class="{"number" * is_number}{bar}">{escape(cell)}</td>'
+                kind = "number" if is_number else "long" if len(str(cell)) > 30 else ""
+                line += f'<td class="{kind}{bar}">{escape(cell)}</td>'
             lines.append(f"{line}</tr>")
         lines.append(f"</{tag}>")
     return _scroll("\n".join([*lines, "</table>"]))
