@@ -157,7 +157,7 @@ def _sample(photo, truth, predicted, classes):
     lines = ['<div class="images">']
     for name, image in images.items():
         file, kind = io.BytesIO(), "png" if image.mode == "P" else "jpeg"
-        image.save(file, kind, quality=80)
+        image.save(file, kind, quality=80, subsampling=0)  # thin lines of wrong pixels keep their colour
         attributes = f'class="{kind}" width="{width}" height="{height}" alt="{name}"'
         source = _data_uri(file.getvalue(), kind)
         lines.append(f'<figure><figcaption>{name}</figcaption><img src="{source}" {attributes}></figure>')
