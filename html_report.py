@@ -17,7 +17,8 @@ import files
 import imaging
 from util import VOID
 
-TEMPLATE = Path(__file__).resolve().with_name("report_template.html")
+# read here, so that a run without this file ends before its training rather than after it
+TEMPLATE = string.Template(Path(__file__).resolve().with_name("report_template.html").read_text(encoding="utf-8"))
 NUM_SAMPLES = 16  # photos to page through
 MAX_SIDE = 400  # of these in pixels, so that a report has a few MB at most
 WRONG = (213, 94, 0)  # the colour of wrong pixels, as in the plots
@@ -45,9 +46,8 @@ def write(path, title, summary, sections):
     body += ["<main>"]
     for number, (heading, content) in enumerate(sections.items(), 1):
         body.append(f'<section>\n<h2 id="{number}">{escape(heading)}</h2>\n{content}\n</section>')
-    page = string.Template(TEMPLATE.read_text(encoding="utf-8"))
     with files.atomic_write(path) as file:
-        file.write(page.substitute(title=escape(title), body="\n".join([*body, "</main>"])).encode())
+        file.write(TEMPLATE.substitute(title=escape(title), body="\n".join([*body, "</main>"])).encode())
 
 
 def text(markdown):
@@ -92,7 +92,8 @@ def table(header, rows, foot=(), bars=(), best=None):
     ``best`` is the index of a row to mark.
     """
     # a column of numbers is aligned to the right and sorted as such; text may follow a number, such as ± and another
-    number = [all(re.match(r"[-+]?\d|[-–]?$", str(cell)) for cell in column) for column in zip(*rows)]
+    columns = [[str(cell) for cell in column if cell not in ("", "-", "–")] for column in zip(*rows)]
+    number = [bool(column) and all(re.match(r"[-+]?\d", cell) for cell in column) for column in columns]
     headings = zip(header, number)
     head = "".join(f'<th scope="col"{" class=number" * is_number}>{escape(name)}</th>' for name, is_number in headings)
     lines = ["<table>", f"<thead><tr>{head}</tr></thead>"]

@@ -79,6 +79,7 @@ def samples(rng):
     """Photos of grey squares with their masks and predictions; the second is larger than it is shown."""
     for index, (height, width) in enumerate(SHAPES):
         squares = rng.integers(0, len(CLASSES) - 1, (2, height // 20 + 1, width // 20 + 1), dtype=np.uint8)
+        squares[0] %= len(CLASSES) - 2  # one class is only predicted
         mask, predicted = np.kron(squares, np.ones((1, 20, 20), np.uint8))[:, :height, :width]
         photo = np.repeat(50 * predicted[:, :, np.newaxis], 3, axis=2)
         mask[:, :4] = VOID
