@@ -6,7 +6,8 @@
 
 Each run is the command that a user would type, with the output folder OUT/seed0, OUT/seed1 and so on. A stopped run is
 resumed, a finished one is not repeated, and one that fails is reported at the end. Runs in OUT itself count too.
-Writes OUT/RESULTS.md and, in OUT/plots, comparison.png, classes.png and curves.png.
+Writes OUT/RESULTS.md, the same as OUT/RESULTS.html with links to the reports of the runs, and, in OUT/plots,
+comparison.png, classes.png and curves.png.
 """
 
 import csv
@@ -16,6 +17,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import torch
 
 import cli
 import files
+import html_report
 import plotting
 from util import UserError
 
@@ -44,13 +47,18 @@ EXPERIMENTS = {
 T_QUANTILES = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
 MIN_SEEDS = 3  # fewer seeds give no useful interval
 
+DIFFERENCES = f"""\
+Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is that of the paired t-test over seeds; a
+difference is clear if it excludes 0. The classes are the three that change most."""
+
 
 @dataclass
 class Run:
-    """A finished run: the metrics of its JSON, and its history, a list of dicts with one per epoch."""
+    """A finished run: the metrics of its JSON, its history, a list of dicts with one per epoch, and the JSON's path."""
 
     metrics: dict
     history: list
+    path: Path | None = None
 
     @classmethod
     def read(cls, path):
@@ -61,12 +69,17 @@ class Run:
             metrics["experiment"], metrics["val"]["miou"], metrics["flags"]["limit"], metrics["defaults"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: was not written by a run ({error!r}): delete it and run again") from None
-        return cls(metrics, history)
+        return cls(metrics, history, path)
 
     @property
     def splits(self):
         """The splits with results; experiments are compared on the last."""
         return ("val",) if self.metrics["test"] is None else ("val", "test")
+
+    @property
+    def report(self):
+        """The path of its HTML report, which may not exist."""
+        return self.path.parents[1] / "plots" / f"{self.metrics['experiment']}_report.html"
 
     @property
     def baseline_name(self):
@@ -241,11 +254,16 @@ def mean_and_std(values):
     return f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def markdown_table(rows):
-    """A table in Markdown from dicts that map headings to cells; the longest gives the columns."""
+def header_and_cells(rows):
+    """The headings of a table and its rows as lists, from dicts that map headings to cells; the longest gives both."""
     headings = list(max(rows, key=len))
-    lines = [headings, ["---"] * len(headings)] + [[row.get(name, "") for name in headings] for row in rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return headings, [[row.get(name, "") for name in headings] for row in rows]
+
+
+def markdown_table(rows):
+    """A table in Markdown from dicts that map headings to cells."""
+    headings, cells = header_and_cells(rows)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [headings, ["---"] * len(headings), *cells])
 
 
 def result_row(name, runs, splits, reference_seconds):
@@ -266,8 +284,18 @@ def result_row(name, runs, splits, reference_seconds):
     return row
 
 
-def report(experiments, failures):
-    """The comparison as Markdown. ``experiments`` is from ``collect``, ``failures`` from ``run_missing``."""
+@dataclass
+class Section:
+    """A part of a comparison: Markdown, then a table as a list of dicts, then a plot, its name and what it shows."""
+
+    heading: str
+    text: str = ""
+    rows: list | tuple = ()
+    plot: tuple | None = None
+
+
+def sections(experiments, failures):
+    """The parts of the comparison. ``experiments`` is from ``collect``, ``failures`` from ``run_missing``."""
     runs = [run for seeds in experiments.values() for run in seeds.values()]
     dataset, limit, *_ = runs[0].setting
     splits = runs[0].splits
@@ -283,32 +311,67 @@ def report(experiments, failures):
 
     machines = sorted({f"{run.metrics['device']}, torch {run.metrics['versions']['torch']}" for run in runs})
     images = "all images" if limit is None else f"the first {limit} images of each split"
-    text = f"""# Results on {dataset}, {images}
-
-`python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`; runs on {"; ".join(machines)}.
+    text = f"""`python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`; runs on {"; ".join(machines)}.
 
 Mean ± standard deviation over the seeds, at full resolution, void excluded; val selects the best epoch. The published
 IoU is for VOC2007's test split by the assignment's metric. Time per epoch, training and validation together, is
-relative to the first experiment.
-
-{markdown_table([baseline, *results])}
-
-![mean IoU of each experiment](plots/comparison.png)
-"""
+relative to the first experiment."""
+    plot = ("comparison", "mean IoU of each experiment")
+    found = [Section(f"Results on {dataset}, {images}", text, [baseline, *results], plot)]
     if differences:
-        text += f"""
-## What each idea changes
-
-Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is that of the paired t-test over seeds; a
-difference is clear if it excludes 0. The classes are the three that change most.
-
-{markdown_table(differences)}
-"""
-    text += f"\n## Classes\n\n![IoU of each class on {splits[-1]}](plots/classes.png)\n"
-    text += "\n## Epochs\n\n![loss and mean IoU over the epochs](plots/curves.png)\n"
+        found.append(Section("What each idea changes", DIFFERENCES, differences))
+    found.append(Section("Classes", plot=("classes", f"IoU of each class on {splits[-1]}")))
+    found.append(Section("Epochs", plot=("curves", "loss and mean IoU over the epochs")))
     if failures:
-        text += "\n## Failed\n\n" + "\n".join(f"- `{line}`" for line in failures) + "\n"
-    return text
+        found.append(Section("Failed", "\n".join(f"- `{line}`" for line in failures)))
+    return found
+
+
+def report(experiments, failures):
+    """The comparison as Markdown; parameters as ``sections``."""
+    parts = []
+    for section in sections(experiments, failures):
+        parts += [f"{'##' if parts else '#'} {section.heading}", section.text]
+        if section.rows:
+            parts.append(markdown_table(section.rows))
+        if section.plot:
+            parts.append(f"![{section.plot[1]}](plots/{section.plot[0]}.png)")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def run_row(run, out):
+    """A row about a single run: a dict from heading to cell."""
+    metrics = run.metrics
+    row = {name: metrics[name] for name in ("experiment", "idea", "seed") if name in metrics}
+    row |= {f"{split} mean IoU": mean_and_std([run.score(split, "miou")]) for split in run.splits}
+    row |= {"epochs": metrics["epochs"], "best epoch": metrics.get("best_epoch", "")}
+    row["seconds"] = f"{metrics['seconds']:.0f}"
+    if run.report.exists():
+        row["report"] = html_report.link(urllib.parse.quote(run.report.relative_to(out).as_posix()), "report")
+    return row
+
+
+def write_html(out, experiments, failures):
+    """Write the comparison as HTML, with the single runs, links to their reports, and the versions."""
+    title, contents = "", {}
+    for section in sections(experiments, failures):
+        content = html_report.text(section.text)
+        if section.rows:
+            content += html_report.table(*header_and_cells(section.rows))
+        if section.plot:
+            name, caption = section.plot
+            content += html_report.plot(out / "plots" / f"{name}.png", caption[0].upper() + caption[1:])
+        contents[section.heading if title else "Results"] = content
+        title = title or section.heading
+    runs = [run for seeds in experiments.values() for run in seeds.values()]
+    bars = [f"{split} mean IoU" for split in runs[0].splits]
+    contents["Runs"] = html_report.table(*header_and_cells([run_row(run, out) for run in runs]), bars=bars)
+    versions = {}
+    for run in runs:
+        for name, version in run.metrics["versions"].items():
+            versions.setdefault(name, {})[version] = None
+    contents["Versions"] = html_report.settings({name: ", ".join(values) for name, values in versions.items()})
+    html_report.write(out / "RESULTS.html", title, f"{len(experiments)} experiments, {len(runs)} runs", contents)
 
 
 def draw_plots(out, experiments):
@@ -347,6 +410,7 @@ def main():
         draw_plots(args.out, experiments)
         with files.atomic_write(args.out / "RESULTS.md") as file:
             file.write(text.encode())
+        write_html(args.out, experiments, failures)
         print(text)
     if failures:
         raise UserError(f"{len(failures)} runs failed; the same command tries them again: {'; '.join(failures)}")

@@ -77,8 +77,8 @@ def atomic_folder(folder):
 class RunFiles:
     """The paths of a run's files below the output folder; raises a UserError if a folder cannot be written.
 
-    ``best`` and ``last`` are checkpoints, ``history`` the CSV and ``metrics`` the JSON in ``results``. A folder holds
-    one run of an experiment.
+    ``best`` and ``last`` are checkpoints, ``history`` the CSV and ``metrics`` the JSON in ``results``, ``report`` the
+    HTML report in ``plots``. A folder holds one run of an experiment.
     """
 
     def __init__(self, out, experiment, seed):
@@ -86,6 +86,7 @@ class RunFiles:
         self.best, self.last = out / f"best_{experiment}.pt", out / f"last_{experiment}.pt"
         self.history = self.results / f"{experiment}_seed{seed}.csv"
         self.metrics = self.history.with_suffix(".json")
+        self.report = self.plots / f"{experiment}_report.html"
         for folder in (self.plots, self.results, out):
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -99,7 +100,7 @@ class RunFiles:
         plots = [self.plot(name) for name in PLOTS]
         pattern = re.escape(self.experiment) + r"_seed\d+\.(csv|json)"
         results = [path for path in sorted(self.results.iterdir()) if re.fullmatch(pattern, path.name)]
-        return [path for path in (self.best, self.last, *plots, *results) if path.exists()]
+        return [path for path in (self.best, self.last, *plots, self.report, *results) if path.exists()]
 
     def delete(self):
         """Delete what earlier runs of this experiment have left."""

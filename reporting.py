@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import checkpoint
 import files
+import html_report
 import processes
 import util
 from util import Scores
@@ -175,14 +176,15 @@ class Report:
         if not processes.is_main():
             return
         epoch = best["epoch"]
-        self._write_metrics(metadata, model, history, epoch, scores)
+        metrics = self._write_metrics(metadata, model, history, epoch, scores)
         self._draw_all(model, history, epoch, scores)
+        self._write_html(metadata, metrics, model, history, scores["val"].image_ious.tolist())
         log(_table(scores, self.val.classes))
         for name, result in scores.items():
             baseline_name, baseline = result.baseline
             if not result.miou > baseline.miou:
                 log(f"warning: on {name} the mean IoU is not above the {baseline_name}")
-        log(f"\nplots       {self.files.plot('*')}\ncheckpoint  {self.files.best}")
+        log(f"\nreport      {self.files.report}\nplots       {self.files.plot('*')}\ncheckpoint  {self.files.best}")
         log(f"metrics     {self.files.metrics}, {self.files.history}")
         summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
         log(f"{self.files.experiment} seed {self.args.seed}: {summary} (epoch {epoch} of {len(history)})")
@@ -197,7 +199,7 @@ class Report:
                 file.write("".join(f"{line}\n" for line in lines).encode())
 
     def _write_metrics(self, metadata, model, history, epoch, scores):
-        """Write the JSON of a finished run: the results of the best ``epoch``, whose model is ``model``."""
+        """Write the JSON of a finished run, the results of the best ``epoch``; return its content."""
         device = self.args.device
         metrics = {
             "experiment": self.files.experiment,
@@ -220,6 +222,23 @@ class Report:
         }
         with files.atomic_write(self.files.metrics) as file:
             file.write(json.dumps(metrics, indent=2, allow_nan=False).encode() + b"\n")
+        return metrics
+
+    def _write_html(self, metadata, metrics, model, history, image_ious):
+        """Write the HTML report of a finished run; ``metrics`` is from ``_write_metrics``."""
+        ids, indices = self.val.split.ids, html_report.indices(len(self.val.split))
+        samples = zip(indices, self._samples(model, indices, "writing the report"))
+        samples = ((ids[index], image_ious[index], *sample) for index, sample in samples)
+        html_report.write_run(self.files, self.title, metrics, history, samples, metadata)
+
+    def _samples(self, model, indices, description):
+        """Yield photo, mask and prediction of some val images, at the size of a thumbnail."""
+        import plotting
+
+        split = self.val.split
+        for index in progress(indices, len(indices), description, "photo"):
+            photo, mask = plotting.thumbnail(split.photo(index), split.mask(index))
+            yield photo, mask, self.predict(model, self.val, index, mask.shape)
 
     def _draw_during_run(self, history, best_epoch):
         """Redraw the curves, and the predictions if there is a better epoch, when it is time to.
@@ -275,19 +294,16 @@ class Report:
 
         split = self.val.split
         shown = np.linspace(0, len(split) - 1, min(NUM_SHOWN, len(split))).round().astype(int).tolist()
-        rows = [(index, split.ids[index]) for index in shown]
+        names = [split.ids[index] for index in shown]
         if image_ious is not None:
             ranked = [index for index in image_ious.argsort().tolist() if not image_ious[index].isnan()]
             for name, place in (("best", -1), ("median", len(ranked) // 2), ("worst", 0)) if ranked else ():
                 index = ranked[place]
-                rows.append((index, f"{split.ids[index]}\n{name}, IoU {image_ious[index]:.2f}"))
-        samples = []
-        for index, name in progress(rows, len(rows), "drawing predictions", "photo"):
-            photo, mask = plotting.thumbnail(split.photo(index), split.mask(index))
-            samples.append((name, photo, mask, self.predict(model, self.val, index, mask.shape)))
-        plotting.predictions(
-            self.files.plot("predictions"), f"{self.title} val, epoch {epoch}", self.val.classes, samples
-        )
+                shown.append(index)
+                names.append(f"{split.ids[index]}\n{name}, IoU {image_ious[index]:.2f}")
+        samples = [(name, *sample) for name, sample in zip(names, self._samples(model, shown, "drawing predictions"))]
+        title = f"{self.title} val, epoch {epoch}"
+        plotting.predictions(self.files.plot("predictions"), title, self.val.classes, samples)
 
 
 def _multiply_adds(model, device):

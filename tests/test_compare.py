@@ -257,7 +257,7 @@ with mock.patch("subprocess.Popen", Process), mock.patch("reporting.Report._draw
 def test_script_of_the_user_is_compared_with_ours(tiny, tmp_path):
     project = tmp_path / "project"
     project.mkdir()
-    for path in ROOT.glob("*.py"):
+    for path in (*ROOT.glob("*.py"), ROOT / "report_template.html"):
         shutil.copy(path, project)
     shutil.copy(ROOT / "train.py", project / "train_mine.py")
     flags = "--experiments train train_mine --seeds 0 1 2 --epochs 1 --limit 2 --batch-size 2 --device cpu --data"

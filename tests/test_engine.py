@@ -86,7 +86,7 @@ def test_a_run_writes_the_documented_files_and_metrics(finished):
     _, out, metrics = finished
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     plots = {f"plots/train_{name}.png" for name in ("curves", "iou", "confusion", "predictions")}
-    results = {"results/train_seed0.csv", "results/train_seed0.json"}
+    results = {"results/train_seed0.csv", "results/train_seed0.json", "plots/train_report.html"}
     assert written == {"best_train.pt", "last_train.pt", ".train.lock"} | results | plots
     head = ["experiment", "idea", "dataset", "seed", "device", "epochs", "best_epoch", "loss", "parameters"]
     tail = ["multiply_adds", "seconds", "epoch_seconds", "flags", "defaults", "versions", "val", "test"]

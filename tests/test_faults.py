@@ -31,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("tiny_net")
 
 FLAGS = "--data Tiny --limit 2 --batch-size 2 --device cpu"
 PLOTS = [f"plots/train_{name}.png" for name in ("curves", "iou", "confusion", "predictions")]
-FILES = ["best_train.pt", "last_train.pt", *PLOTS, "results/train_seed0.csv", "results/train_seed0.json"]
+RESULTS = ["results/train_seed0.csv", "results/train_seed0.json", "plots/train_report.html"]
+FILES = ["best_train.pt", "last_train.pt", *PLOTS, *RESULTS]
 
 
 def run_train(folder, flags):
@@ -107,7 +108,8 @@ def test_a_full_disk_leaves_every_file_complete_and_the_run_resumes(runs, folder
     output, errors = capsys.readouterr()
     assert len(errors.splitlines()) == 1 and f"{name}: cannot be written ({reason})" in errors
     # plots are drawn unless they are what cannot be written; the CSV is written before the first epoch
-    assert (", drew plots/train_*.png" in output) == (name.endswith((".pt", ".json")) and reason != "File too large")
+    drawn = name.endswith((".pt", ".json", ".html")) and reason != "File too large"
+    assert (", drew plots/train_*.png" in output) == drawn
     assert (folder / name).read_bytes() == before[name]
     assert not list(folder.rglob("*.unfinished"))
     assert run_train(folder, "--epochs 3 --resume") == 0

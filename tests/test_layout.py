@@ -17,7 +17,7 @@ cli
 imaging
 dataset
 voc
-checkpoint transforms plotting toy
+checkpoint transforms plotting html_report toy
 preflight reporting
 engine download
 predict compare {" ".join(compare.EXPERIMENTS)}"""
