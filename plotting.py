@@ -181,8 +181,7 @@ def confusion(path, title, classes, matrix):
     letters, cells = max(map(len, names)), max(3, 0.33 * len(labels))
     figure = _figure(cells + 0.08 * letters + 1.3, cells + 0.06 * letters + 1.2, title)
     axis = figure.subplots()
-    counts = matrix.double()
-    shares = (counts / counts.sum(1, keepdim=True)).numpy()[np.ix_(labels, labels)]
+    shares = (matrix / matrix.sum(1, keepdim=True).double()).numpy()[np.ix_(labels, labels)]
     rows = [f"{name} (absent)" if absent else name for name, absent in zip(names, np.isnan(shares).all(1))]
     _heat_map(axis, shares, rows, names, least=0.005)
     axis.set(xlabel="prediction, in percent of the ground truth", ylabel="ground truth")
@@ -216,6 +215,7 @@ def predictions(path, title, classes, samples, models=("prediction",)):
         pictures = [photo, *(PALETTE[mask] for mask in (truth, *masks))]
         if shows_errors:
             pictures.append(_wrong_pixels(photo, truth, *masks))
+        name = "\n".join(_shortened(name.splitlines()))
         for index, (picture, text) in enumerate(zip(pictures, (name, *titles))):
             if (column := index % columns) == 0:
                 y -= heading + picture_height
@@ -288,8 +288,7 @@ def histories(path, title, runs, losses, baseline):
     num_rows = math.ceil(len(runs) / MAX_COLUMNS)
     columns = math.ceil(len(runs) / num_rows)
     figure = _figure(max(5, 2 * columns + 0.6), 4.4 * num_rows + 0.8, title)
-    keys = [losses[name] or name for name in runs]
-    shared = {}
+    keys, shared = [losses[name] or name for name in runs], {}
     for index, (name, seeds) in enumerate(runs.items()):
         column = index % columns
         place = 2 * (index - column) + column + 1
