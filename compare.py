@@ -218,6 +218,12 @@ def base_of(name):
     return pretrained if pretrained != name else EXPERIMENTS.get(name, ("train",))[0]
 
 
+def full_name(name, runs):
+    """The name of an experiment with its idea, if a run has recorded it: "train_4_a: cosine annealing"."""
+    ideas = [run.metrics["idea"] for run in runs if run.metrics.get("idea")]
+    return f"{name}: {ideas[0]}" if ideas else name
+
+
 def difference_row(name, runs, base_name, base, split):
     """A row on what an experiment changes: a dict from heading to cell; None without a common seed."""
     mean, low, high = paired_difference(runs, base, split)
@@ -231,7 +237,7 @@ def difference_row(name, runs, base_name, base, split):
     gains = [changes[index] for index in ranked[:-4:-1] if by_class[index] >= 0.005]
     losses = [changes[index] for index in ranked[:3] if by_class[index] <= -0.005]
     return {
-        "experiment": name,
+        "experiment": full_name(name, runs.values()),
         "builds on": base_name,
         f"difference in {split} mean IoU": f"{mean:+.4f}",
         "95 % interval": "-" if low is None else f"{low:+.4f} to {high:+.4f}",
@@ -269,7 +275,7 @@ def markdown_table(rows):
 def result_row(name, runs, splits, reference_seconds):
     """A row with the results of an experiment: a dict from heading to cell."""
     first = runs[0].metrics
-    row = {"experiment": name, "seeds": len(runs)}
+    row = {"experiment": full_name(name, runs), "seeds": len(runs)}
     for heading, flag in (("epochs", "epochs"), ("batch", "batch_size")):
         row[heading] = ", ".join(sorted({str(run.metrics["flags"][flag]) for run in runs}))
     for split in splits:
@@ -376,21 +382,24 @@ def write_html(out, experiments, failures):
 
 def draw_plots(out, experiments):
     """Draw the plots of a comparison."""
-    run = next(iter(next(iter(experiments.values())).values()))
+    experiments = {full_name(name, seeds.values()): list(seeds.values()) for name, seeds in experiments.items()}
+    run = next(iter(experiments.values()))[0]
     split, plots = run.splits[-1], out / "plots"
     with files.writing(plots):
         plots.mkdir(parents=True, exist_ok=True)
     dataset = run.metrics["dataset"]
     title = f"{dataset}, {split}"
-    mious = {name: [run.score(split, "miou") for run in seeds.values()] for name, seeds in experiments.items()}
+    mious = {name: [run.score(split, "miou") for run in runs] for name, runs in experiments.items()}
     mious = {name: [value for value in values if not math.isnan(value)] for name, values in mious.items()}
     baseline, val_baseline = ((run.baseline_name, run.metrics[name]["background"]["miou"]) for name in (split, "val"))
     plotting.comparison(plots / "comparison.png", title, mious, baseline)
-    ious = [mean_without_nan([run.class_ious(split) for run in seeds.values()]) for seeds in experiments.values()]
+    ious = [mean_without_nan([run.class_ious(split) for run in runs]) for runs in experiments.values()]
     classes = list(run.metrics[split]["iou"])
     plotting.classes_by_experiment(plots / "classes.png", title, list(experiments), classes, np.stack(ious))
-    histories = {name: [run.history for run in seeds.values()] for name, seeds in experiments.items()}
-    plotting.histories(plots / "curves.png", dataset, histories, val_baseline)
+    histories = {name: [run.history for run in runs] for name, runs in experiments.items()}
+    losses = {name: {run.metrics.get("loss") or "" for run in runs} for name, runs in experiments.items()}
+    losses = {name: " and ".join(sorted(found)) or None for name, found in losses.items()}
+    plotting.histories(plots / "curves.png", dataset, histories, losses, val_baseline)
 
 
 def main():

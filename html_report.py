@@ -25,7 +25,7 @@ WRONG = (213, 94, 0)  # the colour of wrong pixels, as in the plots
 
 PLOTS = {
     "curves": "Loss, pixel accuracy, mean IoU and learning rates over the epochs.",
-    "iou": "IoU of each class; the lines are the means.",
+    "iou": "IoU of each class.",
     "confusion": "Confusion matrix on val: each row shows what the pixels of a class are predicted as.",
     "augmentation": "Augmented samples of train, each with its mask.",
 }

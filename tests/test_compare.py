@@ -16,6 +16,7 @@ from conftest import ROOT
 from PIL import Image
 
 import compare
+import plotting
 import util
 
 CLASSES = ("background", "cat", "dog")
@@ -33,6 +34,7 @@ def write_run(out, experiment, seed, ious, limit=None, epochs=3, batch_size=16, 
     metrics |= {"flags": {"epochs": epochs, "batch_size": batch_size, "limit": limit}, "versions": {"torch": "2.9"}}
     metrics |= {"defaults": {"epochs": 3, "batch_size": 16}}
     metrics |= {"val": split | {"miou": split["miou"] / 2}, "test": split if has_test else None}
+    metrics |= {name: options[name] for name in ("idea", "loss") if options.get(name)}
     path = out / "results" / f"{experiment}_seed{seed}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(metrics))
@@ -105,6 +107,25 @@ def test_report_has_mean_and_deviation_over_the_seeds_of_every_experiment(tmp_pa
     for name in ("comparison", "classes", "curves"):
         with Image.open(tmp_path / "plots" / f"{name}.png") as plot:
             assert min(plot.size) > 250 and np.std(plot.convert("L")) > 10
+
+
+def test_tables_and_plots_name_the_idea_and_plots_the_loss_of_each_experiment(tmp_path, monkeypatch):
+    cross_entropy, weighted = "CrossEntropyLoss", "CrossEntropyLoss, weighted by class"
+    recorded = {"train_4_b": ("augmentation", (cross_entropy,) * 2), "train_4_c": ("weighted loss", (weighted,) * 2)}
+    recorded |= {"train_mine": (None, (weighted, cross_entropy)), "train_old": (None, (None, None))}
+    for name, (idea, losses) in recorded.items():
+        for seed, loss in enumerate(losses):
+            write_run(tmp_path / f"seed{seed}", name, seed, random_ious(seed), idea=idea, loss=loss)
+    drawn = {}
+    for plot in ("histories", "comparison", "classes_by_experiment"):
+        monkeypatch.setattr(plotting, plot, lambda path, title, *rest, plot=plot: drawn.update({plot: rest}))
+    rows = table_rows(run_compare(tmp_path, monkeypatch))
+    names = ["train_4_b: augmentation", "train_4_c: weighted loss", "train_mine", "train_old"]
+    assert [row[0] for row in rows[3:7]] == names
+    assert rows[-1][:2] == ["train_4_c: weighted loss", "train_4_b"]
+    assert all(list(rest[0]) == names for rest in drawn.values())
+    assert drawn["histories"][1] == dict(zip(names, (cross_entropy, weighted, f"{cross_entropy} and {weighted}", None)))
+    assert len(drawn["histories"][0]["train_mine"]) == 2
 
 
 def test_report_names_the_classes_that_change_most_and_leaves_absent_ones_out(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """The notebook is committed without outputs and runs from top to bottom with whatever models exist."""
 
+import base64
+import io
 import json
 import sys
 
 import nbformat
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_tiny
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
@@ -22,16 +24,31 @@ from custom_fcn import CustomFCN
 NOTEBOOK = ROOT / "SegmentationVisualization.ipynb"
 
 
-def run_notebook(folder, data):
-    """Run the notebook on a dataset with the models in a folder; return what it printed and all outputs."""
+def run_notebook(folder, **settings):
+    """Run the notebook on the models below a folder; return what it printed and its pictures.
+
+    ``settings`` replace those of the first cell.
+    """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    settings = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    for default, value in (("data/VOCdevkit/VOC2007", data), ("plots", folder), ("best_train", folder / "best_train")):
-        assert f'"{default}' in settings.source
-        settings.source = settings.source.replace(f'"{default}', f'"{value}')
+    first = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    first.source += f"\nmodels = ['{folder}/' + pattern for pattern in models]"
+    settings.setdefault("out", f"{folder}/plots")
+    first.source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return "".join(output.get("text", "") for output in outputs), outputs
+    pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in pictures]
+    return "".join(output.get("text", "") for output in outputs), pictures
+
+
+def write_model(path, model, label, data, seed, classes=voc.CLASSES, size=32):
+    """Write the checkpoint of a model that predicts one class everywhere."""
+    model.classifier.bias.data[label] = 100
+    state = {"classes": list(classes), "size": size, "mean": list(imaging.MEAN), "std": list(imaging.STD)}
+    state |= {"module": type(model).__module__, "class": type(model).__name__, "arguments": model.arguments}
+    state |= {"experiment": path.stem.removeprefix("best_"), "seed": seed, "flags": {"data": str(data)}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state | {"model": model.state_dict()}, path)
 
 
 @pytest.fixture(autouse=True)
@@ -52,25 +69,43 @@ def test_notebook_is_committed_without_outputs():
             assert cell.outputs == [] and cell.execution_count is None
 
 
-def test_notebook_shows_the_models_that_exist(tiny, tmp_path):
-    for name, model, label in (("train", FCN(21), 0), ("train_5_a", CustomFCN(21), 15)):
-        model.classifier.bias.data[label] = 100  # predicts this class everywhere
-        state = {"classes": list(voc.CLASSES), "size": 32, "mean": list(imaging.MEAN), "std": list(imaging.STD)}
-        state |= {"module": type(model).__module__, "class": type(model).__name__, "arguments": model.arguments}
-        torch.save(state | {"model": model.state_dict()}, tmp_path / f"best_{name}.pt")
-    text, outputs = run_notebook(tmp_path, tiny)
-    assert "2 models, 4 images of val" in text and "best_train_4_a.pt" in text.splitlines()[0]
-    loader = voc.loaders(tiny, 4, size=32)[1]
+def test_notebook_shows_the_models_of_all_usual_places_on_the_data_of_each(tiny, tmp_path):
+    other = make_tiny(tmp_path / "Other", (("train", 2), ("val", 3)))
+    classes = ("sky", *voc.CLASSES[1:])
+    (other / "classes.txt").write_text("\n".join(classes))
+    paths = ["best_train.pt", "demo/best_train.pt", "seed1/best_train_4_a.pt", "comparison/seed0/best_train_5_a.pt"]
+    paths += ["comparison/seed1/best_train_5_a.pt"]
+    networks = [FCN(21), FCN(21), FCN(21), CustomFCN(21), CustomFCN(21)]
+    for seed, (path, network) in enumerate(zip(paths, networks)):
+        write_model(tmp_path / path, network, (0, 1, 15, 0, 15)[seed], tiny, seed // 2, size=(32, 48)[seed // 4])
+    write_model(tmp_path / "best_train_mine.pt", FCN(21), 1, other, 7, classes)
+    write_model(tmp_path / "best_gone.pt", FCN(21), 0, tmp_path / "gone", 0)
+    text, pictures = run_notebook(tmp_path)
+    assert f"left out: {tmp_path / 'gone'}: no data in VOC layout" in text
+    names = [f"{tmp_path}/train", f"{tmp_path}/demo/train", "train_4_a, seed 1"]
+    names += ["train_5_a, seed 1", "train_5_a, seed 2"]
+    assert f"val of {tiny}: 5 models: {'; '.join(names)}" in text
+    assert f"val of {other}: 1 models: train_mine, seed 7" in text
     criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
-    for name in ("train", "train_5_a"):
-        scores = engine.evaluate(checkpoint.load(tmp_path / f"best_{name}.pt"), loader, criterion)
+    for path, name, size in zip(paths, names, (32, 32, 32, 32, 48)):
+        loader = voc.loaders(tiny, 4, size=size)[1]
+        scores = engine.evaluate(checkpoint.load(tmp_path / path), loader, criterion)
         assert f"{name} {scores.miou:.4f} {scores.pixel_accuracy:.4f}" in " ".join(text.split())
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
-    for name in ("predictions", "iou"):
-        with Image.open(tmp_path / f"notebook_{name}.png") as plot:
-            assert plot.width > 800
+        assert f"scoring {name}: 100%" in text
+    assert len(pictures) == 4  # predictions and IoU on each of the two data sets
+    assert all(500 < picture.width < 1350 for picture in pictures)
+    assert pictures[0].height > pictures[1].height  # 4 photos with 7 pictures each, 3 with 4
+    assert len(list((tmp_path / "plots").glob("notebook_*.png"))) == 4
 
 
-def test_notebook_without_any_model_says_so(tiny, tmp_path):
-    with pytest.raises(CellExecutionError, match="none of the models exists"):
-        run_notebook(tmp_path, tiny)
+def test_notebook_takes_other_data_and_leaves_out_models_of_other_classes(tiny, tmp_path):
+    write_model(tmp_path / "best_train.pt", FCN(21), 0, "no longer there", 0)
+    write_model(tmp_path / "demo" / "best_train.pt", FCN(2), 0, tiny, 0, ("background", "lesion"))
+    text, pictures = run_notebook(tmp_path, data=str(tiny), limit=2)
+    assert f"left out: {tmp_path}/demo/best_train.pt: was trained on other classes than those of {tiny}" in text
+    assert f"val of {tiny}: 1 models: train, seed 0" in text and len(pictures) == 2
+
+
+def test_notebook_without_any_model_says_so(tmp_path):
+    with pytest.raises(CellExecutionError, match="no model can be shown: train one"):
+        run_notebook(tmp_path)
