@@ -134,7 +134,7 @@ def resume(run_files, metadata, annealed, **parts):
         for name, part in parts.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(state[name])
-        return [{**row, "seconds": float(row["seconds"])} for row in state["history"]]
+        return list(state["history"])
     except UserError:
         raise
     except Exception as error:  # a missing or wrong entry raises one of many types
@@ -257,11 +257,15 @@ def _network_class(module, name):
     return found
 
 
-@contextlib.contextmanager
-def downloading(weights):
-    """Turn a failure to download or read one of torchvision's WeightsEnum into a UserError that says what to do."""
+def download(weights):
+    """Download one of torchvision's WeightsEnum unless it is there already; None does nothing.
+
+    Raises a UserError that says what to do if it cannot be downloaded or read.
+    """
+    if weights is None:
+        return
     try:
-        yield
+        weights.get_state_dict(check_hash=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         folder, name = Path(torch.hub.get_dir()) / "checkpoints", Path(urlsplit(weights.url).path).name
         raise UserError(

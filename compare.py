@@ -28,6 +28,7 @@ import cli
 import files
 import html_report
 import plotting
+import util
 from util import UserError
 
 ROOT = Path(__file__).resolve().parent
@@ -83,7 +84,7 @@ class Run:
 
     @property
     def baseline_name(self):
-        return ("all-background" if "background" in self.metrics["val"]["iou"] else "majority-class") + " baseline"
+        return util.baseline_name(self.metrics["val"]["iou"])
 
     @property
     def seconds_per_epoch(self):

@@ -54,7 +54,7 @@ def batch_loss(criterion, logits, masks):
     The weight is the number of labelled pixels, or with class weights in the cross-entropy the sum of theirs. It is 0
     for a batch without labelled pixels, whose loss is finite but means nothing.
     """
-    class_weights = criterion.weight if isinstance(criterion, CrossEntropyLoss) else None
+    class_weights = util.class_weights(criterion)
     if class_weights is not None:
         weight = functional.pad(class_weights, (0, VOID + 1 - len(class_weights)))[masks].sum()  # 0 for void
     else:
@@ -296,8 +296,8 @@ def fit(
     run_files = files.RunFiles(args.out, args.experiment, args.seed)
     annealed = not (scheduler is None or isinstance(scheduler, ReduceLROnPlateau))
     stops_early = not annealed and patience is not None
-    states = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
-    preflight.check_types(args.script.name, train, val, test, states)
+    parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
+    preflight.check_types(args.script.name, train, val, test, parts)
     with run_files.locked() if processes.is_main() else contextlib.nullcontext():
         resuming = args.resume and run_files.last.exists()
         if not (resuming or args.overwrite):
@@ -307,10 +307,10 @@ def fit(
         if isinstance(criterion, torch.nn.Module):
             criterion.to(args.device)
         metadata = checkpoint.metadata(args, model, train)
-        warnings = preflight.check(args, metadata, train, forward, training_step, scheduler_interval, **states)
+        warnings = preflight.check(args, metadata, train, forward, training_step, scheduler_interval, **parts)
         if args.overwrite and processes.is_main():
             run_files.delete()
-        history = checkpoint.resume(run_files, metadata, annealed, **states) if resuming else []
+        history = checkpoint.resume(run_files, metadata, annealed, **parts) if resuming else []
         report = reporting.Report(run_files, args, criterion, train, val, test, predict_index)
         stopping = f"patience {patience} epochs" if stops_early else f"all {args.epochs} epochs are run"
         report.start(model, history, stopping, warnings)
@@ -336,7 +336,7 @@ def fit(
         try:
             epochs = range(len(history) + 1, args.epochs + 1)
             for epoch in reporting.progress(epochs, len(epochs), args.experiment, unit="epoch"):
-                if history and stops_early and epochs_without_progress(history, val.baseline[1].miou) >= patience:
+                if history and stops_early and epochs_without_progress(history, val.baseline.miou) >= patience:
                     reporting.log(f"no progress on val for {patience} epochs: stopping early")
                     break
                 start = time.perf_counter()
@@ -345,9 +345,9 @@ def fit(
                 if best_epoch([*history, row]) is row:
                     checkpoint.save_best(run_files.best, metadata, model, epoch, scores)
                 row["seconds"] = round(time.perf_counter() - start, 3)
-                checkpoint.save_last(run_files.last, metadata, [*history, row], **states)
+                checkpoint.save_last(run_files.last, metadata, [*history, row], **parts)
                 history.append(row)
-                report.epoch(history, best_epoch(history), scores)
+                report.epoch(history, best_epoch(history))
             with processes.main_process_first():  # it has written the file
                 best_model = checkpoint.load(run_files.best, args.device)
             loaders = [loader for loader in (val, test) if loader is not None]

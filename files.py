@@ -1,6 +1,7 @@
 """Atomic writes of files and folders, write errors as messages, and the paths of a run."""
 
 import contextlib
+import glob
 import os
 import re
 import shutil
@@ -55,7 +56,7 @@ def atomic_write(path):
 
 
 def _delete_stale(path):
-    for unfinished in Path(path).parent.glob(f"{Path(path).name}.*.unfinished"):
+    for unfinished in Path(path).parent.glob(f"{glob.escape(Path(path).name)}.*.unfinished"):
         with contextlib.suppress(OSError):  # such as another process having just finished or deleted it
             if time.time() - unfinished.stat().st_mtime > STALE_AFTER:
                 unfinished.unlink()

@@ -15,12 +15,13 @@ from PIL import Image
 
 import files
 import imaging
+import util
 from util import VOID
 
 # read here, so that a run without this file ends before its training rather than after it
 TEMPLATE = string.Template(Path(__file__).resolve().with_name("report_template.html").read_text(encoding="utf-8"))
 NUM_SAMPLES = 16  # photos to page through
-MAX_SIDE = 400  # of these in pixels, so that a report has a few MB at most
+SAMPLE_SIDE = 400  # of these in pixels, so that a report has a few MB at most
 WRONG = (213, 94, 0)  # the colour of wrong pixels, as in the plots
 
 PLOTS = {
@@ -144,7 +145,7 @@ def predictions(samples, classes):
 
 def _sample(photo, truth, predicted, classes):
     """Photo, ground truth, prediction and wrong pixels of an image, and the classes in it."""
-    scale = max(1, max(truth.shape) / MAX_SIDE)
+    scale = max(1, max(truth.shape) / SAMPLE_SIDE)
     height, width = (max(1, round(side / scale)) for side in truth.shape)
     photo = imaging.resize(Image.fromarray(photo), (height, width))
     truth, predicted = (
@@ -204,7 +205,7 @@ def write_run(run_files, title, metrics, history, samples, metadata):
     """
     splits = {name: metrics[name] for name in ("val", "test") if metrics[name]}
     classes, best_epoch, epochs = metadata["classes"], metrics["best_epoch"], metrics["epochs"]
-    baseline = ("all-background" if "background" in classes else "majority-class") + " baseline"
+    baseline = util.baseline_name(classes)
     plots = {name: plot(run_files.plot(name), caption) for name, caption in PLOTS.items()}
 
     results = []

@@ -1,7 +1,7 @@
 """Plots, written as PNG to a given path without a display.
 
 ``classes`` are the class names, masks are integer arrays [H, W] of class indices and VOID, photos are uint8 [H, W, 3],
-and ``baseline`` is the name of a constant prediction with its Scores or its mean IoU.
+and a ``baseline`` is a constant prediction: its Scores, or its name and mean IoU.
 """
 
 import itertools
@@ -20,7 +20,6 @@ from PIL import Image
 import files
 import imaging
 import util
-from imaging import PALETTE
 from util import VOID
 
 # Okabe and Ito's palette for the colour-blind; each colour has its own line style or hatch for black-and-white print.
@@ -30,7 +29,7 @@ HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++")
 STYLES = ("-", "--", ":", "-.")
 
 WIDTH = 10  # of a plot in inches: on a page, or in a notebook's cell, it is reduced little and its text stays readable
-MAX_SIDE = 640  # of a photo in a plot in pixels
+THUMBNAIL_SIDE = 640  # of a photo in a plot in pixels
 MAX_CLASSES = 40  # in a plot of classes
 MAX_LETTERS = 24  # of a name in a plot
 MAX_COLUMNS = 5  # of pictures or panels
@@ -43,7 +42,7 @@ def thumbnail(photo, mask):
     Returns:
         uint8 arrays [h, w, 3] and [h, w], of at most 640 pixels per side; smaller images stay as they are.
     """
-    scale = max(1, max(mask.shape) / MAX_SIDE)
+    scale = max(1, max(mask.shape) / THUMBNAIL_SIDE)
     size = tuple(max(1, round(side / scale)) for side in mask.shape)
     return imaging.resize(photo, size), imaging.resize(Image.fromarray(mask), size, Image.Resampling.NEAREST)
 
@@ -104,16 +103,16 @@ def curves(path, title, history, best_epoch, baseline, weighted):
     figure = _figure(WIDTH, 7, title)
     (loss, accuracy), (miou, learning_rate) = figure.subplots(2, 2)
     epochs = [row["epoch"] for row in history]
-    baseline_name, baseline_scores = baseline
     loss.set_title("loss, weighted by class" if weighted else "loss")
-    levels = {"pixel_accuracy": baseline_scores.pixel_accuracy, "miou": baseline_scores.miou}
+    baseline_label = f"{util.baseline_name(baseline.classes)} on val"
+    levels = {"pixel_accuracy": baseline.pixel_accuracy, "miou": baseline.miou}
     for axis, name in ((loss, "loss"), (accuracy, "pixel_accuracy"), (miou, "miou")):
         for split, colour, style in (("train", ORANGE, "--"), ("val", BLUE, "-")):
             values = [row[f"{split}_{name}"] for row in history]
             marker = "o" if len(history) <= 60 else None
             axis.plot(epochs, values, style, color=colour, label=split, marker=marker, markersize=3)
         if name in levels:
-            axis.axhline(levels[name], color=GREY, linestyle=":", label=f"{baseline_name} on val")
+            axis.axhline(levels[name], color=GREY, linestyle=":", label=baseline_label)
         axis.axvline(best_epoch, color=GREY, linewidth=0.8, label=f"best epoch: {best_epoch}")
     accuracy.set_title("pixel accuracy")
     miou.set_title("mean IoU")
@@ -236,7 +235,7 @@ def predictions(path, title, classes, samples, models=("prediction",)):
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 1 - 0.32 / height), "borderaxespad": 0}
     figure.legend(handles=handles, ncols=legend_columns, fontsize=9, frameon=False, **place)
     for (name, photo, truth, *masks), picture_height, heading in zip(samples, heights, headings):
-        pictures = [photo, *(PALETTE[mask] for mask in (truth, *masks))]
+        pictures = [photo, *(imaging.PALETTE[mask] for mask in (truth, *masks))]
         if shows_errors:
             pictures.append(_wrong_pixels(photo, truth, *masks))
         name = "\n".join(_shortened(name.splitlines()))
@@ -254,14 +253,14 @@ def _wrong_pixels(photo, truth, prediction):
     """The photo in light grey, its wrong pixels orange, and those without ground truth in the colour of void."""
     picture = np.repeat(150 + 0.4 * photo.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)
     picture[prediction != truth] = np.round(255 * np.array(to_rgb(ORANGE)))
-    picture[truth == VOID] = PALETTE[VOID]
+    picture[truth == VOID] = imaging.PALETTE[VOID]
     return picture
 
 
 def samples(path, title, classes, images, masks):
     """Draw photos, a multiple of 4, each with its mask to the right of it."""
     figure = _figure(14, 1.6 * len(images) / 4 + 0.8, title)
-    pictures = [picture for image, mask in zip(images, masks) for picture in (image, PALETTE[mask])]
+    pictures = [picture for image, mask in zip(images, masks) for picture in (image, imaging.PALETTE[mask])]
     for axis, picture in zip(figure.subplots(len(images) // 4, 8).flat, pictures):
         axis.imshow(picture)
         axis.set(xticks=[], yticks=[])
@@ -347,7 +346,7 @@ def _class_handles(classes, masks):
     counts = sum(np.bincount(np.ravel(mask), minlength=VOID + 1) for mask in masks)
     labels = [label for label in _most_frequent(counts).tolist() if counts[label]]
     names = _shortened(["void" if label == VOID else classes[label] for label in labels])
-    colours = PALETTE[labels] / 255
+    colours = imaging.PALETTE[labels] / 255
     handles = [Patch(facecolor=colour, edgecolor="black", label=name) for colour, name in zip(colours, names)]
     if (counts > 0).sum() > len(labels):
         handles.append(Line2D([], [], linestyle="", label=f"and {(counts > 0).sum() - len(labels)} more"))

@@ -51,24 +51,24 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
             return _check_parameters(model, criterion, optimizer, used)
 
 
-def check_types(script, train, val, test, states):
+def check_types(script, train, val, test, parts):
     """Check what ``fit`` gets before anything uses it: the order of the loaders, and types and modes of the others."""
     if not train.training or any(loader.training for loader in (val, test) if loader is not None):
         raise UserError(f"{script}: engine.fit takes the loaders train, val and test in this order")
-    for name, part in states.items():
+    for name, part in parts.items():
         if isinstance(part, type):
             raise UserError(f"{script}: {name} is the class {part.__name__} itself: call it")
-    if hasattr(states["model"], "_orig_mod"):
+    if hasattr(parts["model"], "_orig_mod"):
         raise UserError(f"{script}: the network is compiled already: leave out torch.compile and pass --compile")
-    in_eval_mode = {name: module for name, module in states["model"].named_modules() if not module.training}
-    states["model"].train()
+    in_eval_mode = {name: module for name, module in parts["model"].named_modules() if not module.training}
+    parts["model"].train()
     changed = [name for name, module in in_eval_mode.items() if module.training]
     if changed:
         raise UserError(
             f"{script}: {_some(changed)} of the network is in eval mode, which training would end: override train() in "
             "the network, or use torchvision's FrozenBatchNorm2d"
         )
-    if any(map(is_lazy, states["model"].parameters())):
+    if any(map(is_lazy, parts["model"].parameters())):
         raise UserError(f"{script}: the network has lazy layers: call it on a batch before the optimizer is made")
 
 
@@ -122,15 +122,16 @@ def _check_scheduler(script, scheduler, optimizer, interval, epochs, num_batches
         return
     steps = epochs * num_batches if interval == "batch" else epochs
     for part, part_steps in _final_schedulers(scheduler, steps):
-        length = getattr(part, LENGTH_ARGUMENTS.get(type(part).__name__, ""), part_steps)
+        argument = LENGTH_ARGUMENTS.get(type(part).__name__)
+        length = getattr(part, argument) if argument else part_steps
         if length == part_steps:
             continue
         if interval == "epoch" and length == epochs * num_batches:
             advice = 'pass scheduler_interval="batch" to engine.fit'
         else:
             advice = "derive it from args.epochs" + (" and len(train)" if interval == "batch" else "")
-        argument = f"{type(part).__name__} has {LENGTH_ARGUMENTS[type(part).__name__]} {length}"
-        raise UserError(f"{script}: {argument}, but is stepped {part_steps} times, once per {interval}: {advice}")
+        problem = f"{type(part).__name__} has {argument} {length}"
+        raise UserError(f"{script}: {problem}, but is stepped {part_steps} times, once per {interval}: {advice}")
 
 
 def _final_schedulers(scheduler, steps):
@@ -239,6 +240,7 @@ def _try_training_step(training_step, model, images, masks, criterion, optimizer
     if values[3].shape[2:] != masks.shape[1:]:
         raise UserError(f"training_step returns logits of shape {list(values[3].shape)} for masks {list(masks.shape)}")
     torch.stack([value.detach() for value in values[:3]])  # as train_epoch does
+    # a step of the user's may set gradients itself, without the hooks
     return used | {id(parameter) for parameter in parameters if parameter.grad is not None}
 
 

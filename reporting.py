@@ -8,7 +8,6 @@ import time
 
 import numpy as np
 import torch
-from torch.nn import CrossEntropyLoss
 from tqdm import tqdm
 
 import checkpoint
@@ -79,7 +78,7 @@ def history_row(epoch, learning_rates, train, val):
 def loss_name(criterion):
     """The criterion's name; a weighted loss cannot be compared with others."""
     name = getattr(criterion, "__name__", type(criterion).__name__)
-    return name + (", weighted by class" if getattr(criterion, "weight", None) is not None else "")
+    return name + (", weighted by class" if util.class_weights(criterion) is not None else "")
 
 
 def num_parameters(model):
@@ -112,10 +111,10 @@ class Report:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         network = f"{type(model).__name__}, {num_parameters(model):,} parameters ({trained:,} of them trained)"
         log(f"{network}, batch {args.batch_size}, seed {args.seed}, device {args.device}")
-        if isinstance(self.criterion, CrossEntropyLoss) and self.criterion.weight is not None:
+        if util.class_weights(self.criterion) is not None:
             weights = zip(train.classes, self.criterion.weight.tolist())
             log(f"class weights of the loss: {', '.join(f'{name} {weight:.2f}' for name, weight in weights)}")
-        name, baseline = val.baseline
+        name, baseline = util.baseline_name(val.classes), val.baseline
         log(f"{name} on val: pixel accuracy {baseline.pixel_accuracy:.4f}, mean IoU {baseline.miou:.4f}")
         log(f"val is evaluated at {size} after each epoch, and at full resolution at the end; {stopping}")
         if test is None:
@@ -130,12 +129,12 @@ class Report:
         elif args.resume:
             log("nothing to resume: starting")
 
-    def epoch(self, history, best, scores):
+    def epoch(self, history, best):
         """After an epoch: write the CSV, print a line, and redraw plots. ``best`` is the row of the best epoch."""
         row, epochs = history[-1], self.args.epochs
         self._write_history(history)
-        name, baseline = scores.baseline
-        warning = "" if scores.miou > baseline.miou else f"  not above the {name}"
+        name = util.baseline_name(self.val.classes)
+        warning = "" if row["val_miou"] > self.val.baseline.miou else f"  not above the {name}"
         log(
             f"epoch {row['epoch']:{len(str(epochs))}d}/{epochs}  loss {row['train_loss']:.4f} "
             f"(val {row['val_loss']:.4f})  pixel accuracy {row['val_pixel_accuracy']:.4f}  "
@@ -181,9 +180,8 @@ class Report:
         self._write_html(metadata, metrics, model, history, scores["val"].image_ious.tolist())
         log(_table(scores, self.val.classes))
         for name, result in scores.items():
-            baseline_name, baseline = result.baseline
-            if not result.miou > baseline.miou:
-                log(f"warning: on {name} the mean IoU is not above the {baseline_name}")
+            if not result.miou > result.baseline.miou:
+                log(f"warning: on {name} the mean IoU is not above the {util.baseline_name(self.val.classes)}")
         log(f"\nreport      {self.files.report}\nplots       {self.files.plot('*')}\ncheckpoint  {self.files.best}")
         log(f"metrics     {self.files.metrics}, {self.files.history}")
         summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
@@ -285,8 +283,8 @@ class Report:
         import plotting
 
         title = f"{self.title} val at {size_text(self.val.size)}"
-        baseline, weighted = self.val.baseline, "weighted" in loss_name(self.criterion)
-        plotting.curves(self.files.plot("curves"), title, history, best_epoch, baseline, weighted)
+        weighted = util.class_weights(self.criterion) is not None
+        plotting.curves(self.files.plot("curves"), title, history, best_epoch, self.val.baseline, weighted)
 
     def _draw_predictions(self, model, epoch, image_ious=None):
         """Draw predictions for some val images, evenly spaced, and for the best, the median and the worst."""
@@ -318,7 +316,6 @@ def _multiply_adds(model, device):
 def _table(scores, classes):
     """The results as text: IoU of each class, then mean IoU and pixel accuracy next to those of the baseline."""
     columns = [result.as_dict() for result in scores.values()]
-    baseline_name = next(iter(scores.values())).baseline[0]
 
     def row(name, values):
         cells = ("-" if value is None else f"{value:.4f}" for value in values)
@@ -328,7 +325,7 @@ def _table(scores, classes):
     lines += [row(f"  {name}", [column["iou"][name] for column in columns]) for name in classes]
     for name, key in (("mean IoU", "miou"), ("pixel accuracy", "pixel_accuracy")):
         lines.append(row(name, [column[key] for column in columns]))
-        lines.append(row(f"  {baseline_name}", [column["background"][key] for column in columns]))
+        lines.append(row(f"  {util.baseline_name(classes)}", [column["background"][key] for column in columns]))
     lines.append(row("loss", [column["loss"] for column in columns]))
     lines.append(row("the assignment's IoU", [column["assignment_iou"] for column in columns]))
     return "\n".join(lines)

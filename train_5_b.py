@@ -30,9 +30,8 @@ def main():
     )
 
     weights = ResNet18_Weights.IMAGENET1K_V1 if args.pretrained else None
-    with checkpoint.downloading(weights):
-        model = ResNetFCN(len(train.classes), weights)
-    model.to(args.device)
+    checkpoint.download(weights)
+    model = ResNetFCN(len(train.classes), weights).to(args.device)
 
     weight = voc.class_weights(train.split).to(args.device)
     criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)

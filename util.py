@@ -114,6 +114,16 @@ def assignment_iou(truth, prediction, num_classes):
     return torch.stack(scores)
 
 
+def baseline_name(classes):
+    """The name of ``Scores.baseline``."""
+    return ("all-background" if "background" in classes else "majority-class") + " baseline"
+
+
+def class_weights(criterion):
+    """The class weights of a cross-entropy, float32 [C], or None."""
+    return criterion.weight if isinstance(criterion, torch.nn.CrossEntropyLoss) else None
+
+
 @dataclass
 class Scores:
     """The results of a model on one split.
@@ -141,15 +151,15 @@ class Scores:
 
     @property
     def baseline(self):
-        """Name and Scores of the all-background baseline; of the majority class if there is no background class."""
+        """Scores of the all-background baseline; of the majority class if there is no background class."""
         label = self.classes.index("background") if "background" in self.classes else self.matrix.sum(1).argmax().item()
         matrix = torch.zeros_like(self.matrix)
         matrix[:, label] = self.matrix.sum(1)
-        return f"all-{self.classes[label]} baseline", Scores(math.nan, matrix, self.classes)
+        return Scores(math.nan, matrix, self.classes)
 
     def as_dict(self):
         """The metrics as plain types for JSON, with None for NaN."""
-        baseline = self.baseline[1]
+        baseline = self.baseline
         ious = iou(self.matrix).tolist()
         return {
             "loss": _none_if_nan(self.loss),

@@ -1,4 +1,4 @@
-"""PASCAL VOC segmentation: class names, palette, and batches from any folder in VOC layout.
+"""PASCAL VOC segmentation: class names, and batches from any folder in VOC layout.
 
 A folder in VOC layout holds ``JPEGImages/<id>.jpg``, ``SegmentationClass/<id>.png`` and
 ``ImageSets/Segmentation/<split>.txt`` with one id per line; for other classes than VOC's, ``classes.txt`` with one name
@@ -299,7 +299,7 @@ class Loader:
 
     @functools.cached_property
     def baseline(self):
-        """Name and Scores of the all-background baseline at the loader's size, see ``util.Scores.baseline``."""
+        """Scores of the all-background baseline at the loader's size, see ``util.Scores.baseline``."""
         return util.Scores(math.nan, torch.diag(self.counts), self.classes).baseline
 
     def normalise(self, images):

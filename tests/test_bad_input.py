@@ -270,7 +270,6 @@ RESUMED = [
     (changed(optimizer=None), "'optimizer'"),
     (changed(model={}), "another model"),
     (changed(flags=5), "another model"),
-    (changed(seconds="long"), "another model"),
     (changed(script="print()"), "print()"),
     (changed(network_script="print()"), "the file of the network (tiny_net.py) has changed"),
     (changed(images="others"), "images others"),

@@ -32,8 +32,9 @@ def block(text):
 
 
 def edit(script, changes):
-    """Apply changes to the code of a script as docs/EDITING.md describes."""
+    """Apply changes to the code of a script as docs/EDITING.md describes; each has to find its place."""
     for statement in ast.parse(changes).body:
+        before = script
         code = ast.get_source_segment(changes, statement)
         if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.ImportFrom):
             script = script.replace("def main():", f"{code}\n\n\ndef main():")
@@ -54,6 +55,7 @@ def edit(script, changes):
                 script = script.replace("    augment = ", f"{new}\n    augment = ")
         else:
             script = script.replace("    weight = ", f"    {code}\n    weight = ", 1)
+        assert script != before, code
     return script
 
 

@@ -41,7 +41,7 @@ def test_curves_show_every_column_and_mark_the_best_epoch(tmp_path, figures):
     columns["batch_learning_rates"] = ([[0.1, 2.0]], [[0.05, 1.0], [0.02, 0.5]], [[0, 0]])
     history = [dict(zip(columns, row)) for row in zip(*columns.values())]
     baseline = Scores(math.nan, torch.tensor([[7, 0], [3, 0]]), ("background", "thing"))
-    plotting.curves(tmp_path / "a.png", "title", history, 2, ("all-background baseline", baseline), False)
+    plotting.curves(tmp_path / "a.png", "title", history, 2, baseline, False)
     panels = {axis.get_title(): axis for axis in figures[0].axes}
     assert list(panels) == ["loss", "pixel accuracy", "mean IoU", "learning rate"]
     for title, name in (("loss", "loss"), ("pixel accuracy", "pixel_accuracy"), ("mean IoU", "miou")):
@@ -58,7 +58,7 @@ def test_curves_show_every_column_and_mark_the_best_epoch(tmp_path, figures):
     groups = [patch.get_data() for patch in panels["learning rate"].patches]
     assert [group.values.tolist() for group in groups] == [[0.1, 0.05, 0.02, 0], [2, 1, 0.5, 0]]
     assert groups[0].edges.tolist() == [0, 1, 1.5, 2, 3]  # two batches in the second epoch
-    plotting.curves(tmp_path / "a.png", "title", history, 2, ("all-background baseline", baseline), True)
+    plotting.curves(tmp_path / "a.png", "title", history, 2, baseline, True)
     assert figures[1].axes[0].get_title() == "loss, weighted by class"
 
 

@@ -46,15 +46,16 @@ def test_experiment_writes_its_files_to_the_current_folder(tiny, tmp_path, monke
     output, error = capsys.readouterr()
     assert error == ""  # no progress bar where there is no terminal
     lines = [line for line in output.splitlines() if not line.startswith("warning: ")]  # of the small set
-    assert lines[0].startswith(f"{name}: Tiny") and sum(line.startswith("epoch ") for line in lines) == 1
-    assert [line.split()[0] for line in lines[-4:-1]] == ["plots", "checkpoint", "metrics"]
+    assert lines[0].startswith(f"{name}: Tiny") and sum(line.startswith("epoch 1/1 ") for line in lines) == 1
+    assert [line.split()[0] for line in lines[-5:-1]] == ["report", "plots", "checkpoint", "metrics"]
     metrics = json.loads((tmp_path / "results" / f"{name}_seed0.json").read_text())
     assert lines[-1].startswith(f"{name} seed 0: val mean IoU {metrics['val']['miou']:.4f}")
     assert (metrics["experiment"], metrics["dataset"], metrics["epochs"]) == (name, "Tiny", 1)
     assert len((tmp_path / "results" / f"{name}_seed0.csv").read_text().splitlines()) == 2
     code = source(script)[1]
     plots = ["curves", "iou", "confusion", "predictions"] + ["augmentation"] * ("augment = None" not in code)
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {f"{name}_{plot}.png" for plot in plots}
+    expected = {f"{name}_{plot}.png" for plot in plots} | {f"{name}_report.html"}
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == expected
     assert {path.name for path in tmp_path.glob("*.pt")} == {f"best_{name}.pt", f"last_{name}.pt"}
     model = checkpoint.load(tmp_path / f"best_{name}.pt")
     assert (model.classes, model.size) == (voc.CLASSES, (224, 224))
