@@ -1,11 +1,10 @@
-"""Export a trained model as an ONNX file that needs none of this project's code, or as a web page: docs/EXPORT.md.
+"""Export a trained model as an ONNX file, or a web page, that needs none of this project's code: docs/EXPORT.md."""
 
-    python export.py best_train_5_b.pt                   # writes best_train_5_b.onnx beside it
-    python export.py best_train_5_b.pt --page page_5_b   # writes a folder for any static web server
-"""
-
+import contextlib
 import hashlib
+import io
 import json
+import logging
 import shutil
 import traceback
 from pathlib import Path
@@ -63,7 +62,8 @@ def convert(model, end, metadata):
     photo, sides = torch.zeros(300, 400, 3, dtype=torch.uint8), dict(enumerate(torch.export.dims("H", "W")))
     try:
         import onnx.parser  # only here: an optional package
-        program = torch.export.export(Graph(model), (photo,), dynamic_shapes=(sides,), strict=False)
+        with contextlib.redirect_stderr(io.StringIO()):  # where PyTorch prints the graph of a network that fails
+            program = torch.export.export(Graph(model), (photo,), dynamic_shapes=(sides,), strict=False)
         program = torch.onnx.export(program, dynamo=True, output_names=["logits"], opset_version=18, verbose=False)
     except Exception as error:  # one of many types
         frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == checkpoint.ROOT]
@@ -77,7 +77,6 @@ def convert(model, end, metadata):
     for node in proto.graph.node:
         del node.metadata_props[:]  # they hold paths of source files
     onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in metadata.items()})
-    onnx.checker.check_model(proto, full_check=True)
     return proto
 
 
@@ -89,6 +88,7 @@ def main():
     parser.add_argument("--logits", action="store_true", help="output probabilities, float32 [C, h, w], not the mask")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
+    logging.disable(logging.WARNING)  # PyTorch's, about its own code
     path = args.page / "model.onnx" if args.page else args.out or args.checkpoint.with_suffix(".onnx")
     if path.suffix != ".onnx" or args.page and (args.out or args.logits):
         raise UserError("--out FILE has to end with .onnx, and --page goes with neither --out nor --logits")
