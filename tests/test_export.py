@@ -1,10 +1,11 @@
-"""The exported ONNX file and the web page predict what predict.py does: any network, photo size and number of classes."""
+"""The exported ONNX file and the web page predict what predict.py does, for any network, photo and classes."""
 
 import functools
 import http.server
 import inspect
 import json
 import logging
+import re
 import shutil
 import sys
 import threading
@@ -136,6 +137,21 @@ def test_resizing_is_that_of_pillow(shape, size):
     assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # ties, which Pillow's rounded weights decide
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/EXPORT.md"])
+def test_the_documented_program_runs(document, small, monkeypatch, capsys):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    (program,) = (block for block in re.findall("```python\n(.*?)```", text, re.DOTALL) if "onnxruntime" in block)
+    monkeypatch.chdir(small)
+    photo = make_photo(90, 70)
+    photo.save("photo.jpg", format="png")
+    names = {}
+    exec(program.replace("best_train_5_b", "best"), names)
+    expected = predict.segment(checkpoint.load("best.pt"), photo)
+    assert (names["mask"] == expected).mean() >= 0.995
+    if document == "docs/EXPORT.md":
+        assert np.array_equal(Image.open("photo_mask.png"), names["mask"]) and "class 1 ä: " in capsys.readouterr().out
+
+
 def test_metadata_are_complete_and_hold_no_path(small):
     proto = onnx.load(small / "best.onnx")
     onnx.checker.check_model(proto, full_check=True)
@@ -262,13 +278,13 @@ def test_page_segments_a_photo_and_its_mask_is_that_of_predict(browser, page_url
     page.close()
 
 
-@pytest.mark.parametrize(("missing", "message"), [("ort.wasm", "onnxruntime-web is missing"), ("model.onnx", "model.onnx is")])
-def test_page_names_a_missing_file(browser, page_url, missing, message):
+@pytest.mark.parametrize("missing", ["onnxruntime-web", "model.onnx"])
+def test_page_names_a_missing_file(browser, page_url, missing):
     page = browser.new_page()
     page.route(lambda url: missing in url, lambda route: route.fulfill(status=404))
     page.goto(page_url)
     page.wait_for_selector(".error")
-    assert message in page.inner_text("#status")
+    assert page.inner_text("#status").startswith(f"{missing} is missing")
     page.close()
 
 
