@@ -46,9 +46,11 @@ class SmallLogits(nn.Module):
 
 class DataDependent(SmallLogits):
     def forward(self, images):
-        if images.mean() > 0:  # the line that the message names
-            images = -images
-        return self.layer(images)
+        return self.layer(negative(images))
+
+
+def negative(images):
+    return -images if images.mean() > 0 else images  # the line that the message names
 
 
 def save(path, network, num_classes, size):
@@ -181,7 +183,7 @@ def test_a_wrong_file_is_reported_with_exit_code_1(small, monkeypatch, capsys):
 def test_data_dependent_code_is_named(small, tmp_path, capsys):
     save(tmp_path / "best.pt", DataDependent(3), 3, (36, 52))
     assert run_export(tmp_path, "best.pt") == 2
-    error, line = capsys.readouterr().err, inspect.getsourcelines(DataDependent.forward)[1] + 1
+    error, line = capsys.readouterr().err, inspect.getsourcelines(negative)[1] + 1
     assert error.startswith(f"error: test_export.py, line {line}: the network cannot be exported (")
     assert error.count("\n") == 1 and not (tmp_path / "best.onnx").exists()
 
@@ -293,5 +295,5 @@ def test_page_says_that_webassembly_is_missing(browser, page_url):
     page.add_init_script("delete window.WebAssembly")
     page.goto(page_url)
     page.wait_for_selector(".error")
-    assert "WebAssembly" in page.inner_text("#status")
+    assert page.inner_text("#status").startswith("This browser has no WebAssembly")
     page.close()
