@@ -100,7 +100,7 @@ def resize(image, size, resampling=Image.Resampling.BILINEAR):
 
 
 @functools.cache
-def _scale_and_shift(device, mean, std):
+def scale_and_shift(device, mean, std):
     """Tensors [3, 1, 1] with which ``value * scale - shift`` normalises a value in 0..255."""
     mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
     return 1 / (255 * std), mean / std
@@ -108,6 +108,6 @@ def _scale_and_shift(device, mean, std):
 
 def normalise(images, device, mean=MEAN, std=STD):
     """Move uint8 images [B, 3, H, W] to a device and map 0..1 to ``(value - mean) / std``: float32."""
-    scale, shift = _scale_and_shift(device, tuple(mean), tuple(std))
+    scale, shift = scale_and_shift(device, tuple(mean), tuple(std))
     images = images.to(device, torch.float32, memory_format=processes.memory_format(device))
     return images.mul_(scale).sub_(shift)  # in place: the conversion to float32 has made a copy

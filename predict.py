@@ -112,13 +112,13 @@ def output_names(photos):
                 del names[0]
 
 
-def check_new(paths, overwrite):
-    """Raise a UserError that names the first of ``paths`` that exists, unless ``overwrite``."""
+def check_new(paths, overwrite, what="prediction"):
+    """Raise a UserError that names the first of ``paths``, files of a ``what``, that exists, unless ``overwrite``."""
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
         count = f"{len(existing)} results are" if len(existing) > 1 else "is"
-        problem = f"{count} from an earlier prediction"
-        raise UserError(f"{existing[0]}: {problem}: replace with --overwrite, or choose another --out")
+        problem = f"{count} from an earlier {what}"
+        raise UserError(f"{existing[0]}: {problem}: replace with --overwrite, or choose another place")
 
 
 @torch.inference_mode()

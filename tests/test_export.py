@@ -1,0 +1,299 @@
+"""The exported ONNX file and the web page predict what predict.py does, for any network, photo and classes."""
+
+import functools
+import http.server
+import inspect
+import json
+import logging
+import re
+import shutil
+import sys
+import threading
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT, TESTS, run_main
+from PIL import Image
+from torch import nn
+
+import checkpoint
+import export
+import imaging
+import predict
+from basic_fcn import FCN
+from custom_fcn import CustomFCN
+from resnet_fcn import ResNetFCN
+from unet import UNet
+
+RUNTIME = ROOT / "node_modules" / "onnxruntime-web"
+SHAPES = (113, 200), (121, 97), (1, 1)  # of photos
+
+
+class SmallLogits(nn.Module):
+    """A user's network: a dict whose logits are smaller than the image."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.arguments = {"num_classes": num_classes}
+        self.layer = nn.Conv2d(3, num_classes, kernel_size=3, stride=4)
+
+    def forward(self, images):
+        return {"out": self.layer(images), "aux": images.mean()}
+
+
+class DataDependent(SmallLogits):
+    def forward(self, images):
+        return self.layer(negative(images))
+
+
+def negative(images):
+    return -images if images.mean() > 0 else images  # the line that the message names
+
+
+def save(path, network, num_classes, size):
+    """Write a checkpoint of an untrained network whose batch norm has seen images, so that it predicts many classes."""
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    network.train()(2 * torch.randn(4, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3))
+    state = {"classes": [f"class {label} ä" for label in range(num_classes)], "size": list(size)}
+    state |= {"mean": list(imaging.MEAN), "std": list(imaging.STD), "dataset": "Some", "epoch": 3, "val_miou": 0.25}
+    state |= {"module": type(network).__module__, "class": type(network).__name__, "arguments": network.arguments}
+    torch.save(state | {"model": network.state_dict()}, path)
+    return path
+
+
+def make_photo(height, width):
+    """A photo of random large coloured areas."""
+    areas = np.random.default_rng(0).integers(0, 256, (4, 5, 3)).astype(np.uint8)
+    return Image.fromarray(areas).resize((width, height))
+
+
+def run_export(folder, *arguments):
+    """Run export.py in a folder; return its exit code."""
+    try:
+        return run_main(folder, export, " ".join(map(str, arguments)))
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with the checkpoint of SmallLogits, 3 classes, for rectangular images of 36x52, and its export."""
+    folder = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "ROOT", TESTS)
+        save(folder / "best.pt", SmallLogits(3), 3, (36, 52))
+        assert run_export(folder, "best.pt") == 0
+        yield folder
+
+
+def classes(path, photo):
+    """The mask of a photo, by the ONNX file at ``path``."""
+    session = onnxruntime.InferenceSession(path)
+    (mask,) = session.run(["mask"], {"photo": np.asarray(photo)})
+    assert mask.dtype == np.uint8
+    return mask
+
+
+NETWORKS = {
+    "basic_fcn": (lambda: FCN(2), 2, (64, 64)),
+    "custom_fcn": (lambda: CustomFCN(11), 11, (96, 64)),
+    "resnet_fcn": (lambda: ResNetFCN(21), 21, (65, 47)),
+    "unet": (lambda: UNet(255, width=4), 255, (33, 50)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_file_predicts_what_predict_does(name, tmp_path, capsys):
+    network, num_classes, size = NETWORKS[name]
+    path = save(tmp_path / "best.pt", network(), num_classes, size)
+    assert run_export(tmp_path, "best.pt") == 0
+    assert "% of a photo's pixels are equal" in capsys.readouterr().out
+    model, predicted = checkpoint.load(path), set()
+    for shape in SHAPES:
+        photo = make_photo(*shape)
+        expected = predict.segment(model, photo)
+        mask = classes(tmp_path / "best.onnx", photo)
+        assert mask.shape == shape and (mask == expected).mean() >= 0.995
+        predicted |= set(np.unique(expected))
+    assert len(predicted) > 1
+
+
+def test_smaller_logits_in_a_dict_and_rectangular_input(small):
+    mask, model = classes(small / "best.onnx", make_photo(81, 43)), checkpoint.load(small / "best.pt")
+    assert (mask == predict.segment(model, make_photo(81, 43))).mean() >= 0.995 and len(np.unique(mask)) > 1
+
+
+@pytest.mark.parametrize(("shape", "size"), [((360, 480), (224, 224)), ((50, 70), (64, 96)), ((224, 224), (33, 224))])
+def test_resizing_is_that_of_pillow(shape, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    rows, columns = (export.resize_weights(*sides) for sides in zip(shape, size))
+    resized = torch.from_numpy(pixels).movedim(2, 0).float()
+    resized = (rows @ (resized @ columns.T + 0.5).floor() + 0.5).floor().movedim(0, 2).numpy()
+    difference = np.abs(resized - imaging.resize(Image.fromarray(pixels), size))
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01  # ties, which Pillow's rounded weights decide
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/EXPORT.md"])
+def test_the_documented_program_runs(document, small, monkeypatch, capsys):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    (program,) = (block for block in re.findall("```python\n(.*?)```", text, re.DOTALL) if "onnxruntime" in block)
+    monkeypatch.chdir(small)
+    photo = make_photo(90, 70)
+    photo.save("photo.jpg", format="png")
+    names = {}
+    exec(program.replace("best_train_5_b", "best"), names)
+    expected = predict.segment(checkpoint.load("best.pt"), photo)
+    assert (names["mask"] == expected).mean() >= 0.995
+    if document == "docs/EXPORT.md":
+        assert np.array_equal(Image.open("photo_mask.png"), names["mask"]) and "class 1 ä: " in capsys.readouterr().out
+
+
+def test_metadata_are_complete_and_hold_no_path(small):
+    proto = onnx.load(small / "best.onnx")
+    onnx.checker.check_model(proto, full_check=True)
+    metadata = {entry.key: json.loads(entry.value) for entry in proto.metadata_props}
+    assert metadata["classes"] == ["class 0 ä", "class 1 ä", "class 2 ä"] and metadata["size"] == [36, 52]
+    assert (metadata["dataset"], metadata["epoch"], metadata["val_miou"]) == ("Some", 3, 0.25)
+    assert metadata["palette"][1] == [128, 0, 0] and len(metadata["sha256"]) == 64
+    assert [dim.dim_param or dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim] == ["H", "W", 3]
+    assert str(ROOT).encode() not in (small / "best.onnx").read_bytes()
+
+
+def test_logits_flag_gives_probabilities_at_the_size_of_the_network(small, capsys):
+    assert run_export(small, "best.pt", "--logits", "--out", "p.onnx") == 0
+    photo = make_photo(36, 52)
+    (result,) = onnxruntime.InferenceSession(small / "p.onnx").run(["probabilities"], {"photo": np.asarray(photo)})
+    assert result.shape == (3, 36, 52) and np.allclose(result.sum(0), 1, atol=1e-5)
+    assert (result.argmax(0) == predict.segment(checkpoint.load(small / "best.pt"), photo)).mean() >= 0.995
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_wrong_file_is_reported_with_exit_code_1(small, monkeypatch, capsys):
+    monkeypatch.setattr(export, "MASK", export.MASK.replace("Greater (upsampled", "Less (upsampled"))
+    assert run_export(small, "best.pt", "--out", "wrong.onnx") == 1
+    assert "0.00% of a photo's pixels" in capsys.readouterr().out
+
+
+def test_data_dependent_code_is_named(small, tmp_path, capsys):
+    save(tmp_path / "best.pt", DataDependent(3), 3, (36, 52))
+    assert run_export(tmp_path, "best.pt") == 2
+    error, line = capsys.readouterr().err, inspect.getsourcelines(negative)[1] + 1
+    assert error.startswith(f"error: test_export.py, line {line}: the network cannot be exported (")
+    assert error.count("\n") == 1 and not (tmp_path / "best.onnx").exists()
+
+
+def test_mistakes_end_with_one_line(small, tmp_path, capsys, monkeypatch):
+    (tmp_path / "notes.pt").write_text("no checkpoint")
+    (tmp_path / "file").write_text("")
+    best = small / "best.pt"
+    mistakes = {
+        best: "best.onnx: is from an earlier export: replace with --overwrite",
+        "missing.pt": "missing.pt: no such file",
+        "notes.pt": "notes.pt: is not a readable checkpoint",
+        f"{best} --out model.pt": "--out FILE has to end with .onnx",
+        f"{best} --page x --logits": "--page goes with neither",
+        f"{best} --out file/x.onnx": "x.onnx: cannot be written",
+        f"{best} --page file/x": "x: cannot be written",
+    }
+    monkeypatch.setattr(export, "convert", lambda *arguments: onnx.ModelProto())
+    for arguments, message in mistakes.items():
+        assert run_export(tmp_path, arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_missing_packages_are_named_with_the_command(small, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnx.parser", None)
+        assert run_export(tmp_path, small / "best.pt", "--out", "x.onnx") == 2
+    error = capsys.readouterr().err
+    assert error.endswith(": pip install onnx onnxscript\n") and error.count("\n") == 1
+    content = onnx.load(small / "best.onnx")
+    monkeypatch.setattr(export, "convert", lambda *arguments: content)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert run_export(tmp_path, small / "best.pt", "--out", "x.onnx") == 0
+    assert "pip install onnxruntime" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, from Playwright or the system."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    with api.sync_playwright() as playwright:
+        system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        try:
+            browser = playwright.chromium.launch(executable_path=system, args=["--no-sandbox"])
+        except api.Error:
+            pytest.skip("needs Chromium: python -m playwright install --with-deps chromium")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page_url(small):
+    """The address of the exported page, on a local server."""
+    if not RUNTIME.is_dir():
+        pytest.skip("needs the npm package: npm install --no-save --prefix . onnxruntime-web@1")
+    assert run_export(small, "best.pt", "--page", "page") == 0
+    (small / "page" / "node_modules").mkdir()
+    (small / "page" / "node_modules" / "onnxruntime-web").symlink_to(RUNTIME)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=small / "page"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+def test_page_segments_a_photo_and_its_mask_is_that_of_predict(browser, page_url, small):
+    make_photo(120, 161).save(small / "photo.png")
+    page = browser.new_page()
+    page.goto(page_url)
+    page.set_input_files("#file", small / "photo.png")
+    page.wait_for_selector("#save:enabled")
+    with page.expect_download() as download:
+        page.click("#save")
+    assert download.value.suggested_filename == "photo_mask.png"
+    with Image.open(download.value.path()) as file:
+        mask, palette = np.array(file), file.getpalette()
+    expected = predict.segment(checkpoint.load(small / "best.pt"), make_photo(120, 161))
+    assert (mask == expected).mean() >= 0.995 and palette[:768] == imaging.PALETTE.ravel().tolist()
+    labels = np.argsort(-np.bincount(expected.ravel(), minlength=3))
+    shares = [f"class {label} ä{(expected == label).mean():.1%}" for label in labels if (expected == label).any()]
+    found = page.locator("#legend li").all_text_contents()
+    assert [text.replace(" %", "%") for text in found] == shares
+    page.fill("#opacity", "20")
+    assert page.eval_on_selector("#overlay", "canvas => getComputedStyle(canvas).opacity") == "0.2"
+    page.set_input_files("#file", {"name": "notes.png", "mimeType": "image/png", "buffer": b"no photo"})
+    page.wait_for_selector(".error")
+    assert page.inner_text("#status").startswith("notes.png cannot be read as a photo")
+    page.close()
+
+
+@pytest.mark.parametrize("missing", ["onnxruntime-web", "model.onnx"])
+def test_page_names_a_missing_file(browser, page_url, missing):
+    page = browser.new_page()
+    page.route(lambda url: missing in url, lambda route: route.fulfill(status=404))
+    page.goto(page_url)
+    page.wait_for_selector(".error")
+    assert page.inner_text("#status").startswith(f"{missing} is missing")
+    page.close()
+
+
+def test_page_says_that_webassembly_is_missing(browser, page_url):
+    page = browser.new_page()
+    page.add_init_script("delete window.WebAssembly")
+    page.goto(page_url)
+    page.wait_for_selector(".error")
+    assert page.inner_text("#status").startswith("This browser has no WebAssembly")
+    page.close()
