@@ -41,10 +41,12 @@ def command(root, flags):
 def find_root(root):
     """Return ``root`` as a Path if it is a folder in VOC layout, else raise a UserError that says where data is."""
     root = Path(root)
-    if (root / LISTS).is_dir():
+    if os.path.isdir(root / LISTS):  # unlike Path.is_dir, without an error for a folder that cannot be read
         return root
+    if os.path.isdir(root):
+        files.walk(root, recursive=False)  # raises a UserError if it cannot be read
     for folder in (*sorted(root.glob("*")), *sorted(root.glob("*/*")), *root.parents):
-        if (folder / LISTS).is_dir():
+        if os.path.isdir(folder / LISTS):
             raise UserError(f"{root} is not in VOC layout, but {folder} is: use --data {folder}")
     raise UserError(
         f"{root}: no data in VOC layout (JPEGImages, SegmentationClass, ImageSets/Segmentation): "
@@ -57,15 +59,13 @@ def list_images(folder, suffixes):
     """List the image files of ``folder`` and its subfolders: a dict from image ids to sorted lists of Paths.
 
     An id is a path below ``folder`` without its suffix, in composed Unicode (NFC). ``suffixes`` are in lower case,
-    those of the files in any case. A folder that does not exist has no images.
+    those of the files in any case. Hidden files are left out. A folder that does not exist has no images.
     """
     images = {}
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in sorted(names):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in suffixes:
-                image_id = Path(os.path.relpath(parent, folder), stem).as_posix()
-                images.setdefault(unicodedata.normalize("NFC", image_id), []).append(Path(parent, name))
+    for path in files.walk(folder)[0] if os.access(folder, os.F_OK) else ():
+        if path.suffix.lower() in suffixes:
+            image_id = path.relative_to(folder).with_suffix("").as_posix()
+            images.setdefault(unicodedata.normalize("NFC", image_id), []).append(path)
     return images
 
 
