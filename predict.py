@@ -8,13 +8,16 @@ get their folder's in front. legend.png names the overlays' colours, and predict
 each class: both describe the latest call only, and are also written after Ctrl-C.
 """
 
+import argparse
 import csv
 import functools
 import io
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -25,7 +28,7 @@ import engine
 import files
 import imaging
 import reporting
-from util import UserError
+from util import UserError, background_label
 
 MAX_PIXELS = 2 * imaging.MAX_PIXELS  # Pillow refuses larger images itself
 RESULTS = ("_mask.png", "_overlay.png")
@@ -126,6 +129,16 @@ def check_new(paths, overwrite):
         raise UserError(f"{existing[0]}: {problem}: replace with --overwrite, or choose another --out")
 
 
+def parse_size(text):
+    """An argparse type: the size of the network's input as (height, width), from N for a square or WIDTHxHEIGHT."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    width, height = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if any(side % 32 or not 0 < side <= imaging.MAX_SIDE for side in (width, height)):
+        problem = f"{text!r} is neither N nor WIDTHxHEIGHT in multiples of 32 up to {imaging.MAX_SIDE}"
+        raise argparse.ArgumentTypeError(problem)
+    return height, width
+
+
 @torch.inference_mode()
 def segment(model, photo, device="cpu"):
     """Predict the classes of a photo, a PIL image in RGB, with a model from ``checkpoint.load`` on ``device``.
@@ -171,7 +184,7 @@ def overlay(photo, mask, classes):
     Returns:
         PIL image in RGB of the photo's size. It is drawn in strips of rows, in little more memory than that.
     """
-    is_object = np.array([name != "background" for name in classes])
+    is_object = np.arange(len(classes)) != background_label(classes)
     contours = find_contours(mask, 1 + max(mask.shape) // 2000)
     result = np.array(photo)
     for top in range(0, len(mask), STRIP_ROWS):
@@ -194,13 +207,14 @@ def find_contours(mask, distance):
 
 def draw_legend(classes, labels):
     """The overlays' colours of some classes, each with its name, as a PIL image; ``labels`` are their indices."""
-    font, step = ImageFont.load_default(16), 26
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 16)
+    step = 26
     width = max(round(font.getlength(classes[label])) for label in labels) + 60
     image = Image.new("RGB", (width, step * len(labels) + 10), "white")
     draw = ImageDraw.Draw(image)
     for row, label in enumerate(labels):
         top = 6 + step * row
-        fill = "white" if classes[label] == "background" else tuple(overlay_palette()[label].tolist())
+        fill = "white" if label == background_label(classes) else tuple(overlay_palette()[label].tolist())
         draw.rectangle((8, top, 40, top + 20), fill, "black")
         draw.text((50, top), classes[label], "black", font)
     return image
@@ -228,6 +242,8 @@ def main():
     parser.add_argument("photos", nargs="+", metavar="photo", help="photos, or folders of photos")
     parser.add_argument("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--device", type=cli.parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    text = "resize photos to N x N pixels instead of the training's size; a little more can gain mean IoU: try it on val"
+    parser.add_argument("--size", type=parse_size, metavar="N|WxH", help=text)
     parser.add_argument("--recursive", action="store_true", help="take the photos in subfolders too")
     parser.add_argument("--masks-only", action="store_true", help="write no overlays")
     parser.add_argument("--overwrite", action="store_true", help="replace existing results of the photos")
@@ -239,6 +255,9 @@ def main():
     outputs = [[args.out / f"{name}{suffix}" for suffix in RESULTS] for name in output_names(photos)]
     check_new([path for paths in outputs for path in paths], args.overwrite)
     model = checkpoint.load(args.checkpoint, args.device)
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{args.checkpoint}: holds weights that are not finite: train it again")
+    model.size = args.size or model.size
     with files.writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
     if skipped:

@@ -26,6 +26,12 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
+def background_label(classes):
+    """The index of the class ``background``, also if written ``Background`` or ``_background_``; None without one."""
+    names = [name.strip("_ ").lower() for name in classes]
+    return names.index("background") if "background" in names else None
+
+
 def seed_everything(seed):
     """Seed Python, NumPy and PyTorch with an int from 0 to 2^32 - 1, and restrict cuDNN to deterministic kernels.
 
@@ -142,7 +148,8 @@ class Scores:
     @property
     def baseline(self):
         """Name and Scores of the all-background baseline; of the majority class if there is no background class."""
-        label = self.classes.index("background") if "background" in self.classes else self.matrix.sum(1).argmax().item()
+        label = background_label(self.classes)
+        label = self.matrix.sum(1).argmax().item() if label is None else label
         matrix = torch.zeros_like(self.matrix)
         matrix[:, label] = self.matrix.sum(1)
         return f"all-{self.classes[label]} baseline", Scores(math.nan, matrix, self.classes)

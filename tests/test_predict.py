@@ -18,7 +18,7 @@ import imaging
 import predict
 import voc
 from basic_fcn import FCN
-from util import UserError
+from util import Scores, UserError
 
 
 @pytest.fixture
@@ -223,6 +223,31 @@ def test_legend_names_the_predicted_classes_in_the_colours_of_the_overlays(best,
     legend = read(tmp_path / "predictions" / "legend.png")
     swatches = {tuple(colour) for colour in legend[:, 20].tolist()} - {(255, 255, 255), (0, 0, 0)}
     assert swatches == {tuple(colour) for colour in predict.overlay_palette()[labels[labels > 0]].tolist()}
+
+
+def test_legend_shows_umlauts():
+    widths = {predict.draw_legend([name], [0]).width for name in ("Stra\N{LATIN SMALL LETTER SHARP S}e", "Strae")}
+    drawn = [np.asarray(predict.draw_legend(["x", name], [1])) for name in ("\u00fc", "\u00f6", "\u0142", "\u03a9")]
+    assert len(widths) == 2 and len({image.tobytes() for image in drawn}) == 4  # not one box for all of them
+
+
+@pytest.mark.parametrize("name", ["background", "Background", "_background_"])
+def test_background_is_not_painted_however_it_is_written(name):
+    photo, mask = Image.new("RGB", (4, 4), (10, 20, 30)), np.zeros((4, 4), np.uint8)
+    assert (np.asarray(predict.overlay(photo, mask, [name, "car"])) == (10, 20, 30)).all()
+    assert predict.draw_legend([name, "car"], [0]).getpixel((20, 15)) == (255, 255, 255)
+    matrix = torch.tensor([[1, 0], [5, 0]])
+    assert Scores(0, matrix, (name, "car")).baseline[0] == f"all-{name} baseline"
+
+
+def test_size_replaces_that_of_the_training(tiny, best, tmp_path, capsys):
+    photo = tiny / "JPEGImages" / "000000.jpg"
+    assert run_predict(tmp_path, photo, "--size", "96x32") == 0
+    assert "masks are computed at 96x32" in capsys.readouterr().out
+    model = checkpoint.load(best)
+    expected = [predict.segment(model, imaging.open_photo(photo)) for model.size in ((64, 64), (32, 96))]
+    mask = read(tmp_path / "predictions" / "000000_mask.png")
+    assert np.array_equal(mask, expected[1]) and not np.array_equal(mask, expected[0])
 
 
 @pytest.mark.filterwarnings("ignore:Image size")  # as in imaging.py; pytest resets the filters
