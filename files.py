@@ -1,6 +1,7 @@
 """Folders' contents, atomic writes of files and folders, write errors as messages, and the paths of a run."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -56,9 +57,9 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}): free some space or choose another --out"
-        ) from None
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        advice = "free some space" if full else "choose a folder that can be written"
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}): {advice}") from None
 
 
 @contextlib.contextmanager
