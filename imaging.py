@@ -56,7 +56,7 @@ def open_image(path, max_pixels=MAX_PIXELS):
     except (UserError, MemoryError):
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file, but a split lists it: add the file or remove its id") from None
+        raise UserError(f"{path}: no such file, or a link to a missing one: put it there") from None
     except Exception as error:  # a damaged file raises one of many types
         raise UserError(f"{path}: cannot be read as an image ({reason(error)}): replace the file") from None
 
@@ -65,9 +65,15 @@ def open_photo(path, max_pixels=MAX_PIXELS):
     """Decode the photo at ``path`` as a PIL image in RGB, turned upright as its EXIF orientation says.
 
     A photo without an orientation, or with one that cannot be read, stays as it is stored. Raises a UserError if the
-    file cannot be decoded.
+    file cannot be decoded, or if black and white cannot be told from its type.
     """
     image = open_image(path, max_pixels)
+    if image.mode in ("I", "F"):
+        problem = f"is an image in mode {image.mode}, with 32 bits per pixel and an unknown range of values"
+        raise UserError(f"{path}: {problem}: save it with 8 bits")
+    if image.mode.startswith("I") and 0 < (highest := np.asarray(image).max()) < 1 << 12:
+        problem = f"has 16 bits per pixel, but no value above {highest}, and would be read as nearly black"
+        raise UserError(f"{path}: {problem}: scale it to the range up to 65535, or to 8 bits")
     with contextlib.suppress(Exception):  # damaged EXIF data raises one of many types
         ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image)
