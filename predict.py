@@ -125,7 +125,7 @@ def check_new(paths, overwrite):
     """Raise a UserError that names the first of ``paths`` that exists, unless ``overwrite``."""
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
-        problem = "exists already" + (f", with {len(existing) - 1} other results" if len(existing) > 1 else "")
+        problem = "exists already" + (f" (and {len(existing) - 1} more)" if len(existing) > 1 else "")
         raise UserError(f"{existing[0]}: {problem}: replace with --overwrite, or choose another --out")
 
 
@@ -242,7 +242,7 @@ def main():
     parser.add_argument("photos", nargs="+", metavar="photo", help="photos, or folders of photos")
     parser.add_argument("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--device", type=cli.parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    text = "resize photos to N x N pixels instead of the training's size; a little more can gain mean IoU: try it on val"
+    text = "resize photos to N x N pixels instead of the training's size; a little more can gain mean IoU: try on val"
     parser.add_argument("--size", type=parse_size, metavar="N|WxH", help=text)
     parser.add_argument("--recursive", action="store_true", help="take the photos in subfolders too")
     parser.add_argument("--masks-only", action="store_true", help="write no overlays")

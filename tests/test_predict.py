@@ -195,7 +195,7 @@ def test_earlier_results_are_replaced_only_with_overwrite(best, tmp_path, capsys
         patch.setattr(predict, "segment", None)  # must not be called
         assert run_predict(tmp_path, "x.jpg", "y.jpg") == 2
     error = capsys.readouterr().err
-    assert f"error: {Path('predictions', 'y_mask.png')}: exists already, with 1 other results: replace" in error
+    assert f"error: {Path('predictions', 'y_mask.png')}: exists already (and 1 more): replace" in error
     assert error.count("\n") == 1 and "--overwrite" in error and set(masks(tmp_path)) == {"y"}
     assert run_predict(tmp_path, "x.jpg", "y.jpg", "--overwrite") == 0
     assert set(masks(tmp_path)) == {"x", "y"}
