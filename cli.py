@@ -1,6 +1,7 @@
 """The shared command line: flags, signals and exit codes."""
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -115,6 +116,8 @@ def run(main):
     if _running:
         raise UserError('an imported script starts a run: put its cli.run(main) below if __name__ == "__main__":')
     _running = True
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal's encoding lacks
     signal.signal(signal.SIGTERM, _handle_signal)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores Ctrl-C
         signal.signal(signal.SIGINT, _handle_signal)

@@ -3,6 +3,7 @@
 What a run reads is in voc.py. docs/DATA.md describes the formats.
 """
 
+import glob
 import os
 import re
 import shlex
@@ -16,15 +17,19 @@ from tqdm import tqdm
 
 import files
 import imaging
-from util import VOID, UserError
+from util import VOID, UserError, background_label
 
 LISTS = Path("ImageSets", "Segmentation")
 MASK_SUFFIXES = (".png",)
 SHOWN = 20  # of the faults of one kind
+STRIP_PIXELS = 1 << 20  # of a mask in colours that are converted at a time
 
 LABELLED = re.compile(r"(.*\S)\s+(-1|0|1)")  # a line of VOC's lists per class
 SUFFIXES = "|".join(imaging.PHOTO_SUFFIXES).replace(".", r"\.")
-FILE_NAMES = re.compile(rf"(.+?)({SUFFIXES})(?:[\s,]+(.+)({SUFFIXES}))?", re.IGNORECASE)  # of a photo, or with its mask
+FOLDER = "(?:/?(?:JPEGImages|SegmentationClass)/)?"
+FILE_NAMES = re.compile(  # of a photo, or of a photo and its mask
+    rf"{FOLDER}(.+?)({SUFFIXES})(?:[\s,]+{FOLDER}(.+)({SUFFIXES}))?", re.IGNORECASE
+)
 COLOUR = re.compile(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\S.*)")
 
 
@@ -41,10 +46,12 @@ def command(root, flags):
 def find_root(root):
     """Return ``root`` as a Path if it is a folder in VOC layout, else raise a UserError that says where data is."""
     root = Path(root)
-    if (root / LISTS).is_dir():
+    if os.path.isdir(root / LISTS):  # unlike Path.is_dir, without an error for a folder that cannot be read
         return root
+    if os.path.isdir(root):
+        files.walk(root, recursive=False)  # raises a UserError if it cannot be read
     for folder in (*sorted(root.glob("*")), *sorted(root.glob("*/*")), *root.parents):
-        if (folder / LISTS).is_dir():
+        if os.path.isdir(folder / LISTS):
             raise UserError(f"{root} is not in VOC layout, but {folder} is: use --data {folder}")
     raise UserError(
         f"{root}: no data in VOC layout (JPEGImages, SegmentationClass, ImageSets/Segmentation): "
@@ -57,15 +64,13 @@ def list_images(folder, suffixes):
     """List the image files of ``folder`` and its subfolders: a dict from image ids to sorted lists of Paths.
 
     An id is a path below ``folder`` without its suffix, in composed Unicode (NFC). ``suffixes`` are in lower case,
-    those of the files in any case. A folder that does not exist has no images.
+    those of the files in any case. Hidden files are left out. A folder that does not exist has no images.
     """
     images = {}
-    for parent, _, names in os.walk(folder, followlinks=True):
-        for name in sorted(names):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in suffixes:
-                image_id = Path(os.path.relpath(parent, folder), stem).as_posix()
-                images.setdefault(unicodedata.normalize("NFC", image_id), []).append(Path(parent, name))
+    for path in files.walk(folder)[0] if os.access(folder, os.F_OK) else ():
+        if path.suffix.lower() in suffixes:
+            image_id = path.relative_to(folder).with_suffix("").as_posix()
+            images.setdefault(unicodedata.normalize("NFC", image_id), []).append(path)
     return images
 
 
@@ -77,6 +82,20 @@ def find_image(images, image_id, default):
     return paths[0]
 
 
+def check_exists(path, is_mask):
+    """Raise a UserError if an image that a split lists is missing; it names the likely reason."""
+    if os.path.exists(path):
+        return
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder: put the {'masks' if is_mask else 'photos'} there")
+    for other in sorted(path.parent.glob(f"{glob.escape(path.stem)}.*")):
+        if is_mask and other != path:
+            raise UserError(f"{other}: is not a PNG, and JPEG changes the values of a mask: export the mask as PNG")
+        if other != path:
+            raise UserError(f"{other}: is in a format that is not read here: convert it to JPEG or PNG")
+    raise UserError(f"{path}: no such file, but a split lists it: add the file or remove its id")
+
+
 def _read_lines(path, hint):
     """The stripped lines of a text file, without empty ones at its end; UserError if it cannot be read."""
     try:
@@ -84,7 +103,10 @@ def _read_lines(path, hint):
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({error}): save it as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}): {hint}") from None
+        advice = hint if isinstance(error, FileNotFoundError) else "make it a text file that you may read"
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}): {advice}") from None
+    if "\0" in text:  # UTF-16
+        raise UserError(f"{path}: is not UTF-8 text (it holds zero bytes): save it as UTF-8")
     return [line.strip() for line in text.rstrip().splitlines()]
 
 
@@ -127,7 +149,7 @@ def read_ids(path, known, report=refuse):
 
 
 def read_classes(path, report=refuse):
-    """The class names in ``path``, a tuple of str; faults as in ``read_ids``."""
+    """The class names in ``path``, a tuple of str, empty if their number is wrong; faults as in ``read_ids``."""
     names = _read_lines(path, "write one class name per line into it")
     if not 2 <= len(names) <= VOID:
         report(f"{path}: needs 2 to {VOID} different class names, one per line; it has {len(names)}")
@@ -136,7 +158,7 @@ def read_classes(path, report=refuse):
             report(f"{path}: line {index + 1} is empty, but the line is the class's value plus 1: name it or remove it")
         elif name in names[:index]:
             report(f"{path}: line {index + 1} repeats a class name ({name}): name each class once")
-    return tuple(names)
+    return tuple(names) if 2 <= len(names) <= VOID else ()
 
 
 def read_mask(path, num_classes, root):
@@ -153,6 +175,10 @@ def read_mask(path, num_classes, root):
     if image.mode not in ("P", "L", "1"):
         raise UserError(f"{path}: is an image in mode {image.mode}, not a mask of class indices: {convert}")
     mask = np.asarray(image).astype(np.uint8)
+    if (image.mode, image.format) == ("L", "PNG"):
+        with open(path, "rb") as file:
+            bits = file.read(25)[24]  # per pixel, from the header
+        mask //= 255 // (2**bits - 1)  # Pillow has scaled 2 and 4 bits to 0..255
     values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
     if image.mode == "P" and _has_vocs_colours_elsewhere(image, values, num_classes):
         raise UserError(f"{path}: has VOC's colours in another order, as an image editor saves them: {convert}")
@@ -181,10 +207,10 @@ def label_fault(split, counts, training):
     if not counts.any():
         return f"{split.root}: no mask of the split {split.name} has a labelled pixel: all is void ({VOID})"
     present = np.flatnonzero(counts)
-    only = "background" if split.classes[0] == "background" else split.classes[present[0]]
-    if training and [split.classes[index] for index in present] == [only]:
+    if training and len(present) == 1 and (present[0] == 0 or background_label(split.classes) != 0):
         hint = "" if len(split) == len(split.all_ids) else ", or raise --limit"
-        problem = f"the masks of the split {split.name} show only {only} (value {present[0]}) and void"
+        only = f"{split.classes[present[0]]} (value {present[0]})"
+        problem = f"the masks of the split {split.name} show only {only} and void"
         advice = f"{VOID} is void, and an object needs the value of its class, such as 1: correct the masks{hint}"
         return f"{split.root}: {problem}: {advice}"
     return None
@@ -196,9 +222,10 @@ def warnings(splits, counts):
     Args:
         splits: Splits, train and val first. counts: for each, the pixels of each class, [C].
     """
-    texts = [f"{split.name}: {split.num_left_out} lines end with -1 and are left out" for split in splits]
+    texts = [f"{split.name}: left out {_count(split.num_left_out, 'line')} with -1 at the end" for split in splits]
     texts = [text for text, split in zip(texts, splits) if split.num_left_out]
     train, classes = splits[0], splits[0].classes
+    texts += named_like_void(classes)
     absent = [name for name, count in zip(classes, counts[0]) if not count]
     only_val = [name for name, *pixels in zip(classes, *counts[:2]) if not pixels[0] and pixels[1]]
     if absent:
@@ -212,6 +239,17 @@ def warnings(splits, counts):
     return texts
 
 
+def named_like_void(classes):
+    """A warning, in a list, if the names of classes sound like void."""
+    found = [name for name in classes if name.strip("_ ").lower() in ("void", "ignore", "unlabeled", "unlabelled")]
+    advice = f"if these pixels are to be left out, give them the value {VOID} (in a file of colours, the name void)"
+    return [f"trained and scored like any other class: {_shorten(found)}; {advice}"] if found else []
+
+
+def _count(number, noun):
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _shorten(names, shown=20):
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
@@ -223,7 +261,7 @@ def split_names(root):
 
 def map_images(function, items, name):
     """The results of a function for each item, a list; it runs on several threads. ``name`` labels a progress bar."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:  # a photo of 24 million pixels takes 300 MB
         return list(tqdm(pool.map(function, items), name, len(items), unit=" images", disable=None))
 
 
@@ -238,7 +276,7 @@ def report_faults(root, faults):
         if len(messages) > SHOWN:
             print(f"... and {len(messages) - SHOWN} more of this kind")
     if faults:
-        raise UserError(f"{root}: {len(faults)} faults, listed above")
+        raise UserError(f"{root}: {_count(len(faults), 'fault')}, listed above")
 
 
 def _kind(root, message):
@@ -248,41 +286,59 @@ def _kind(root, message):
 
 
 def _read_colours(path):
-    """Read lines ``R G B name``: the class names, and a dict from colours, R * 65536 + G * 256 + B, to values.
+    """Read lines ``R G B name``: the class names, and the value of each colour, R * 65536 + G * 256 + B: int16 [2^24].
 
-    A class's value is its position; the name ``void``, which may occur several times, stands for VOID.
+    A class's value is its position; the name ``void``, which may occur several times, stands for VOID; the value of a
+    colour without a class is -1. Empty lines and those that begin with # are left out.
     """
-    names, values = [], {}
+    names, table = [], np.full(1 << 24, -1, np.int16)
     for number, line in enumerate(_read_lines(path, "write one line R G B name per class into it"), start=1):
+        if not line or line.startswith("#"):
+            continue
         found = COLOUR.fullmatch(line)
         if not found or max(map(int, found.groups()[:3])) > 255:
             raise UserError(f"{path}: line {number} is {line!r}: write R G B name, with R, G and B from 0 to 255")
         red, green, blue, name = *map(int, found.groups()[:3]), found[4]
         colour = red << 16 | green << 8 | blue
-        if colour in values or name in names:
+        if table[colour] >= 0 or name in names:
             raise UserError(f"{path}: line {number} repeats a colour or a name ({line}): write each once")
-        values[colour] = VOID if name == "void" else len(names)
-        names += [] if name == "void" else [name]
+        is_void = name.lower() == "void"
+        table[colour] = VOID if is_void else len(names)
+        names += [] if is_void else [name]
     if not 2 <= len(names) <= VOID:
         raise UserError(f"{path}: needs 2 to {VOID} classes, one line R G B name for each; it has {len(names)}")
-    return names, values
+    return names, table
 
 
-def _indices(path, values, colours_path):
-    """A mask in colours as a uint8 array [H, W] of class indices and VOID; UserError for a colour without a value."""
+def _indices(path, table, colours_path):
+    """A mask in colours as a uint8 array [H, W] of class indices and VOID; ``table`` is from ``_read_colours``.
+
+    Works in strips of rows, in little more memory than the two images. Raises a UserError for a colour without a class,
+    and for transparent pixels.
+    """
     image = imaging.open_image(path)
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{path}: is an image in mode {image.mode}: save its colours as an 8-bit RGB PNG")
-    red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), np.int64), -1, 0)
-    colours, inverse, counts = np.unique(red << 16 | green << 8 | blue, return_inverse=True, return_counts=True)
-    unknown = [(count, colour) for count, colour in zip(counts.tolist(), colours.tolist()) if colour not in values]
+    mask, unknown = np.empty((image.height, image.width), np.uint8), Counter()
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        red, green, blue, alpha = np.moveaxis(np.asarray(strip).astype(np.int32), -1, 0)
+        if alpha.min() < 255:
+            raise UserError(f"{path}: has transparent pixels: save it without transparency, in a colour for each class")
+        colours = red << 16 | green << 8 | blue
+        labels = table[colours]
+        mask[top : top + rows] = labels
+        unknown.update(dict(zip(*map(np.ndarray.tolist, np.unique(colours[labels < 0], return_counts=True)))))
     if unknown:
-        count, colour = max(unknown)
+        colour, count = unknown.most_common(1)[0]
         name = f"{colour >> 16} {colour >> 8 & 255} {colour & 255}"
         others = f", and {len(unknown) - 1} other colours" if len(unknown) > 1 else ""
         advice = f"add it to {colours_path}, or correct the mask"
+        if len(unknown) > SHOWN:
+            advice = "smoothing (anti-aliasing) or JPEG has blended colours: export the masks without, as PNG"
         raise UserError(f"{path}: holds colours without a class ({name} in {count} pixels{others}): {advice}")
-    return np.array([values[colour] for colour in colours.tolist()], np.uint8)[inverse].reshape(red.shape)
+    return mask
 
 
 def from_colours(root, colours_path):
@@ -297,21 +353,21 @@ def from_colours(root, colours_path):
         UserError: a colour has no class, a file cannot be read or written, or something would be overwritten.
     """
     root = find_root(root)
-    names, values = _read_colours(Path(colours_path))
+    names, table = _read_colours(Path(colours_path))
     masks, originals, classes = root / "SegmentationClass", root / "SegmentationClass_colours", root / "classes.txt"
     if originals.exists():
         advice = f"to convert them again, replace {masks} by it"
         raise UserError(f"{originals}: exists, so the masks have been converted: {advice}")
     if classes.exists() and read_classes(classes) != tuple(names):
         raise UserError(f"{classes}: names other classes than {colours_path}: correct one of them, or move it away")
-    images = list_images(masks, MASK_SUFFIXES)
+    images = list_images(masks, imaging.PHOTO_SUFFIXES)
     if not images:
-        raise UserError(f"{masks}: holds no PNG: put the masks in colours there")
+        raise UserError(f"{masks}: holds no image: put the masks in colours there")
 
     def convert(image_id):
         target = unfinished / f"{image_id}.png"
         try:
-            mask = _indices(find_image(images, image_id, None), values, colours_path)
+            mask = _indices(find_image(images, image_id, None), table, colours_path)
         except UserError as error:
             return str(error)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -324,4 +380,6 @@ def from_colours(root, colours_path):
         with files.atomic_write(classes) as file:
             file.write("".join(f"{name}\n" for name in names).encode())
         masks.rename(originals)
+    for text in named_like_void(names):
+        print(f"warning: {text}")
     print(f"{masks}: {len(images)} masks of {len(names)} classes; the originals are in {originals}")

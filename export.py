@@ -92,7 +92,7 @@ def main():
     path = args.page / "model.onnx" if args.page else args.out or args.checkpoint.with_suffix(".onnx")
     if path.suffix != ".onnx" or args.page and (args.out or args.logits):
         raise UserError("--out FILE has to end with .onnx, and --page goes with neither --out nor --logits")
-    predict.check_new([path], args.overwrite, "export")
+    predict.check_new([path], args.overwrite)
     model, state = checkpoint.load(args.checkpoint), checkpoint.read(args.checkpoint, "size")
     metadata = {name: state.get(name) for name in ("classes", "size", "experiment", "dataset", "epoch", "val_miou")}
     metadata |= {"palette": imaging.PALETTE.tolist(), "overlay_colours": predict.overlay_palette().tolist()}

@@ -1,6 +1,7 @@
-"""Atomic writes of files and folders, write errors as messages, and the paths of a run."""
+"""Folders' contents, atomic writes of files and folders, write errors as messages, and the paths of a run."""
 
 import contextlib
+import errno
 import glob
 import os
 import re
@@ -22,15 +23,44 @@ STALE_AFTER = 3600  # seconds after which an unfinished file belongs to a proces
 PLOTS = ("curves", "iou", "confusion", "predictions", "augmentation")
 
 
+def walk(folder, recursive=True, seen=()):
+    """List the files below a folder, and what is skipped: hidden entries and, unless ``recursive``, subfolders.
+
+    Both are lists of Paths, sorted by name within a folder. Links are followed, but no folder is entered twice. Raises
+    a UserError if a folder cannot be read.
+    """
+    seen = seen or set()
+    seen.add(os.path.realpath(folder))
+    try:
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror or error}): change its permissions") from None
+    found, skipped = [], []
+    for entry in entries:
+        path = Path(folder, entry.name)
+        if entry.name.startswith("."):
+            skipped.append(path)
+        elif not entry.is_dir():
+            found.append(path)
+        elif recursive and os.path.realpath(path) not in seen:
+            below = walk(path, recursive, seen)
+            found += below[0]
+            skipped += below[1]
+        else:
+            skipped.append(path)
+    return found, skipped
+
+
 @contextlib.contextmanager
 def writing(path):
     """Turn a failure to write ``path`` into a UserError."""
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}): free some space or choose another --out"
-        ) from None
+        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+        advice = "free some space" if full else "choose a folder that can be written"
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}): {advice}") from None
 
 
 @contextlib.contextmanager

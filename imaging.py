@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import struct
 import warnings
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 import processes
-from util import UserError
+from util import UserError, reason
 
 # Mean and standard deviation of ImageNet's photos in 0..1, as red, green, blue: torchvision's weights expect them.
 MEAN = (0.485, 0.456, 0.406)
@@ -24,9 +23,6 @@ MAX_PIXELS = 89_478_485
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Pillow warns of damaged EXIF data, which many photos have and which only matters for their orientation.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
-
-# What Pillow raises for damaged files, besides OSError and DecompressionBombError.
-DAMAGED = (SyntaxError, ValueError, TypeError, LookupError, struct.error)
 
 
 def _palette():
@@ -57,20 +53,28 @@ def open_image(path, max_pixels=MAX_PIXELS):
                 raise UserError(f"{path}: {image.width}x{image.height} pixels are too many: make the image smaller")
             image.load()
             return image
+    except (UserError, MemoryError):
+        raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file, but a split lists it: add the file or remove its id") from None
-    except (OSError, *DAMAGED, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error}): replace the file") from None
+        raise UserError(f"{path}: no such file, or a link to a missing one: put it there") from None
+    except Exception as error:  # a damaged file raises one of many types
+        raise UserError(f"{path}: cannot be read as an image ({reason(error)}): replace the file") from None
 
 
 def open_photo(path, max_pixels=MAX_PIXELS):
     """Decode the photo at ``path`` as a PIL image in RGB, turned upright as its EXIF orientation says.
 
     A photo without an orientation, or with one that cannot be read, stays as it is stored. Raises a UserError if the
-    file cannot be decoded.
+    file cannot be decoded, or if black and white cannot be told from its type.
     """
     image = open_image(path, max_pixels)
-    with contextlib.suppress(*DAMAGED):
+    if image.mode in ("I", "F"):
+        problem = f"is an image in mode {image.mode}, with 32 bits per pixel and an unknown range of values"
+        raise UserError(f"{path}: {problem}: save it with 8 bits")
+    if image.mode.startswith("I") and 0 < (highest := np.asarray(image).max()) < 1 << 12:
+        problem = f"has 16 bits per pixel, but no value above {highest}, and would be read as nearly black"
+        raise UserError(f"{path}: {problem}: scale it to the range up to 65535, or to 8 bits")
+    with contextlib.suppress(Exception):  # damaged EXIF data raises one of many types
         ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image)
 

@@ -3,18 +3,21 @@
     python predict.py best_train_5_b.pt photo.jpg folder/ --out predictions
 
 Writes for each photo NAME_mask.png, a palette PNG of the photo's size whose values are the class indices, and
-NAME_overlay.png, the classes drawn over the photo; legend.png names the overlays' colours, and predictions.csv holds
-each photo's share of each class. NAME is the photo's name without suffix; photos of the same name get their folder's
-in front.
+NAME_overlay.png, the classes drawn over the photo. NAME is the photo's name without suffix; photos of the same name
+get their folder's in front. legend.png names the overlays' colours, and predictions.csv holds each photo's share of
+each class: both describe the latest call only, and are also written after Ctrl-C.
 """
 
+import argparse
 import csv
 import functools
 import io
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -25,11 +28,12 @@ import engine
 import files
 import imaging
 import reporting
-from util import UserError
+from util import UserError, background_label
 
 MAX_PIXELS = 2 * imaging.MAX_PIXELS  # Pillow refuses larger images itself
 RESULTS = ("_mask.png", "_overlay.png")
 LEGEND, SHARES = "legend.png", "predictions.csv"
+MAX_NAME = 220  # bytes of a photo's name in those of its results: with what is appended, file systems allow 255
 STRIP_ROWS = 256  # rows of an overlay that are drawn at a time
 
 
@@ -44,56 +48,57 @@ def photo_suffixes():
 def find_photos(paths, out, recursive=False):
     """Find the photos among files and folders.
 
-    A file is taken whatever its suffix, unless it is a mask, an overlay or the legend of an earlier prediction into
-    ``out``; of a folder, all files in a format that Pillow decodes and that are not hidden, with ``recursive`` also
-    those of its subfolders that are not hidden.
+    A file is taken whatever its suffix, unless ``is_result``; of a folder, all files in a format that Pillow decodes
+    that are neither hidden nor results, with ``recursive`` also those of its subfolders that are not hidden.
 
     Returns:
         List of Paths, each file once, in the order of ``paths`` and sorted by name within a folder; and the list of
         the files and subfolders that were skipped.
 
-    Raises a UserError if a path does not exist or holds no photo.
+    Raises a UserError if a path does not exist or holds no photo, or if a folder cannot be read.
     """
     photos, skipped = {}, {}
     for path in map(Path, paths):
-        if not path.exists():
+        if not os.path.exists(path):
             raise UserError(f"{path}: no such file or folder: correct the path")
-        found, others = _walk(path, recursive) if path.is_dir() else ([path], [])
-        results = [file for file in found if file.name.endswith(RESULTS) or _is_same(file, out / LEGEND)]
-        found = [file for file in found if file not in results]
-        if not found:
+        found, others = files.walk(path, recursive) if os.path.isdir(path) else ([path], [])
+        candidates = {file for file in found if file == path or _looks_like_photo(file)}
+        stems = {file.with_suffix("") for file in candidates}
+        candidates -= {file for file in candidates if is_result(file, out, stems)}
+        others += [file for file in found if file not in candidates]
+        if not candidates:
             advice = "correct the path" if recursive else "correct the path, or pass --recursive for subfolders"
-            raise UserError(f"{path}: holds no photo ({len(results + others)} files or folders skipped): {advice}")
-        photos |= {os.path.abspath(file): file for file in found}
-        skipped |= {os.path.abspath(file): file for file in results + others}
+            raise UserError(f"{path}: holds no photo ({len(others)} files or folders skipped): {advice}")
+        photos |= {os.path.abspath(file): file for file in found if file in candidates}
+        skipped |= {os.path.abspath(file): file for file in others}
     return list(photos.values()), list(skipped.values())
 
 
-def _walk(folder, recursive):
-    """The photos below a folder, and what else is in it, both sorted by name."""
-    photos, others = [], []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            others.append(path)
-        elif path.is_dir() and recursive:
-            below = _walk(path, recursive)
-            photos += below[0]
-            others += below[1]
-        else:
-            is_photo = path.is_file() and path.suffix.lower() in photo_suffixes()
-            (photos if is_photo else others).append(path)
-    return photos, others
+def _looks_like_photo(path):
+    """Whether a file has a photo's suffix; also a link to a file that is missing, so that it gets reported."""
+    return path.suffix.lower() in photo_suffixes() and (path.is_file() or path.is_symlink())
 
 
-def _is_same(path, other):
-    return os.path.abspath(path) == os.path.abspath(other)
+def is_result(path, out, stems):
+    """Whether a file is named like a mask, an overlay or a legend and lies where one is expected.
+
+    That is in ``out`` or beside a predictions.csv, or, for ``x_mask.png`` and ``x_overlay.png``, beside a photo
+    ``x``; ``stems`` are the Paths of the photos without their suffixes.
+    """
+    is_image = path.name.endswith(RESULTS)
+    if is_image and path.parent / path.name.rpartition("_")[0] in stems:
+        return True
+    if not is_image and path.name != LEGEND:
+        return False
+    return os.path.realpath(path.parent) == os.path.realpath(out) or (path.parent / SHARES).exists()
 
 
 def output_names(photos):
     """A different name for the results of each photo, whatever their order and the case of letters: list of str.
 
     It is the photo's name without suffix. Photos that would share one get as much of their path as it takes: first
-    their folder, then their suffix, then the folders above. Raises a UserError if that does not suffice.
+    their folder, then their suffix, then the folders above. Raises a UserError if that does not suffice, or if a name
+    is too long.
     """
     candidates = []
     for photo in photos:
@@ -104,21 +109,34 @@ def output_names(photos):
         counts = Counter(names[0].casefold() for names in candidates)
         shared = [counts[names[0].casefold()] > 1 for names in candidates]
         if not any(shared):
-            return [names[0] for names in candidates]
+            break
         for photo, names, is_shared in zip(photos, candidates, shared):
             if is_shared and len(names) == 1:
                 raise UserError(f"{photo}: another photo has nearly the same path: rename one of them")
             if is_shared:
                 del names[0]
+    for photo, names in zip(photos, candidates):
+        if len(os.fsencode(names[0])) > MAX_NAME:
+            raise UserError(f"{photo}: is too long a name for its results (over {MAX_NAME} bytes): rename it")
+    return [names[0] for names in candidates]
 
 
-def check_new(paths, overwrite, what="prediction"):
-    """Raise a UserError that names the first of ``paths``, files of a ``what``, that exists, unless ``overwrite``."""
+def check_new(paths, overwrite):
+    """Raise a UserError that names the first of ``paths`` that exists, unless ``overwrite``."""
     existing = [path for path in paths if path.exists()]
     if existing and not overwrite:
-        count = f"{len(existing)} results are" if len(existing) > 1 else "is"
-        problem = f"{count} from an earlier {what}"
+        problem = "exists already" + (f" (and {len(existing) - 1} more)" if len(existing) > 1 else "")
         raise UserError(f"{existing[0]}: {problem}: replace with --overwrite, or choose another place")
+
+
+def parse_size(text):
+    """An argparse type: the size of the network's input as (height, width), from N for a square or WIDTHxHEIGHT."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    width, height = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if any(side % 32 or not 0 < side <= imaging.MAX_SIDE for side in (width, height)):
+        problem = f"{text!r} is neither N nor WIDTHxHEIGHT in multiples of 32 up to {imaging.MAX_SIDE}"
+        raise argparse.ArgumentTypeError(problem)
+    return height, width
 
 
 @torch.inference_mode()
@@ -166,7 +184,7 @@ def overlay(photo, mask, classes):
     Returns:
         PIL image in RGB of the photo's size. It is drawn in strips of rows, in little more memory than that.
     """
-    is_object = np.array([name != "background" for name in classes])
+    is_object = np.arange(len(classes)) != background_label(classes)
     contours = find_contours(mask, 1 + max(mask.shape) // 2000)
     result = np.array(photo)
     for top in range(0, len(mask), STRIP_ROWS):
@@ -189,13 +207,14 @@ def find_contours(mask, distance):
 
 def draw_legend(classes, labels):
     """The overlays' colours of some classes, each with its name, as a PIL image; ``labels`` are their indices."""
-    font, step = ImageFont.load_default(16), 26
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 16)
+    step = 26
     width = max(round(font.getlength(classes[label])) for label in labels) + 60
     image = Image.new("RGB", (width, step * len(labels) + 10), "white")
     draw = ImageDraw.Draw(image)
     for row, label in enumerate(labels):
         top = 6 + step * row
-        fill = "white" if classes[label] == "background" else tuple(overlay_palette()[label].tolist())
+        fill = "white" if label == background_label(classes) else tuple(overlay_palette()[label].tolist())
         draw.rectangle((8, top, 40, top + 20), fill, "black")
         draw.text((50, top), classes[label], "black", font)
     return image
@@ -208,7 +227,7 @@ def write_shares(path, classes, rows):
     writer.writerow(["photo", "mask", *classes])
     writer.writerows([photo, mask, *(f"{share:.6f}" for share in shares)] for photo, mask, shares in rows)
     with files.atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.getvalue().encode("utf-8", "backslashreplace"))  # a name may hold bytes that are not UTF-8
 
 
 def write_image(path, image, **options):
@@ -223,20 +242,22 @@ def main():
     parser.add_argument("photos", nargs="+", metavar="photo", help="photos, or folders of photos")
     parser.add_argument("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--device", type=cli.parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    text = "resize photos to N x N pixels instead of the training's size; a little more can gain mean IoU: try on val"
+    parser.add_argument("--size", type=parse_size, metavar="N|WxH", help=text)
     parser.add_argument("--recursive", action="store_true", help="take the photos in subfolders too")
     parser.add_argument("--masks-only", action="store_true", help="write no overlays")
-    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier prediction")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing results of the photos")
     args = parser.parse_args()
 
-    if Path(args.checkpoint).suffix.lower() in photo_suffixes():
-        raise UserError(f"{args.checkpoint}: is a photo, not a checkpoint: pass the best_*.pt first, then the photos")
+    if Path(args.checkpoint).suffix.lower() in photo_suffixes() or os.path.isdir(args.checkpoint):
+        raise UserError(f"{args.checkpoint}: is not a checkpoint: pass the best_*.pt first, then photos and folders")
     photos, skipped = find_photos(args.photos, args.out, args.recursive)
-    suffixes = RESULTS[:1] if args.masks_only else RESULTS
-    outputs = [[args.out / f"{name}{suffix}" for suffix in suffixes] for name in output_names(photos)]
-    legend, shares_file = args.out / LEGEND, args.out / SHARES
-    shared = [shares_file] if args.masks_only else [legend, shares_file]
-    check_new([*sum(outputs, []), *shared], args.overwrite)
+    outputs = [[args.out / f"{name}{suffix}" for suffix in RESULTS] for name in output_names(photos)]
+    check_new([path for paths in outputs for path in paths], args.overwrite)
     model = checkpoint.load(args.checkpoint, args.device)
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise UserError(f"{args.checkpoint}: holds weights that are not finite: train it again")
+    model.size = args.size or model.size
     with files.writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
     if skipped:
@@ -247,28 +268,32 @@ def main():
     reporting.log(f"masks are computed at {reporting.size_text(model.size)} and upsampled to each photo's size")
 
     rows, errors = [], []
-    for path, paths in zip(reporting.progress(photos, len(photos), "predicting", "photo"), outputs):
-        try:
-            photo = imaging.open_photo(path, MAX_PIXELS)
-        except UserError as error:
-            errors.append(str(error))
-            continue
-        mask = segment(model, photo, args.device)
-        write_image(paths[0], imaging.palette_image(mask))
-        if not args.masks_only:
-            write_image(paths[1], overlay(photo, mask, model.classes), compress_level=1)
-        counts = np.bincount(mask.ravel(), minlength=len(model.classes))
-        shares = counts / mask.size
-        rows.append((path, paths[0].name, shares))
-        by_share = [f"{model.classes[label]} {shares[label]:.1%}" for label in np.argsort(-shares) if shares[label]]
-        reporting.log(f"{path}: {', '.join(by_share)}")
-    if rows:
-        write_shares(shares_file, model.classes, rows)
-        if not args.masks_only:
+    try:
+        for path, paths in zip(reporting.progress(photos, len(photos), "predicting", "photo"), outputs):
+            for earlier in paths:
+                with files.writing(earlier):
+                    earlier.unlink(missing_ok=True)
+            try:
+                photo = imaging.open_photo(path, MAX_PIXELS)
+            except UserError as error:
+                errors.append(str(error))
+                continue
+            mask = segment(model, photo, args.device)
+            write_image(paths[0], imaging.palette_image(mask))
+            if not args.masks_only:
+                write_image(paths[1], overlay(photo, mask, model.classes), compress_level=1)
+            shares = np.bincount(mask.ravel(), minlength=len(model.classes)) / mask.size
+            rows.append((path, paths[0].name, shares))
+            by_share = [f"{model.classes[label]} {shares[label]:.1%}" for label in np.argsort(-shares) if shares[label]]
+            reporting.log(f"{path}: {', '.join(by_share)}")
+    finally:  # also after Ctrl-C or an error
+        write_shares(args.out / SHARES, model.classes, rows)
+        if rows and not args.masks_only:
             predicted = np.flatnonzero(sum(shares for _, _, shares in rows))
-            write_image(legend, draw_legend(model.classes, predicted.tolist()))
+            write_image(args.out / LEGEND, draw_legend(model.classes, predicted.tolist()))
         what = "masks" if args.masks_only else "masks and overlays"
-        reporting.log(f"{what} of {len(rows)} photos are in {args.out}, the share of each class in {shares_file}")
+        done = f"{what} of {len(rows)} of {len(photos)} photos are in {args.out}"
+        reporting.log(f"{done}, the share of each class in {args.out / SHARES}")
     if errors:
         raise UserError("\nerror: ".join(errors))
 

@@ -26,6 +26,12 @@ def is_out_of_memory(error):
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
+def background_label(classes):
+    """The index of the class ``background``, also if written ``Background`` or ``_background_``; None without one."""
+    names = [name.strip("_ ").lower() for name in classes]
+    return names.index("background") if "background" in names else None
+
+
 def seed_everything(seed):
     """Seed Python, NumPy and PyTorch with an int from 0 to 2^32 - 1, and restrict cuDNN to deterministic kernels.
 
@@ -116,7 +122,7 @@ def assignment_iou(truth, prediction, num_classes):
 
 def baseline_name(classes):
     """The name of ``Scores.baseline``."""
-    return ("all-background" if "background" in classes else "majority-class") + " baseline"
+    return ("majority-class" if background_label(classes) is None else "all-background") + " baseline"
 
 
 def class_weights(criterion):
@@ -152,7 +158,8 @@ class Scores:
     @property
     def baseline(self):
         """Scores of the all-background baseline; of the majority class if there is no background class."""
-        label = self.classes.index("background") if "background" in self.classes else self.matrix.sum(1).argmax().item()
+        label = background_label(self.classes)
+        label = self.matrix.sum(1).argmax().item() if label is None else label
         matrix = torch.zeros_like(self.matrix)
         matrix[:, label] = self.matrix.sum(1)
         return Scores(math.nan, matrix, self.classes)

@@ -38,7 +38,7 @@ CLASSES = (
 )  # fmt: skip
 
 DIGEST_LENGTH = 16  # characters of the digest in the name of a cache file
-DECODING = 2  # part of the digest: raise it when the same files give other pixels, so that no outdated cache is read
+DECODING = 3  # part of the digest: raise it when the same files give other pixels, so that no outdated cache is read
 
 
 class Split:
@@ -65,7 +65,8 @@ class Split:
         self.dataset = self.root.resolve().name
         path = self.root / dataset.LISTS / f"{name}.txt"
         if not path.exists():
-            raise UserError(f"{path}: no such split: write one image id per line into it")
+            names = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt"))) or "none"
+            raise UserError(f"{path}: no such split (there are: {names}): write one image id per line into it")
         self._photos = dataset.list_images(self.root / "JPEGImages", imaging.PHOTO_SUFFIXES)
         self._masks = dataset.list_images(self.root / "SegmentationClass", dataset.MASK_SUFFIXES)
         self.all_ids, self.num_left_out = dataset.read_ids(path, self._photos.keys() | self._masks.keys(), report)
@@ -92,11 +93,15 @@ class Split:
 
     def photo(self, index):
         """The photo as a PIL image in RGB, upright. Raises a UserError if it is missing or unreadable."""
-        return imaging.open_photo(self.photo_path(index))
+        path = self.photo_path(index)
+        dataset.check_exists(path, is_mask=False)
+        return imaging.open_photo(path)
 
     def mask(self, index):
         """The mask as a uint8 array [H, W] of class indices and VOID; errors as in ``dataset.read_mask``."""
-        return dataset.read_mask(self.mask_path(index), len(self.classes), self.root)
+        path = self.mask_path(index)
+        dataset.check_exists(path, is_mask=True)
+        return dataset.read_mask(path, len(self.classes) or VOID, self.root)
 
     def resized(self, index, size):
         """Photo and mask at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
@@ -398,10 +403,10 @@ def check(root):
             continue
         results = dataset.map_images(split.check, range(len(split)), name)
         faults += [message for messages, _ in results for message in messages]
-        valid = [values[: len(split.classes)] for _, values in results if values is not None]
-        if valid:
+        values = [values for _, values in results]
+        if split.classes and values and not any(value is None for value in values):
             splits.append(split)
-            counts.append(sum(valid))
+            counts.append(sum(values)[: len(split.classes)])
             faults += filter(None, [dataset.label_fault(split, counts[-1], training=name == "train")])
     if len(splits) == len(dataset.split_names(root)):
         for text in dataset.warnings(splits, counts):
@@ -413,10 +418,11 @@ def check(root):
 def print_class_counts(split):
     """Print how often each class occurs in a Split, void excluded."""
     pixels, images = class_counts(split)
+    num_labelled = max(pixels.sum(), 1)  # all may be void
     print(f"{split.root} {split.name}: {len(split)} masks, {pixels.sum()} labelled pixels")
     print(f"{'class':14} {'share of pixels':>15} {'pixels':>11} {'images':>7}")
     for name, num_pixels, num_images in zip(split.classes, pixels, images):
-        print(f"{name:14} {num_pixels / pixels.sum():15.4f} {num_pixels:11d} {num_images:7d}")
+        print(f"{name:14} {num_pixels / num_labelled:15.4f} {num_pixels:11d} {num_images:7d}")
 
 
 def main():

@@ -67,6 +67,11 @@ def mask(array):
     return lambda folder: Image.fromarray(array).save(folder / MASK)
 
 
+def photo(array):
+    """A fault: the photo becomes a TIFF of the array."""
+    return both(lambda folder: Image.fromarray(array).save(folder / PHOTOS / f"{FIRST}.tif"), remove(PHOTO))
+
+
 def all_masks(split, change):
     """A fault: the masks of a split become what ``change`` makes of their arrays, as greyscale images."""
 
@@ -133,6 +138,12 @@ def changed(**values):
     return change
 
 
+def not_finite(content):
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    next(tensor for tensor in state["model"].values() if tensor.is_floating_point()).fill_(float("nan"))
+    return saved(state)
+
+
 VALUES = {
     "--epochs": ("0", "two", "-1", "1e3", ""),
     "--batch-size": ("0", "-4", "all"),
@@ -166,6 +177,7 @@ FLAGS += [
     (predict, "best_train.pt afile", "afile"),
     (predict, "best_train.pt Tiny/JPEGImages --out afile", "afile"),
     (predict, "best_train.pt Tiny/JPEGImages --device gpu", "--device"),
+    (predict, "best_train.pt Tiny/JPEGImages --size 225", "--size: '225' is neither N nor WIDTHxHEIGHT in mult"),
     (train, "--data none", "none: no data in VOC layout"),
     (train, "--data=", "use --data Tiny"),
     (train, "--data .", "use --data Tiny"),
@@ -177,17 +189,17 @@ FLAGS += [
 DATA = [
     (remove(LISTS), "Tiny"),
     (remove(f"{LISTS}/train.txt"), "train.txt"),
-    (remove(f"{LISTS}/val.txt"), "val.txt: no such split"),
+    (remove(f"{LISTS}/val.txt"), "val.txt: no such split (there are: test, train)"),
     (write(f"{LISTS}/train.txt", b""), "train.txt"),
     (write(f"{LISTS}/train.txt", b" \n\n"), "train.txt"),
     (write(f"{LISTS}/val.txt", b""), "val.txt: the split is empty"),
     (write(f"{LISTS}/test.txt", b""), "test.txt"),
     (write(f"{LISTS}/train.txt", b"\xff\xfe\x00\x01"), "train.txt"),
-    (folder_at(f"{LISTS}/train.txt"), "train.txt"),
+    (folder_at(f"{LISTS}/train.txt"), "(Is a directory): make it a text file that you may read"),
     (write(f"{LISTS}/train.txt", b"000000\n000001\n000000\n"), "lists an id more than once (000000, 2 times)"),
     (write(f"{LISTS}/train.txt", b"../../secret\n"), "is not the name of a file in this folder ('../../secret')"),
     (write(f"{LISTS}/train.txt", b"/etc/passwd\n"), "is not the name of a file in this folder ('/etc/passwd')"),
-    (write(f"{LISTS}/train.txt", b"a\x00b\n"), r"a\x00b"),
+    (write(f"{LISTS}/train.txt", b"a\x00b\n"), "train.txt: is not UTF-8 text"),
     (write(f"{LISTS}/train.txt", b"a\x1bb\n"), r"a\x1bb"),
     (write(f"{LISTS}/train.txt", b"a" * 400), "aaaa.jpg"),
     (write(f"{LISTS}/train.txt", "füchse und 'hunde'\n".encode()), "füchse und 'hunde'.jpg"),
@@ -200,8 +212,13 @@ DATA = [
     (copied(PHOTO, f"{PHOTOS}/{FIRST}.JPEG"), f"is not the only file with its id (also {FIRST}.jpg): keep one"),
     (copied(MASK, f"{MASKS}/{FIRST}.PNG"), f"is not the only file with its id (also {FIRST}.png): keep one"),
     (rotated_photo, f"{FIRST}.png: fits its photo only without the photo's EXIF orientation (30x20, but upright 20x3"),
-    (remove(PHOTOS), f"{FIRST}.jpg"),
-    (remove(MASKS), f"{FIRST}.png"),
+    (remove(PHOTOS), "JPEGImages: no such folder: put the photos there"),
+    (remove(MASKS), "SegmentationClass: no such folder: put the masks there"),
+    (both(copied(PHOTO, f"{MASKS}/{FIRST}.jpg"), remove(MASK)), f"{MASKS}/{FIRST}.jpg: is not a PNG, and JPEG changes"),
+    (both(copied(PHOTO, f"{PHOTOS}/{FIRST}.heic"), remove(PHOTO)), f"{FIRST}.heic: is in a format that is not read"),
+    (photo(np.zeros((40, 40), np.float32)), f"{FIRST}.tif: is an image in mode F, with 32 bits per pixel"),
+    (photo(np.zeros((40, 40), np.int32)), f"{FIRST}.tif: is an image in mode I, with 32 bits per pixel"),
+    (photo(np.full((40, 40), 4095, np.uint16)), f"{FIRST}.tif: has 16 bits per pixel, but no value above 4095"),
     (remove(PHOTO), f"{FIRST}.jpg: no such file"),
     (write(PHOTO, truncate), f"{FIRST}.jpg: cannot be read as an image"),
     (write(PHOTO, b""), f"{FIRST}.jpg"),
@@ -242,7 +259,7 @@ DATA = [
 COLOURS = [
     (b"0 0 0 sky\n", "colours.txt: needs 2 to 255 classes"),
     (b"0 0 0 sky\n0,0,256,road\n", "colours.txt: line 2 is '0,0,256,road'"),
-    (b"0 0 0 sky\n\n0 0 1 road\n", "colours.txt: line 2 is ''"),
+    (b"# R G B name\n0 0 0 sky\n\nroad\n", "colours.txt: line 4 is 'road'"),
     (b"0 0 0 sky\n0 0 0 road\n", "colours.txt: line 2 repeats a colour or a name (0 0 0 road)"),
     (b"0 0 0 sky\n0 0 1 sky\n", "colours.txt: line 2 repeats a colour or a name (0 0 1 sky)"),
     (b"\xff\xfe", "colours.txt: is not UTF-8 text"),
@@ -263,6 +280,7 @@ LOADED = [
     (changed(module="conftest", **{"class": "make_tiny"}), "is not in"),
     (changed(arguments={"num_classes": 5}), "does not fit"),
     (changed(arguments={"other": 5}), "does not fit"),
+    (not_finite, "best_train.pt: holds weights that are not finite"),
 ]
 RESUMED = [
     (changed(history=None), "not written by this project"),
@@ -379,3 +397,23 @@ def test_check_lists_every_fault_in_one_run_the_first_20_of_a_kind(tmp_path, cap
         assert sum(name in line and text in line for line in lines) == 1, (name, text, output)
     assert "... and 5 more of this kind" in lines and len(lines) == len(expected) + 1
     assert error == f"error: Tiny: {25 + len(expected) - 20} faults, listed above\n"
+
+
+@pytest.mark.parametrize("classes", ["", "\n".join(map(str, range(300)))])
+def test_a_wrong_number_of_classes_is_not_blamed_on_the_masks(tiny, capsys, classes):
+    (tiny / "classes.txt").write_text(classes)
+    assert run_main(tiny.parent, voc, "--data Tiny --check") == 2
+    output, error = capsys.readouterr()
+    assert output.startswith("Tiny/classes.txt: needs 2 to 255 different class names") and output.count("\n") == 1
+    assert error == "error: Tiny: 1 fault, listed above\n"
+
+
+def test_a_missing_folder_is_one_fault_and_what_all_masks_show_is_said_only_if_all_are_valid(tiny, capsys):
+    for path in sorted((tiny / "SegmentationClass").iterdir())[:5]:  # train
+        Image.new("L", (40, 40), 99).save(path)
+    Image.new("L", (40, 40)).save(tiny / "SegmentationClass" / f"{FIRST}.png")
+    shutil.rmtree(tiny / "JPEGImages")
+    assert run_main(tiny.parent, voc, "--data Tiny --check") == 2
+    output, error = capsys.readouterr()
+    assert output.count("no such folder") == 1 and output.count("holds the value 99") == 4
+    assert "5 faults" in error and "show only" not in output and "warning" not in output

@@ -193,7 +193,7 @@ def test_mistakes_end_with_one_line(small, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     best = small / "best.pt"
     mistakes = {
-        best: "best.onnx: is from an earlier export: replace with --overwrite",
+        best: "best.onnx: exists already: replace with --overwrite",
         "missing.pt": "missing.pt: no such file",
         "notes.pt": "notes.pt: is not a readable checkpoint",
         f"{best} --out model.pt": "--out FILE has to end with .onnx",

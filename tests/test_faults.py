@@ -177,7 +177,7 @@ def test_a_read_only_folder_is_reported_before_the_training(folder):
     if process.returncode == 77:
         pytest.skip("root cannot drop its privileges here")
     assert process.returncode == 2 and "epoch" not in output
-    assert errors == "error: results: cannot be written (Permission denied): free some space or choose another --out\n"
+    assert errors == "error: results: cannot be written (Permission denied): choose a folder that can be written\n"
     assert contents(folder) == before
 
 

@@ -1,6 +1,9 @@
 """Predictions on any photo: sizes, rotation, colour modes, files that are no photos, and masks that read back."""
 
 import csv
+import io
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ import imaging
 import predict
 import voc
 from basic_fcn import FCN
-from util import UserError
+from util import Scores, UserError
 
 
 @pytest.fixture
@@ -164,7 +167,7 @@ def test_names_that_a_folder_makes_equal_are_kept_apart():
 
 def test_a_folder_gives_the_photos_of_all_formats_and_says_what_it_skips(best, tmp_path, capsys):
     folder = tmp_path / "photos"
-    save_photos(folder, "a.webp", "b.BMP", "c.tif", "d.gif", ".hidden.jpg", "e_mask.png", "e_overlay.png", "sub/f.jpg")
+    save_photos(folder, "a.webp", "b.BMP", "c.tif", "d.gif", ".hidden.jpg", "a_mask.png", "a_overlay.png", "sub/f.jpg")
     (folder / "notes.txt").write_text("no photo")
     assert run_predict(tmp_path, folder) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -192,7 +195,7 @@ def test_earlier_results_are_replaced_only_with_overwrite(best, tmp_path, capsys
         patch.setattr(predict, "segment", None)  # must not be called
         assert run_predict(tmp_path, "x.jpg", "y.jpg") == 2
     error = capsys.readouterr().err
-    assert f"error: {Path('predictions', 'y_mask.png')}: 4 results are from an earlier" in error
+    assert f"error: {Path('predictions', 'y_mask.png')}: exists already (and 1 more): replace" in error
     assert error.count("\n") == 1 and "--overwrite" in error and set(masks(tmp_path)) == {"y"}
     assert run_predict(tmp_path, "x.jpg", "y.jpg", "--overwrite") == 0
     assert set(masks(tmp_path)) == {"x", "y"}
@@ -222,6 +225,31 @@ def test_legend_names_the_predicted_classes_in_the_colours_of_the_overlays(best,
     assert swatches == {tuple(colour) for colour in predict.overlay_palette()[labels[labels > 0]].tolist()}
 
 
+def test_legend_shows_umlauts():
+    widths = {predict.draw_legend([name], [0]).width for name in ("Stra\N{LATIN SMALL LETTER SHARP S}e", "Strae")}
+    drawn = [np.asarray(predict.draw_legend(["x", name], [1])) for name in ("\u00fc", "\u00f6", "\u0142", "\u03a9")]
+    assert len(widths) == 2 and len({image.tobytes() for image in drawn}) == 4  # not one box for all of them
+
+
+@pytest.mark.parametrize("name", ["background", "Background", "_background_"])
+def test_background_is_not_painted_however_it_is_written(name):
+    photo, mask = Image.new("RGB", (4, 4), (10, 20, 30)), np.zeros((4, 4), np.uint8)
+    assert (np.asarray(predict.overlay(photo, mask, [name, "car"])) == (10, 20, 30)).all()
+    assert predict.draw_legend([name, "car"], [0]).getpixel((20, 15)) == (255, 255, 255)
+    matrix = torch.tensor([[1, 0], [5, 0]])
+    assert Scores(0, matrix, (name, "car")).baseline[0] == f"all-{name} baseline"
+
+
+def test_size_replaces_that_of_the_training(tiny, best, tmp_path, capsys):
+    photo = tiny / "JPEGImages" / "000000.jpg"
+    assert run_predict(tmp_path, photo, "--size", "96x32") == 0
+    assert "masks are computed at 96x32" in capsys.readouterr().out
+    model = checkpoint.load(best)
+    expected = [predict.segment(model, imaging.open_photo(photo)) for model.size in ((64, 64), (32, 96))]
+    mask = read(tmp_path / "predictions" / "000000_mask.png")
+    assert np.array_equal(mask, expected[1]) and not np.array_equal(mask, expected[0])
+
+
 @pytest.mark.filterwarnings("ignore:Image size")  # as in imaging.py; pytest resets the filters
 def test_a_photo_of_over_89_million_pixels_is_accepted(best, tmp_path, monkeypatch):
     monkeypatch.setattr(predict.engine, "predict_mask", lambda logits, shape: torch.zeros(shape, dtype=torch.uint8))
@@ -245,4 +273,87 @@ def test_a_foreign_checkpoint_is_refused_without_advice_to_disable_weights_only(
 def test_swapped_arguments_are_named(best, tmp_path, capsys):
     save_photos(tmp_path, "x.jpg")
     assert run_main(tmp_path, predict, "x.jpg best.pt") == 2
-    assert capsys.readouterr().err.startswith("error: x.jpg: is a photo, not a checkpoint: pass the best_*.pt first")
+    assert capsys.readouterr().err.startswith("error: x.jpg: is not a checkpoint: pass the best_*.pt first")
+    assert run_main(tmp_path, predict, ". best.pt") == 2
+    assert capsys.readouterr().err.startswith("error: .: is not a checkpoint: pass the best_*.pt first")
+
+
+def test_photos_named_like_results_are_taken_and_those_of_other_predictions_are_not(best, tmp_path):
+    save_photos(tmp_path, "photos/x.jpg", "photos/hair_mask.png", "photos/legend.png", "photos/old/y.jpg")
+    assert run_predict(tmp_path, "photos/x.jpg", "photos/old", "--out", "photos/old") == 0
+    assert run_predict(tmp_path, "photos", "--recursive") == 0
+    assert set(masks(tmp_path)) == {"x", "hair_mask", "legend", "y"}
+    assert run_predict(tmp_path, "photos/old/legend.png", "--out", "other") == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs links")
+def test_links_in_a_circle_give_each_photo_once_and_one_to_a_missing_photo_is_named(best, tmp_path, capsys):
+    save_photos(tmp_path, "photos/x.jpg", "photos/sub/y.jpg")
+    for folder in ("photos", "photos/sub"):
+        (tmp_path / folder / "up").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "lost.jpg").symlink_to("none.jpg")
+    assert run_predict(tmp_path, "photos", "--recursive") == 2
+    assert set(masks(tmp_path)) == {"x", "y"}
+    assert capsys.readouterr().err.startswith(f"error: {Path('photos', 'lost.jpg')}: no such file")
+
+
+def test_a_file_that_pillow_gives_up_on_with_any_error_is_named(best, tmp_path, capsys):
+    save_photos(tmp_path, "photos/a.dds", "photos/b.jpg")
+    content = bytearray((tmp_path / "photos" / "a.dds").read_bytes())
+    content[80:84] = bytes(4)  # no pixel format: NotImplementedError
+    (tmp_path / "photos" / "a.dds").write_bytes(content)
+    assert run_predict(tmp_path, "photos") == 2
+    assert f"error: {Path('photos', 'a.dds')}: cannot be read as an image (" in capsys.readouterr().err
+    assert set(masks(tmp_path)) == {"b"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems refuse such names")
+def test_names_may_hold_any_bytes_and_letters_that_the_terminal_lacks(best, tmp_path, monkeypatch):
+    save_photos(tmp_path, "photos/ünï 写真.jpg", os.fsdecode(b"photos/caf\xe9.jpg"))
+    terminal = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run_predict(tmp_path, "photos") == 0
+    assert "ünï \\u5199\\u771f.jpg" in terminal.buffer.getvalue().decode("cp1252")
+    table = (tmp_path / "predictions" / "predictions.csv").read_text(encoding="utf-8")
+    assert "photos/ünï 写真.jpg" in table and "photos/caf\\udce9.jpg" in table and len(masks(tmp_path)) == 2
+
+
+def test_a_folder_that_cannot_be_read_is_named(best, tmp_path, capsys, monkeypatch):
+    save_photos(tmp_path, "photos/x.jpg", "photos/closed/y.jpg")
+    scandir = os.scandir
+
+    def closed(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert run_predict(tmp_path, "photos", "--recursive") == 2
+    assert "photos/closed: cannot be read (Permission denied): change its permissions\n" in capsys.readouterr().err
+
+
+def test_what_is_done_is_kept_after_ctrl_c_and_the_rest_goes_into_the_same_folder(best, tmp_path, capsys, monkeypatch):
+    save_photos(tmp_path, "x.jpg", "y.jpg", "z.jpg")
+    out, segment = tmp_path / "predictions", predict.segment
+
+    def interrupted(model, photo, device):
+        if (out / "x_overlay.png").exists():
+            raise KeyboardInterrupt
+        return segment(model, photo, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "segment", interrupted)
+        assert run_predict(tmp_path, "x.jpg", "y.jpg", "z.jpg") == 130
+    assert (out / "legend.png").exists() and (out / "predictions.csv").read_text().count("_mask.png") == 1
+    assert "masks and overlays of 1 of 3 photos are in predictions" in capsys.readouterr().out
+    assert run_predict(tmp_path, "y.jpg", "z.jpg") == 0
+    assert set(masks(tmp_path)) == set("xyz") and (out / "predictions.csv").read_text().count("_mask.png") == 2
+    assert run_predict(tmp_path, "x.jpg", "--masks-only", "--overwrite") == 0
+    assert {path.name for path in out.glob("*_overlay.png")} == {"y_overlay.png", "z_overlay.png"}  # none of x is left
+
+
+def test_a_name_that_is_too_long_for_its_results_is_refused_before_anything_is_predicted(best, tmp_path, capsys):
+    save_photos(tmp_path, "x.jpg", f"{'n' * 240}.jpg")
+    assert run_predict(tmp_path, "x.jpg", f"{'n' * 240}.jpg") == 2
+    assert "nnn.jpg: is too long a name for its results (over 220 bytes): rename it" in capsys.readouterr().err
+    assert not (tmp_path / "predictions").exists()

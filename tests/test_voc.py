@@ -3,7 +3,9 @@
 import os
 import shutil
 import stat
+import struct
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,20 @@ def test_16_bit_greyscale_photos_are_scaled_to_8_bits(tiny):
     assert np.array_equal(photo, np.stack([grey // 256] * 3, -1))
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_greyscale_masks_of_few_bits_hold_class_indices(tiny, bits):
+    """Pillow scales 2 and 4 bits to 0..255."""
+    values = np.arange(2**bits, dtype=np.uint8).reshape(-1, 2).repeat(4, 1)
+    packed = sum(values[:, place :: 8 // bits] << (8 - bits * (place + 1)) for place in range(8 // bits))
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed.astype(np.uint8)))
+    content = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + header, b"IDAT" + rows, b"IEND"):
+        content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tiny / "SegmentationClass" / "000000.png").write_bytes(content)
+    assert np.array_equal(voc.Split(tiny, "train").mask(0), values)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
 def test_photos_are_upright_in_training_as_in_prediction(tiny, suffix, orientation):
@@ -152,6 +168,7 @@ def test_folders_are_listed_once_however_many_images_a_split_has(tiny, monkeypat
         ("frame 1\n", ["frame 1"]),
         ("frame 1.jpg frame 1.png\n", ["frame 1"]),
         ("sub/000000\r\n\r\nsub/000001.jpg\r\n", ["sub/000000", "sub/000001"]),
+        ("JPEGImages/000000.jpg SegmentationClass/000000.png\n/JPEGImages/sub/000001.jpg\n", ["000000", "sub/000001"]),
     ],
 )
 def test_lists_may_hold_labels_and_file_names(tiny, text, ids):
@@ -195,8 +212,21 @@ def test_suspicious_data_is_reported_in_one_line_for_each_kind(tiny, capsys):
         "val, but not train, has pixels of tvmonitor",
         "2 of the 6 ids of val are in train too",
     ]
-    assert "1 lines end with -1" in lines[0] and "bird" not in lines[1] and "boat, bottle" in lines[1]
+    assert "left out 1 line with -1" in lines[0] and "bird" not in lines[1] and "boat, bottle" in lines[1]
     assert len(printed_warnings(capsys, tiny, limit=1)) <= 5
+
+
+def test_classes_that_sound_like_void_are_named(tiny, capsys):
+    (tiny / "classes.txt").write_text("\n".join((*voc.CLASSES[:19], "__ignore__", "Void")))
+    line = next(line for line in printed_warnings(capsys, tiny) if "like any other class" in line)
+    assert "__ignore__, Void" in line and "the value 255" in line
+
+
+def test_class_frequencies_of_a_split_that_is_all_void_are_zero(tiny, capsys):
+    for path in (tiny / "SegmentationClass").iterdir():
+        Image.new("L", (9, 9), 255).save(path)
+    assert run_main(tiny.parent, voc, "--data Tiny") == 0
+    assert "nan" not in capsys.readouterr().out
 
 
 def test_data_with_all_classes_and_disjoint_splits_gives_no_warning(tiny, capsys):
@@ -404,7 +434,7 @@ def test_data_is_loaded_even_if_the_cache_cannot_be_written(tiny, monkeypatch):
 
 
 COLOURS = {"background": (0, 0, 0), "red car": (255, 0, 0), "tree": (0, 255, 0), "void": (255, 255, 255)}
-COLOURS_TXT = "0 0 0 background\n255, 0, 0, red car\n0\t255\t0\ttree\n255,255,255 void\n"
+COLOURS_TXT = "# R G B name\n0 0 0 background\n255, 0, 0, red car\n\n0\t255\t0\ttree\n255,255,255 Void\n"
 
 
 @pytest.fixture
@@ -456,8 +486,40 @@ def test_unknown_colours_are_named_and_nothing_is_changed(coloured, capsys):
     assert run_main(root.parent, voc, f"--data {root.name} --from-colours colours.txt") == 2
     output, error = capsys.readouterr()
     assert "000000.png: holds colours without a class (1 2 3 in 2 pixels, and 1 other colours)" in output
-    assert "1 faults, listed above" in error
+    assert "1 fault, listed above" in error
     assert {path: path.is_file() and path.read_bytes() for path in root.rglob("*")} == before
+
+
+def spoilt(coloured, change):
+    """Convert after ``change`` of the first mask, which has to be refused and to leave the masks as they are."""
+    root, _ = coloured
+    path = root / "SegmentationClass" / "000000.png"
+    with Image.open(path) as image:
+        change(image.convert("RGBA")).save(path)
+    before = {path: path.is_file() and path.read_bytes() for path in root.rglob("*")}
+    assert run_main(root.parent, voc, f"--data {root.name} --from-colours colours.txt") == 2
+    assert {path: path.is_file() and path.read_bytes() for path in root.rglob("*")} == before
+
+
+def test_transparent_pixels_are_refused_and_smoothed_edges_are_named(coloured, capsys):
+    spoilt(coloured, lambda image: (image.putpixel((3, 3), (0, 0, 0, 254)), image)[1])
+    assert "000000.png: has transparent pixels: save it without transparency" in capsys.readouterr().out
+    spoilt(coloured, lambda image: image.resize((200, 200), Image.Resampling.BICUBIC).convert("RGB"))
+    assert "other colours): smoothing (anti-aliasing) or JPEG has blended colours" in capsys.readouterr().out
+
+
+def test_colours_of_all_image_files_are_converted_in_strips_and_hidden_files_are_not(coloured, monkeypatch):
+    root, indices = coloured
+    path = root / "SegmentationClass" / "000000.png"
+    with Image.open(path) as image:
+        image.save(path.with_suffix(".BMP"))
+    path.replace(path.with_name("._000001.png"))  # as macOS leaves them
+    monkeypatch.setattr(dataset, "STRIP_PIXELS", 500)
+    assert run_main(root.parent, voc, f"--data {root.name} --from-colours colours.txt") == 0
+    assert len(list((root / "SegmentationClass").iterdir())) == len(indices)
+    for name, expected in indices.items():
+        with Image.open(root / "SegmentationClass" / name) as image:
+            assert np.array_equal(np.array(image), expected)
 
 
 def test_a_failed_conversion_leaves_the_masks_and_other_class_names_are_not_replaced(coloured, capsys, monkeypatch):
