@@ -286,6 +286,6 @@ def test_script_of_the_user_is_compared_with_ours(tiny, tmp_path):
     done = subprocess.run(line, cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = table_rows((project / "RESULTS.md").read_text(encoding="utf-8"))
-    assert [row[:2] for row in rows[3:5]] == [["train", "3"], ["train_mine", "3"]]
+    assert [row[:2] for row in rows[3:5]] == [["train: baseline", "3"], ["train_mine: baseline", "3"]]
     # the same script with the same seeds: no difference at all
-    assert rows[-1][:5] == ["train_mine", "train", "+0.0000", "+0.0000 to +0.0000", "no"]
+    assert rows[-1][:5] == ["train_mine: baseline", "train", "+0.0000", "+0.0000 to +0.0000", "no"]
