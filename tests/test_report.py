@@ -15,7 +15,7 @@ import util
 import voc
 
 REPORT = (ROOT / "REPORT.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "REPORT.md", "docs/METRICS.md", "docs/GUARANTEES.md", "docs/EDITING.md", "docs/EXPORT.md")
+DOCUMENTS = ("README.md", "REPORT.md", *(f"docs/{name}.md" for name in ("METRICS", "GUARANTEES", "EDITING", "EXPORT", "DATA")))
 FOLDERS = sorted(path.parent for path in (ROOT / "report").glob("*/RESULTS.md"))
 
 
