@@ -49,6 +49,7 @@ class Split:
         name: name of the list in ``ImageSets/Segmentation``, without ``.txt``.
         limit: keep only the first N ids; None keeps all.
         report: called with the message of each fault of the list and ``classes.txt``; by default, the first is raised.
+        like: another Split of the same folder, whose list of files is used instead of walking the folder again.
 
     Attributes:
         root: Path of the folder. dataset: its name.
@@ -60,15 +61,18 @@ class Split:
         UserError: the folder or the split does not exist, or the list or ``classes.txt`` has a fault.
     """
 
-    def __init__(self, root, name, limit=None, report=dataset.refuse):
+    def __init__(self, root, name, limit=None, report=dataset.refuse, like=None):
         self.root, self.name = dataset.find_root(root), name
         self.dataset = self.root.resolve().name
         path = self.root / dataset.LISTS / f"{name}.txt"
         if not path.exists():
             names = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt"))) or "none"
             raise UserError(f"{path}: no such split (there are: {names}): write one image id per line into it")
-        self._photos = dataset.list_images(self.root / "JPEGImages", imaging.PHOTO_SUFFIXES)
-        self._masks = dataset.list_images(self.root / "SegmentationClass", dataset.MASK_SUFFIXES)
+        if like is None:
+            self._photos = dataset.list_images(self.root / "JPEGImages", imaging.PHOTO_SUFFIXES)
+            self._masks = dataset.list_images(self.root / "SegmentationClass", dataset.MASK_SUFFIXES)
+        else:
+            self._photos, self._masks = like._photos, like._masks
         self.all_ids, self.num_left_out = dataset.read_ids(path, self._photos.keys() | self._masks.keys(), report)
         self.ids = self.all_ids[:limit]
         path = self.root / "classes.txt"
@@ -76,10 +80,6 @@ class Split:
 
     def __len__(self):
         return len(self.ids)
-
-    def paths(self, index):
-        """The paths of a photo and its mask, see ``photo_path`` and ``mask_path``."""
-        return self.photo_path(index), self.mask_path(index)
 
     def photo_path(self, index):
         """The path of a photo; that of a JPEG if there is none. Raises a UserError if two photos have the id."""
@@ -116,7 +116,7 @@ class Split:
     def _check_size(self, index, photo, mask):
         if photo.size == mask.size:
             return
-        photo_path, mask_path = self.paths(index)
+        photo_path, mask_path = self.photo_path(index), self.mask_path(index)
         size, upright = (f"{image.width}x{image.height}" for image in (mask, photo))
         if imaging.open_image(photo_path).size == mask.size:
             problem = f"fits its photo only without the photo's EXIF orientation ({size}, but upright {upright})"
@@ -379,7 +379,9 @@ def loaders(root, batch_size, size, augment=None, limit=None, seed=0, device="cp
     root = dataset.find_root(root)
     shared = {"size": size, "batch_size": batch_size, "seed": seed, "device": device}
     with _naming_check(root):
-        splits = [Split(root, name, limit) for name in dataset.split_names(root)]
+        names = dataset.split_names(root)
+        splits = [Split(root, names[0], limit)]
+        splits += [Split(root, name, limit, like=splits[0]) for name in names[1:]]
     train = Loader(splits[0], training=True, augment=augment, **shared)
     others = [Loader(split, **shared) for split in splits[1:]]
     if processes.is_main():
@@ -395,7 +397,8 @@ def check(root):
     """
     root = dataset.find_root(root)
     faults, splits, counts = [], [], []
-    for name in dataset.split_names(root):
+    names = dataset.split_names(root)
+    for name in names:
         try:
             split = Split(root, name, report=faults.append)
         except UserError as error:
@@ -407,8 +410,9 @@ def check(root):
         if split.classes and values and not any(value is None for value in values):
             splits.append(split)
             counts.append(sum(values)[: len(split.classes)])
-            faults += filter(None, [dataset.label_fault(split, counts[-1], training=name == "train")])
-    if len(splits) == len(dataset.split_names(root)):
+            if fault := dataset.label_fault(split, counts[-1], training=name == "train"):
+                faults.append(fault)
+    if len(splits) == len(names):
         for text in dataset.warnings(splits, counts):
             print(f"warning: {text}")
     dataset.report_faults(root, faults)

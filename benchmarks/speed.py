@@ -63,7 +63,7 @@ class ImageDataset(Dataset):
         return len(self.split)
 
     def __getitem__(self, index):
-        photo, mask = map(Image.open, self.split.paths(index))
+        photo, mask = map(Image.open, (self.split.photo_path(index), self.split.mask_path(index)))
         photo = photo.convert("RGB").resize(self.size, Image.Resampling.BILINEAR)
         mask = np.array(mask.resize(self.size, Image.Resampling.NEAREST))
         return self.transform(tv_tensors.Image(photo), tv_tensors.Mask(mask))

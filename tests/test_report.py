@@ -15,7 +15,7 @@ import util
 import voc
 
 REPORT = (ROOT / "REPORT.md").read_text(encoding="utf-8")
-DOCUMENTS = ("README.md", "REPORT.md", *(f"docs/{name}.md" for name in ("METRICS", "GUARANTEES", "EDITING", "EXPORT", "DATA")))
+DOCUMENTS = ("README.md", "REPORT.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 FOLDERS = sorted(path.parent for path in (ROOT / "report").glob("*/RESULTS.md"))
 
 
