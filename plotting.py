@@ -7,6 +7,7 @@ and a ``baseline`` is a constant prediction: its Scores, or its name and mean Io
 import itertools
 import math
 import textwrap
+import warnings
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -34,6 +35,9 @@ MAX_CLASSES = 40  # in a plot of classes
 MAX_LETTERS = 24  # of a name in a plot
 MAX_COLUMNS = 5  # of pictures or panels
 SLANTED = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}  # text of an axis
+
+# Matplotlib warns of each letter that its font lacks, such as Chinese ones, and draws a box.
+warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
 
 
 def thumbnail(photo, mask):
@@ -198,9 +202,10 @@ def _heat_map(axis, values, rows, columns, highest=1, least=0.0):
 def confusion(path, title, classes, matrix):
     """Draw a confusion matrix, int64 [C, C] with rows ground truth, each row in percent of its pixels.
 
-    Of more than 40 classes, those most frequent in the ground truth are shown. A class without ground truth is marked.
+    Of more than 40 classes, those most frequent in ground truth and prediction are shown. A class without ground truth
+    is marked.
     """
-    labels, names, title = _select(matrix.sum(1), "most frequent", classes, title)
+    labels, names, title = _select(matrix.sum(0) + matrix.sum(1), "most frequent", classes, title)
     letters, cells = max(map(len, names)), max(3, 0.33 * len(labels))
     figure = _figure(cells + 0.08 * letters + 1.3, cells + 0.06 * letters + 1.2, title)
     axis = figure.subplots()

@@ -115,6 +115,14 @@ def test_confusion_matrix_is_in_percent_of_the_ground_truth_and_marks_absent_cla
     assert row.min() > 0.6 and row.std() > 0.03
 
 
+def test_confusion_matrix_of_many_classes_shows_those_that_are_only_predicted(tmp_path, figures):
+    matrix = torch.zeros(60, 60, dtype=torch.int64)
+    matrix[3, 59] = 5  # all of class 3 is predicted as 59
+    plotting.confusion(tmp_path / "a.png", "title", [f"class {index}" for index in range(60)], matrix)
+    rows, columns = (texts(get()) for get in (figures[0].axes[0].get_yticklabels, figures[0].axes[0].get_xticklabels))
+    assert "class 3" in rows and "class 59 (absent)" in rows and "class 59" in columns and len(rows) == 40
+
+
 def test_confusion_matrix_of_21_classes_is_readable_in_print(tmp_path, figures):
     plotting.confusion(tmp_path / "a.png", "title", voc.CLASSES, torch.eye(21).long())
     figure = figures[0]
