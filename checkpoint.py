@@ -154,6 +154,9 @@ def _check_same_run(run_files, state, metadata, annealed):
             first_change = changes[3]  # after the three lines of the diff's header
             raise UserError(f"{run_files.last}: {text} has changed since ({first_change!r}): {ADVICE}")
     done, epochs = len(before["history"]), now["epochs"]
+    if done and "batch_learning_rates" not in before["history"][0]:
+        problem = "was written by an earlier version, which kept less about each epoch"
+        raise UserError(f"{run_files.last}: {problem}: finish with that version, or start again with --overwrite")
     if done > epochs:
         raise UserError(f"{run_files.last}: its run has {done} epochs, more than {epochs}: raise --epochs")
     if not run_files.best.exists():

@@ -270,6 +270,7 @@ def header_and_cells(rows):
 def markdown_table(rows):
     """A table in Markdown from dicts that map headings to cells."""
     headings, cells = header_and_cells(rows)
+    cells = [[str(cell).replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in cells]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [headings, ["---"] * len(headings), *cells])
 
 
@@ -389,6 +390,8 @@ def draw_plots(out, experiments):
     with files.writing(plots):
         plots.mkdir(parents=True, exist_ok=True)
     dataset = run.metrics["dataset"]
+    limit = run.metrics["flags"]["limit"]
+    dataset += f" (first {limit} images)" if limit else ""
     title = f"{dataset}, {split}"
     mious = {name: [run.score(split, "miou") for run in runs] for name, runs in experiments.items()}
     mious = {name: [value for value in values if not math.isnan(value)] for name, values in mious.items()}
@@ -417,9 +420,9 @@ def main():
         raise UserError(f"{args.out}: {no_match(args)}")
     if experiments:
         text = report(experiments, failures)
-        draw_plots(args.out, experiments)
         with files.atomic_write(args.out / "RESULTS.md") as file:
             file.write(text.encode())
+        draw_plots(args.out, experiments)
         write_html(args.out, experiments, failures)
         print(text)
     if failures:

@@ -15,6 +15,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
@@ -94,6 +95,9 @@ def _legend_shape(handles, width):
 
 
 def _save(figure, path):
+    for text in figure.findobj(Text):
+        if "$" in text.get_text() and not text.get_text().startswith("$\\mathdefault"):  # Matplotlib's own tick labels
+            text.set_parse_math(False)  # a name may hold dollar signs
     with files.atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=figure.dpi)
 
@@ -125,7 +129,13 @@ def curves(path, title, history, best_epoch, baseline, weighted):
         axis.set(xlabel="epoch", xlim=(0, max(1.03 * epochs[-1], epochs[-1] + 0.5)))
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
-    for axis in (loss, accuracy, miou):
+    losses = [row[f"{split}_loss"] for row in history for split in ("train", "val")]
+    if min(losses) > 0 and max(losses) > 20 * np.median(losses):
+        loss.set_yscale("log")  # a single epoch would flatten the others
+        linear = (accuracy, miou)
+    else:
+        linear = (loss, accuracy, miou)
+    for axis in linear:
         axis.update_datalim([(0, 0)])  # include 0 before the margin at the top is computed
         axis.autoscale_view(scalex=False)
         axis.set_ylim(bottom=0)
@@ -147,8 +157,10 @@ def _plot_learning_rates(axis, history):
     axis.set_title("learning rate")
     if len(groups) > 1:
         axis.legend()
-    if len(groups) > 1 and groups.min() > 0:
+    highest = groups.max(1)  # of each group
+    if len(groups) > 1 and highest.min() > 0:
         axis.set_yscale("log")  # groups often differ by orders of magnitude
+        axis.set_ylim(highest.min() / 100, 1.5 * highest.max())  # annealing may end near zero
     else:
         axis.set_ylim(bottom=0, top=1.05 * groups.max() or None)
 
@@ -210,7 +222,7 @@ def confusion(path, title, classes, matrix):
     figure = _figure(cells + 0.08 * letters + 1.3, cells + 0.06 * letters + 1.2, title)
     axis = figure.subplots()
     shares = (matrix / matrix.sum(1, keepdim=True).double()).numpy()[np.ix_(labels, labels)]
-    rows = [f"{name} (absent)" if absent else name for name, absent in zip(names, np.isnan(shares).all(1))]
+    rows = [f"{name} (no pixels)" if absent else name for name, absent in zip(names, np.isnan(shares).all(1))]
     _heat_map(axis, shares, rows, names, least=0.005)
     axis.set(xlabel="prediction, in percent of the ground truth", ylabel="ground truth")
     _save(figure, path)

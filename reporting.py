@@ -96,8 +96,11 @@ class Report:
         self.files, self.args, self.criterion, self.predict = run_files, args, criterion, predict
         self.train, self.val, self.test = train, val, test
         self.title = f"{run_files.experiment}{args.idea and ': '}{args.idea}, {val.split.dataset}"
+        if args.limit:
+            self.title += f" (first {args.limit} images)"
         self.start_time = time.perf_counter()
-        self.drawn = {}  # by plot, during the run: the time of the last drawing, its cost, and that of all
+        self.drawn = {}  # by plot, during the run: the time of the last drawing, and what it took
+        self.can_draw = True
         self.predicted_epoch = None
 
     def start(self, model, history, stopping, warnings):
@@ -141,11 +144,12 @@ class Report:
             f"mean IoU {row['val_miou']:.4f} (best {best['val_miou']:.4f}, epoch {best['epoch']})  "
             f"{row['seconds']:.1f} s{warning}"
         )
-        if processes.is_main():
+        if processes.is_main() and self.can_draw:
             try:
                 self._draw_during_run(history, best["epoch"])
             except Exception as error:  # such as a full disk: training may go on
-                log(f"warning: the plots are not updated ({util.reason(error)})")
+                log(f"warning: the plots are not updated any more ({util.reason(error)})")
+                self.can_draw = False
 
     def stop(self, history):
         """After Ctrl-C or an error: draw the plots of the epochs before, and print what is kept."""
@@ -176,12 +180,12 @@ class Report:
             return
         epoch = best["epoch"]
         metrics = self._write_metrics(metadata, model, history, epoch, scores)
-        self._draw_all(model, history, epoch, scores)
-        self._write_html(metadata, metrics, model, history, scores["val"].image_ious.tolist())
         log(_table(scores, self.val.classes))
         for name, result in scores.items():
             if not result.miou > result.baseline.miou:
                 log(f"warning: on {name} the mean IoU is not above the {util.baseline_name(self.val.classes)}")
+        self._draw_all(model, history, epoch, scores)
+        self._write_html(metadata, metrics, model, history, scores["val"].image_ious.tolist())
         log(f"\nreport      {self.files.report}\nplots       {self.files.plot('*')}\ncheckpoint  {self.files.best}")
         log(f"metrics     {self.files.metrics}, {self.files.history}")
         summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
@@ -243,6 +247,8 @@ class Report:
 
         The first curves are drawn in any case.
         """
+        import plotting  # noqa: F401  # before the time of drawing is taken
+
         if not self.drawn or self._is_due("curves"):
             with self._timed("curves"):
                 self._draw_curves(history, best_epoch)
@@ -252,17 +258,16 @@ class Report:
             self.predicted_epoch = best_epoch
 
     def _is_due(self, name):
-        """Whether the interval since the last drawing has passed, and another keeps to its share of the time."""
-        now = time.perf_counter()
-        last, cost, total = self.drawn.get(name, (self.start_time, 0, 0))
-        return now - last >= INTERVALS[name] and total + cost <= DRAWING_SHARE * (now - self.start_time)
+        """Whether a plot's interval since its last drawing has passed, and it keeps to its share of the time."""
+        last, cost = self.drawn.get(name, (self.start_time, 0))
+        return time.perf_counter() - last >= max(INTERVALS[name], cost / DRAWING_SHARE)
 
     @contextlib.contextmanager
     def _timed(self, name):
         start = time.perf_counter()
         yield
         now = time.perf_counter()
-        self.drawn[name] = now, now - start, self.drawn.get(name, (0, 0, 0))[2] + now - start
+        self.drawn[name] = now, now - start
 
     def _draw_all(self, model, history, epoch, scores):
         """Draw all plots. ``scores`` maps splits to the Scores of the best ``epoch``, val first."""
@@ -282,7 +287,7 @@ class Report:
     def _draw_curves(self, history, best_epoch):
         import plotting
 
-        title = f"{self.title} val at {size_text(self.val.size)}"
+        title = f"{self.title}, at {size_text(self.val.size)}"
         weighted = util.class_weights(self.criterion) is not None
         plotting.curves(self.files.plot("curves"), title, history, best_epoch, self.val.baseline, weighted)
 
@@ -292,14 +297,14 @@ class Report:
 
         split = self.val.split
         shown = np.linspace(0, len(split) - 1, min(NUM_SHOWN, len(split))).round().astype(int).tolist()
-        names = [split.ids[index] for index in shown]
+        names = {index: split.ids[index] for index in shown}
         if image_ious is not None:
             ranked = [index for index in image_ious.argsort().tolist() if not image_ious[index].isnan()]
-            for name, place in (("best", -1), ("median", len(ranked) // 2), ("worst", 0)) if ranked else ():
+            for rank, place in (("best", -1), ("median", len(ranked) // 2), ("worst", 0)) if ranked else ():
                 index = ranked[place]
-                shown.append(index)
-                names.append(f"{split.ids[index]}\n{name}, IoU {image_ious[index]:.2f}")
-        samples = [(name, *sample) for name, sample in zip(names, self._samples(model, shown, "drawing predictions"))]
+                names[index] = f"{names.get(index, split.ids[index])}\n{rank}, IoU {image_ious[index]:.2f}"
+        samples = self._samples(model, list(names), "drawing predictions")
+        samples = [(name, *sample) for name, sample in zip(names.values(), samples)]
         title = f"{self.title} val, epoch {epoch}"
         plotting.predictions(self.files.plot("predictions"), title, self.val.classes, samples)
 

@@ -16,8 +16,8 @@ class UserError(Exception):
 
 def reason(error):
     """The first line of an exception's message, with the next if it ends with a colon; its type if it has none."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def is_out_of_memory(error):

@@ -7,6 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 import imaging
@@ -62,6 +63,33 @@ def test_curves_show_every_column_and_mark_the_best_epoch(tmp_path, figures):
     assert figures[1].axes[0].get_title() == "loss, weighted by class"
 
 
+def test_dollar_signs_in_names_are_no_formulas(tmp_path, figures):
+    names = ("$\\foo$", "$5 & $10", "c")
+    scores = {"val": Scores(1.0, torch.eye(3).long(), names)}
+    plotting.class_iou(tmp_path / "a.png", "price of $x$ and $\\y$", names, scores)  # \\foo would be an error
+    plotting.confusion(tmp_path / "b.png", "$\\y$", names, torch.eye(3).long())
+    shown = [text for figure in figures for text in figure.findobj(Text) if "$" in text.get_text()]
+    assert len(shown) >= 6 and not any(text.get_parse_math() for text in shown)
+
+
+def test_a_spike_of_the_loss_does_not_flatten_the_other_epochs(tmp_path, figures):
+    row = {f"{split}_{name}": 0.5 for split in ("train", "val") for name in ("loss", "miou", "pixel_accuracy")}
+    history = [row | {"epoch": epoch, "batch_learning_rates": [[0.1]]} for epoch in (1, 2, 3)]
+    baseline = Scores(math.nan, torch.eye(2).long(), ("a", "b"))
+    for loss in (0.4, 900):
+        history[1]["val_loss"] = loss
+        plotting.curves(tmp_path / "a.png", "title", history, 2, baseline, False)
+    assert [figure.axes[0].get_yscale() for figure in figures] == ["linear", "log"]
+
+
+def test_a_small_group_of_a_schedule_that_ends_near_zero_stays_visible():
+    rates = [[1e-5, 1e-2], [5e-6, 5e-3], [1e-11, 1e-8], [0.0, 0.0]]
+    axis = plotting._figure(5, 5).subplots()
+    plotting._plot_learning_rates(axis, [{"epoch": 1, "batch_learning_rates": rates}])
+    low, high = axis.get_ylim()
+    assert axis.get_yscale() == "log" and low == pytest.approx(1e-7) and high > 1e-2
+
+
 def test_bars_show_the_iou_and_mark_an_absent_class(tmp_path, figures):
     # class 0: 6 / (6 + 2 + 1), class 1: 1 / (1 + 1 + 2), class 2 in neither ground truth nor prediction
     matrix = torch.tensor([[6, 2, 0], [1, 1, 0], [0, 0, 0]])
@@ -106,7 +134,7 @@ def test_confusion_matrix_is_in_percent_of_the_ground_truth_and_marks_absent_cla
     assert shares[:2].tolist() == [[0.8, 0.2, 0.0], [0.25, 0.75, 0.0]] and shares.mask[2].all()
     assert texts(axis.texts) == ["80", "20", "25", "75"]
     assert axis.get_xlabel().startswith("prediction") and axis.get_ylabel() == "ground truth"
-    assert texts(axis.get_yticklabels()) == ["a", "b", "c (absent)"]
+    assert texts(axis.get_yticklabels()) == ["a", "b", "c (no pixels)"]
     assert texts(axis.get_xticklabels()) == ["a", "b", "c"]
     # the row of the absent class is hatched: light, with lines
     box = axis.get_window_extent()
@@ -120,7 +148,7 @@ def test_confusion_matrix_of_many_classes_shows_those_that_are_only_predicted(tm
     matrix[3, 59] = 5  # all of class 3 is predicted as 59
     plotting.confusion(tmp_path / "a.png", "title", [f"class {index}" for index in range(60)], matrix)
     rows, columns = (texts(get()) for get in (figures[0].axes[0].get_yticklabels, figures[0].axes[0].get_xticklabels))
-    assert "class 3" in rows and "class 59 (absent)" in rows and "class 59" in columns and len(rows) == 40
+    assert "class 3" in rows and "class 59 (no pixels)" in rows and "class 59" in columns and len(rows) == 40
 
 
 def test_confusion_matrix_of_21_classes_is_readable_in_print(tmp_path, figures):
