@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.models import resnet18
 
 
@@ -68,17 +68,23 @@ def upsample(features, shape):
 class AveragedResNetUNet(nn.Module):
     """A ResNetUNet and the running average of its weights: the one is trained, the other used in eval mode.
 
-    The average, also of the statistics of batch norm, is exponential: each update keeps ``decay`` of it. A script
-    makes an update after each step: ``optimizer.register_step_post_hook(model.update)``. Both are in the checkpoint, so
-    that a resumed run goes on with the average that it had.
+    The average, also of the statistics of batch norm, is exponential: update n keeps ``decay`` of it, but at most
+    (1 + n) / (10 + n), so that the first weights do not last. A script makes an update after each step:
+    ``optimizer.register_step_post_hook(model.update)``. The checkpoint holds both, so that a resumed run goes on with
+    the average that it had.
     """
 
     def __init__(self, num_classes, weights=None, decay=0.99, **options):
         super().__init__()
         self.network = ResNetUNet(num_classes, weights, **options)
         self.arguments = self.network.arguments | {"decay": decay}
-        average = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        self.average = average.requires_grad_(False)
+
+        def move(averages, weights, count):
+            kept = ((1 + count) / (10 + count)).clamp(max=decay)
+            for average, weight in zip(averages, weights):
+                average.copy_(torch.lerp(weight.float(), average.float(), kept))
+
+        self.average = AveragedModel(self.network, multi_avg_fn=move, use_buffers=True).requires_grad_(False)
 
     def forward(self, images):
         """As ``ResNetUNet.forward``."""
