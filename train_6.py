@@ -19,7 +19,7 @@ from resnet_unet import AveragedResNetUNet
 
 
 def main():
-    args = cli.arguments(__file__, __doc__, epochs=60, batch_size=8, pretrained=True)
+    args = cli.arguments(__file__, __doc__, epochs=45, batch_size=8, pretrained=True)
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5, scale=(0.4, 1.2), brightness=0.4, contrast=0.4, saturation=0.4)
