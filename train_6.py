@@ -33,7 +33,7 @@ def main():
         model = AveragedResNetUNet(len(train.classes), weights, decay=0.99)
     model.to(args.device)
 
-    weight = voc.class_weights(train.split).sqrt().to(args.device)
+    weight = voc.class_weights(train.split).to(args.device)
     criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)
 
     # The backbone has learned from a million photos, and is to forget little of it; its batch norm is trained too.
