@@ -1,7 +1,7 @@
 """Compare the experiments over several seeds; run what is missing first.
 
     python compare.py                                             report the runs that are there
-    python compare.py --seeds 0 1 2                               first run what is missing of the seven scripts
+    python compare.py --seeds 0 1 2                               first run what is missing of the eight scripts
     python compare.py --seeds 0 1 2 --experiments train train_x   the same for train.py and train_x.py
 
 Each run is the command that a user would type, with the output folder OUT/seed0, OUT/seed1 and so on. A stopped run is
@@ -33,7 +33,7 @@ from util import UserError
 
 ROOT = Path(__file__).resolve().parent
 
-# Each experiment: the one it builds on, and its published IoU (one run, the assignment's metric, VOC2007).
+# Each experiment: the one it builds on, and its published IoU (one run, the assignment's metric, VOC2007), if any.
 EXPERIMENTS = {
     "train": (None, 0.055),
     "train_4_a": ("train", 0.0613),
@@ -42,6 +42,7 @@ EXPERIMENTS = {
     "train_5_a": ("train", 0.0765),
     "train_5_b": ("train", 0.15),
     "train_5_c": ("train", 0.087),
+    "train_6": ("train_5_b", ""),
 }
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last is used for more, and is then too large.
@@ -165,7 +166,7 @@ def command(args, script, seed):
             line += ["--" + name.replace("_", "-"), getattr(args, name)]
     if args.compile:
         line.append("--compile")
-    if script == "train_5_b.py" and not args.pretrained:
+    if script in ("train_5_b.py", "train_6.py") and not args.pretrained:
         line.append("--no-pretrained")
     return list(map(str, line))
 
@@ -409,7 +410,7 @@ def draw_plots(out, experiments):
 def main():
     parser = cli.shared_flags(__doc__)
     parser.add_argument("--seeds", type=cli.integer(0), nargs="+", default=[], metavar="N", help="seeds to run")
-    parser.add_argument("--experiments", nargs="+", metavar="NAME", help="names of scripts (default: the seven)")
+    parser.add_argument("--experiments", nargs="+", metavar="NAME", help="names of scripts (default: all eight)")
     args = parser.parse_args()
     for name in args.experiments or ():
         if args.seeds and not (ROOT / f"{name}.py").is_file():

@@ -1,4 +1,4 @@
-"""Random flips, rotations and scaled crops of batches of photos together with their masks."""
+"""Random flips, rotations, scaled crops and colours of batches of photos together with their masks."""
 
 import functools
 import math
@@ -11,10 +11,10 @@ from util import VOID
 
 
 class Augmentation:
-    """Flip, rotate and crop each image of a batch at random, by one affine map and one resampling.
+    """Change the colours of each image of a batch at random, then flip, rotate and crop it by one affine map.
 
     Photo and mask are sampled at the same points, the photo bilinearly, the mask at the nearest pixel. Points outside
-    the image become void in the mask and the mean colour of the normalisation in the photo.
+    the image become void in the mask and the mean colour of the normalisation in the photo, whatever its colours.
 
     Args:
         flip: probability of a horizontal flip.
@@ -22,16 +22,34 @@ class Augmentation:
         scale: smallest and largest side of the crop relative to the image's side; its logarithm is uniformly
             distributed, so that halving is as likely as doubling. A crop lies anywhere inside the image; if it is
             larger than the image, the image lies anywhere inside the crop.
+        brightness, contrast, saturation: as in torchvision's ColorJitter, x stands for a factor from max(0, 1 - x) ..
+            1 + x, uniformly distributed. Of a photo, brightness scales all values, contrast their distance from its
+            mean grey value, and saturation their distance from a pixel's own grey value.
         unchanged: how many times an epoch shows each image as it is.
         augmented: how many times an epoch shows each image augmented, each time with new random parameters.
     """
 
-    def __init__(self, flip=0.0, degrees=0.0, scale=(1.0, 1.0), unchanged=0, augmented=1):
+    def __init__(
+        self,
+        flip=0.0,
+        degrees=0.0,
+        scale=(1.0, 1.0),
+        brightness=0.0,
+        contrast=0.0,
+        saturation=0.0,
+        unchanged=0,
+        augmented=1,
+    ):
         self.flip, self.degrees, self.scale = flip, degrees, scale
+        self.colour = (brightness, contrast, saturation)
         self.unchanged, self.augmented = unchanged, augmented
 
     def draw(self, count, generator):
-        """Draw affine maps from output to input coordinates in -1..1: float32 [count, 2, 3]."""
+        """Draw random parameters: float32 [count, 3, 3].
+
+        The first two rows are an affine map from output to input coordinates in -1..1, the third holds the factors of
+        brightness, contrast and saturation.
+        """
         flip, angle, scale, x, y = torch.rand(5, count, generator=generator)
         sign = torch.where(flip < self.flip, -1.0, 1.0)
         angle = math.radians(self.degrees) * (2 * angle - 1)
@@ -39,10 +57,14 @@ class Augmentation:
         margin = (1 - scale).abs()
         x, y = margin * (2 * x - 1), margin * (2 * y - 1)
         cos, sin = scale * angle.cos(), scale * angle.sin()
-        return torch.stack((sign * cos, -sin, x, sign * sin, cos, y), 1).view(count, 2, 3)
+        factors = torch.ones(3, count)
+        if any(self.colour):
+            lowest, highest = torch.tensor([(max(0.0, 1 - x), 1 + x) for x in self.colour]).T[..., None]
+            factors = lowest + (highest - lowest) * torch.rand(3, count, generator=generator)
+        return torch.stack((sign * cos, -sin, x, sign * sin, cos, y, *factors), 1).view(count, 3, 3)
 
     def __call__(self, images, masks, params):
-        """Augment images, uint8 [B, 3, H, W], and masks, uint8 [B, H, W], with params [B, 2, 3] from ``draw``.
+        """Augment images, uint8 [B, 3, H, W], and masks, uint8 [B, H, W], with params [B, 3, 3] from ``draw``.
 
         Returns:
             images and masks, new tensors of the same shapes and type.
@@ -50,12 +72,29 @@ class Augmentation:
         height, width = masks.shape[1:]
         # Both sides run from -1 to 1: on a rectangle, a rotation would shear without these factors.
         aspect_ratios = params.new_tensor([[1, height / width, 1], [width / height, 1, 1]])
-        grid = functional.affine_grid(params * aspect_ratios, images.shape, align_corners=False)
+        grid = functional.affine_grid(params[:, :2] * aspect_ratios, images.shape, align_corners=False)
+        if any(self.colour):  # before the border is added, so that it stays the mean colour
+            images = adjust_colours(images, params[:, 2])
         # grid_sample fills with 0, which is made to mean the mean colour and void by subtracting them beforehand
         mean = _mean_colour(images.device)
         images = functional.grid_sample(images - mean, grid, "bilinear", "zeros", align_corners=False) + mean
         masks = functional.grid_sample(masks[:, None] - float(VOID), grid, "nearest", "zeros", align_corners=False)
         return images.round().to(torch.uint8), (masks[:, 0] + VOID).to(torch.uint8)
+
+
+def adjust_colours(images, factors):
+    """Multiply brightness, contrast and saturation of images [B, 3, H, W] in 0..255 by factors [B, 3].
+
+    As torchvision's adjust_brightness, adjust_contrast and adjust_saturation one after the other, in any order, but
+    nothing is rounded, and values are clipped only once, at the end. Returns new images, float32 in 0..255.
+    """
+    brightness, contrast, saturation = factors[..., None, None, None].unbind(1)
+    images = images.float()
+    red, green, blue = images.split(1, dim=1)
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue  # ITU-R BT.601
+    mean = grey.mean((2, 3), keepdim=True)
+    images = torch.lerp(grey, images, saturation)
+    return (brightness * torch.lerp(mean, images, contrast)).clamp_(0, 255)
 
 
 @functools.cache

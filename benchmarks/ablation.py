@@ -3,17 +3,22 @@
     python benchmarks/ablation.py network --data data/VOCdevkit/Toy --limit 96 --epochs 12 --seeds 0 1
 
 ``network`` removes parts of train_5_a.py's network; ``weights`` tries other class weights in train_4_c.py; in
-``augmentation``, train_4_b.py shows each image three times unchanged: as many steps without the variety. Prints mean
-IoU and paired differences on val. Finished runs are not repeated. Other flags are those of the script.
+``augmentation``, train_4_b.py shows each image three times unchanged: as many steps without the variety; ``recipe``
+leaves out or changes each part of train_6.py. Prints mean IoU and paired differences on val. Finished runs are not
+repeated. Other flags are those of the script.
 """
 
+import contextlib
 import functools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import torch
+from torchvision.models import resnet18
+from torchvision.ops import FrozenBatchNorm2d
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,8 +27,10 @@ import compare
 import train_4_b
 import train_4_c
 import train_5_a
+import train_6
 import voc
 from custom_fcn import CustomFCN
+from resnet_unet import AveragedResNetUNet
 from transforms import Augmentation
 
 
@@ -43,21 +50,80 @@ def effective_number(split, beta=0.99):
     return torch.tensor((1 - beta) / (1 - beta ** np.maximum(images, 1)), dtype=torch.float32)
 
 
-NETWORKS = {
-    "as it is": CustomFCN,
-    "without skips": functools.partial(CustomFCN, skips=False),
-    "without shortcuts": functools.partial(CustomFCN, residual=False),
-    "without context": functools.partial(CustomFCN, context=False),
-}
-WEIGHTS = {"as it is": voc.class_weights, "median frequency": median_frequency, "effective number": effective_number}
-AUGMENTATIONS = {
-    "as it is": Augmentation,
-    "copies": lambda unchanged, augmented, **_: Augmentation(unchanged=unchanged + augmented, augmented=0),
-}
-STUDIES = {  # the script, the name in it that is replaced, and by what
-    "network": (train_5_a, "train_5_a.CustomFCN", NETWORKS),
-    "weights": (train_4_c, "voc.class_weights", WEIGHTS),
-    "augmentation": (train_4_b, "transforms.Augmentation", AUGMENTATIONS),
+def augmentation_without(*names):
+    return lambda **options: Augmentation(**{name: options[name] for name in options.keys() - set(names)})
+
+
+def backbone_rate(rate):
+    """AdamW with another learning rate in the first of the two groups; 0 changes nothing, also by weight decay."""
+    adamw = torch.optim.AdamW
+    return lambda groups, **options: adamw([groups[0] | {"lr": rate}, groups[1]], **options)
+
+
+def loaders_with(**changes):
+    loaders = voc.loaders
+    return lambda *args, **options: loaders(*args, **options | changes)
+
+
+def powered_weights(power):
+    """Class weights to a power: 0 weighs all classes the same."""
+    class_weights = voc.class_weights
+    return lambda split: class_weights(split) ** power
+
+
+# Of each study: the script, and the variants: what is replaced in the script or the modules that it uses.
+STUDIES = {
+    "network": (
+        train_5_a,
+        {
+            "as it is": {},
+            "without skips": {"train_5_a.CustomFCN": functools.partial(CustomFCN, skips=False)},
+            "without shortcuts": {"train_5_a.CustomFCN": functools.partial(CustomFCN, residual=False)},
+            "without context": {"train_5_a.CustomFCN": functools.partial(CustomFCN, context=False)},
+        },
+    ),
+    "weights": (
+        train_4_c,
+        {
+            "as it is": {},
+            "median frequency": {"voc.class_weights": median_frequency},
+            "effective number": {"voc.class_weights": effective_number},
+        },
+    ),
+    "augmentation": (
+        train_4_b,
+        {
+            "as it is": {},
+            "copies": {
+                "transforms.Augmentation": lambda unchanged, augmented, **_: Augmentation(
+                    unchanged=unchanged + augmented, augmented=0
+                )
+            },
+        },
+    ),
+    "recipe": (
+        train_6,
+        {
+            "as it is": {},
+            "without ImageNet": {"train_6.ResNet18_Weights": SimpleNamespace(IMAGENET1K_V1=None)},
+            "without fine-tuning": {
+                "torch.optim.AdamW": backbone_rate(0.0),
+                "resnet_unet.resnet18": functools.partial(resnet18, norm_layer=FrozenBatchNorm2d),
+            },
+            "one learning rate": {"torch.optim.AdamW": backbone_rate(1e-3)},
+            "constant batch norm": {"resnet_unet.resnet18": functools.partial(resnet18, norm_layer=FrozenBatchNorm2d)},
+            "without average": {
+                "train_6.AveragedResNetUNet": lambda *args, decay: AveragedResNetUNet(*args, decay=0.0)
+            },
+            "without colours": {
+                "transforms.Augmentation": augmentation_without("brightness", "contrast", "saturation")
+            },
+            "without crops": {"transforms.Augmentation": augmentation_without("scale")},
+            "without weights": {"voc.class_weights": powered_weights(0)},
+            "square root of weights": {"voc.class_weights": powered_weights(0.5)},
+            "square input": {"voc.loaders": loaders_with(size=333)},  # as many pixels
+        },
+    ),
 }
 
 
@@ -67,16 +133,18 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=cli.integer(0), default=[0])
     parser.add_argument("--out", type=Path, default=Path("ablation"))
     args, flags = parser.parse_known_args()
-    script, target, variants = STUDIES[args.study]
+    script, variants = STUDIES[args.study]
     results, differences, base = [], [], None
-    for name, variant in variants.items():
+    for name, replacements in variants.items():
         runs = {}
         for seed in args.seeds:
             out = args.out / args.study / name.replace(" ", "_")
             metrics = out / "results" / f"{script.__name__}_seed{seed}.json"
             if not metrics.exists():
                 command = [f"{script.__name__}.py", *flags, "--seed", str(seed), "--out", str(out)]
-                with mock.patch("sys.argv", command), mock.patch(target, variant):
+                with contextlib.ExitStack() as stack:
+                    for target, replacement in ({"sys.argv": command} | replacements).items():
+                        stack.enter_context(mock.patch(target, replacement))
                     script.main()
             runs[seed] = compare.Run.read(metrics)
         miou = compare.mean_and_std([run.score("val", "miou") for run in runs.values()])

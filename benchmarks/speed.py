@@ -171,7 +171,7 @@ def main():
     variants = [variant for variant in VARIANTS if variant != "compiled" or args.compile]
     rows = []
     for experiment in args.experiments:
-        pretrained = ["--no-pretrained"] if experiment == "train_5_b" else []
+        pretrained = ["--no-pretrained"] if experiment in ("train_5_b", "train_6") else []
         rows += measure(experiment, variants, (*flags, *pretrained), args.device)
     print(compare.markdown_table(rows))
 

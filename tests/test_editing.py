@@ -22,6 +22,7 @@ import util
 import voc
 
 FLAGS = "--data Tiny --epochs 4 --batch-size 2 --device cpu"
+PRETRAINED = ("train_5_b", "train_6")
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "EDITING.md").read_text(encoding="utf-8"), re.S)
 
 
@@ -63,13 +64,13 @@ def edit(script, changes):
 def project(tmp_path, monkeypatch):
     """A folder with data, in which scripts and networks are looked up; the networks are small, plots are not drawn."""
     make_tiny(tmp_path / "Tiny")
-    for path in (TESTS / "tiny_net.py", ROOT / "custom_fcn.py", ROOT / "resnet_fcn.py"):
+    for path in (TESTS / "tiny_net.py", ROOT / "custom_fcn.py", ROOT / "resnet_fcn.py", ROOT / "resnet_unet.py"):
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     monkeypatch.setattr(basic_fcn, "FCN", TinyNet)
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a plot"))
     loaders = voc.loaders
-    small = {224: 32, (180, 240): (18, 24)}
+    small = {224: 32, (180, 240): (18, 24), (288, 384): 64}
     monkeypatch.setattr(
         voc, "loaders", lambda *args, size, **options: loaders(*args, size=small.get(size, size), **options)
     )
@@ -88,7 +89,7 @@ def run(project, changes, flags="", name="train-mine", base="train", old="", new
     spec = importlib.util.spec_from_file_location(name, project / f"{name}.py")
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
-    pretrained = " --no-pretrained" if base == "train_5_b" else ""
+    pretrained = " --no-pretrained" if base in PRETRAINED else ""
     return run_main(project, sys.modules[name], FLAGS + pretrained + f" {flags}")
 
 
@@ -187,6 +188,8 @@ EDITS = {
     "network": ("train_5_a", block("MyNet(")),
     "odd network": ("train_5_a", ODD_NET),
     "torchvision network": ("train_5_a", block("LRASPP(")),
+    "averaged weights": ("train_6", ""),
+    "more varied photos": ("train_4_b", block("brightness=")),
     "v2 augmentation": ("train", block("v2.Compose")),
     "rectangle": ("train", block("size=(180, 240)")),
 }
@@ -220,7 +223,7 @@ def test_an_edit_trains_and_resumes_to_the_same_result(project, monkeypatch, nam
     monkeypatch.setattr(engine, "train_epoch", train_epoch)
     assert run(project, changes, "--out stopped --resume", base=base) == 0
 
-    stem = "train-mine" + ("_no_pretrained" if base == "train_5_b" else "")
+    stem = "train-mine" + ("_no_pretrained" if base in PRETRAINED else "")
     histories = [(project / out / "results" / f"{stem}_seed0.csv").read_text() for out in ("complete", "stopped")]
     assert histories[0] == histories[1] and histories[0].count("\n") == 5
     states = [torch.load(project / out / f"last_{stem}.pt", weights_only=True) for out in ("complete", "stopped")]
@@ -232,7 +235,7 @@ def test_an_edit_trains_and_resumes_to_the_same_result(project, monkeypatch, nam
     model = checkpoint.load(project / "complete" / f"best_{stem}.pt")
     mask = predict.segment(model, voc.Split(project / "Tiny", "val").photo(0))
     assert mask.shape == voc.Split(project / "Tiny", "val").mask(0).shape
-    assert model.size == ((18, 24) if name == "rectangle" else (32, 32))
+    assert model.size == {"rectangle": (18, 24), "averaged weights": (64, 64)}.get(name, (32, 32))
 
 
 def history(project, out, column, name="train-mine"):

@@ -533,7 +533,8 @@ def test_a_plot_that_fails_during_the_run_does_not_end_it(tiny, tmp_path, monkey
     draw = Mock(side_effect=[ValueError("no such font"), None])
     monkeypatch.setattr(reporting.Report, "_draw_curves", draw)
     fit(tiny, tmp_path, epochs=1)
-    assert "warning: the plots are not updated any more (no such font)" in capsys.readouterr().out and draw.call_count == 2
+    output = capsys.readouterr().out
+    assert "warning: the plots are not updated any more (no such font)" in output and draw.call_count == 2
 
 
 def test_progress_prints_lines_where_there_is_no_terminal(monkeypatch, capsys):

@@ -11,9 +11,10 @@ from torchvision.models import ResNet18_Weights, resnet18
 from basic_fcn import FCN
 from custom_fcn import CustomFCN
 from resnet_fcn import ResNetFCN
+from resnet_unet import AveragedResNetUNet, ResNetUNet
 from unet import UNet
 
-MODELS = [FCN, CustomFCN, ResNetFCN, UNet]
+MODELS = [FCN, CustomFCN, ResNetFCN, UNet, ResNetUNet, AveragedResNetUNet]
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +55,8 @@ def test_every_trainable_parameter_gets_a_gradient_and_a_frozen_one_none(model):
         (CustomFCN, {"skips": False, "residual": False, "context": False}),
         (ResNetFCN, {}),
         (UNet, {"width": 8}),
+        (ResNetUNet, {"widths": (16, 12, 8, 4)}),
+        (AveragedResNetUNet, {"widths": (16, 12, 8, 4), "decay": 0.5}),
     ],
 )
 def test_a_model_is_rebuilt_from_its_arguments(model, options):
@@ -90,12 +93,17 @@ def test_the_custom_network_takes_no_more_multiply_adds_than_the_baseline():
     assert multiply_adds(CustomFCN(21)) <= multiply_adds(FCN(21))
 
 
-def test_the_frozen_backbone_has_the_pretrained_weights(monkeypatch):
-    """Its features are those of torchvision's network in eval mode before pooling: nothing is initialised again."""
+@pytest.fixture
+def weights(monkeypatch):
+    """The ImageNet weights, read as torchvision reads them."""
     if not (SHARED / "torch" / "hub" / "checkpoints").is_dir():
         pytest.skip(f"needs the weights of ResNet-18 in {SHARED / 'torch'}")
     monkeypatch.setenv("TORCH_HOME", str(SHARED / "torch"))
-    weights = ResNet18_Weights.IMAGENET1K_V1
+    return ResNet18_Weights.IMAGENET1K_V1
+
+
+def test_the_frozen_backbone_has_the_pretrained_weights(weights):
+    """Its features are those of torchvision's network in eval mode before pooling: nothing is initialised again."""
     pretrained = nn.Sequential(*list(resnet18(weights=weights).eval().children())[:-2])
     images = torch.randn(2, 3, 96, 64)
     features = ResNetFCN(21, weights).train().backbone(images)
@@ -161,3 +169,66 @@ def test_the_unet_has_a_skip_connection_at_every_level(level):
     model(torch.randn(1, 3, 64, 64)).square().mean().backward()
     has_gradient = [convolution[0].weight.grad.any().item() for convolution in model.contracting]
     assert has_gradient == [index <= level for index in range(5)]
+
+
+SMALL = {"widths": (16, 12, 8, 4)}
+
+
+def test_the_fine_tuned_backbone_starts_from_the_pretrained_weights(weights):
+    """In the network that is trained and in the average, and both in eval mode: nothing is initialised again."""
+    pretrained = nn.Sequential(*list(resnet18(weights=weights).eval().children())[:-2])
+    images = torch.randn(2, 3, 96, 64)
+    model = AveragedResNetUNet(21, weights).eval()
+    for network in (model.network, model.average.module):
+        features = images
+        for stage in network.backbone:
+            features = stage(features)
+        torch.testing.assert_close(features, pretrained(images))
+
+
+def test_training_changes_every_layer_of_the_fine_tuned_network():
+    model = ResNetUNet(5, **SMALL)
+    before = train_two_steps(model)
+    assert sum("running_mean" in name for name in before) == 20 + 8  # the batch norm of ResNet-18 and of the decoder
+    for name, tensor in model.state_dict().items():
+        assert not torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_the_fine_tuned_network_has_a_skip_connection_at_every_level(level):
+    """With the upsampled half of a decoder stage's input cut, the logits depend on the backbone down to its level."""
+    model = ResNetUNet(5, **SMALL)
+    if level < 4:
+        first = model.decoder[3 - level][0]
+        skip = (64, 64, 128, 256)[level]
+        nn.init.zeros_(first.weight[:, : first.in_channels - skip])
+    model(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    gradients = [[parameter.grad.any().item() for parameter in stage.parameters()] for stage in model.backbone]
+    assert [any(stage) for stage in gradients] == [index <= level for index in range(5)]
+
+
+def test_the_average_is_exponential_over_parameters_and_batch_norm():
+    decay, kept = 0.2, (0.0, 2 / 11, 0.2, 0.2)  # after the first step, the average is the weights; 3 / 12 is above 0.2
+    model = AveragedResNetUNet(5, decay=decay, **SMALL).train()
+    optimizer = torch.optim.SGD(model.network.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(model.update)
+    expected = {name: tensor.double() for name, tensor in model.network.state_dict().items()}
+    for share in kept:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(torch.randn(2, 3, 32, 32)), torch.randint(5, (2, 32, 32))).backward()
+        optimizer.step()
+        state = {name: tensor.double() for name, tensor in model.network.state_dict().items()}
+        expected = {name: share * value + (1 - share) * state[name] for name, value in expected.items()}
+    for name, tensor in model.average.module.state_dict().items():
+        if "num_batches" not in name:  # integers, which batch norm does not use
+            torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-4, atol=1e-6, msg=name)
+            assert not torch.equal(tensor, model.network.state_dict()[name]), name
+
+
+def test_the_average_is_used_in_eval_mode_and_the_weights_in_training():
+    model = AveragedResNetUNet(5, **SMALL)
+    images = torch.randn(2, 3, 32, 32)
+    nn.init.constant_(model.network.classifier.bias, 100.0)
+    assert model.train()(images).min() > 50 and model.eval()(images).max() < 50
+    model.update()  # the first takes the weights over
+    torch.testing.assert_close(model(images), model.network(images))

@@ -19,9 +19,12 @@ import compare
 import train
 import train_4_a
 import train_5_b
+import train_6
 import voc
 
 FLAGS = "--device cpu --limit 2 --batch-size 2"
+EXPERIMENTS = list(compare.EXPERIMENTS)
+PRETRAINED = ("train_5_b", "train_6")
 
 
 def source(name):
@@ -30,10 +33,10 @@ def source(name):
     return docstring, code
 
 
-@pytest.mark.parametrize("name", [*compare.EXPERIMENTS, "train_5_b_no_pretrained"])
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *(f"{name}_no_pretrained" for name in PRETRAINED)])
 def test_experiment_writes_its_files_to_the_current_folder(tiny, tmp_path, monkeypatch, capsys, name):
     script, flags = name.removesuffix("_no_pretrained"), f"--data {tiny} --epochs 1 {FLAGS}"
-    if name == "train_5_b":
+    if name in PRETRAINED:
         if not (SHARED / "torch" / "hub" / "checkpoints").is_dir():
             pytest.skip("needs the ImageNet weights")
         monkeypatch.setenv("TORCH_HOME", str(SHARED / "torch"))
@@ -58,19 +61,20 @@ def test_experiment_writes_its_files_to_the_current_folder(tiny, tmp_path, monke
     assert {path.name for path in (tmp_path / "plots").iterdir()} == expected
     assert {path.name for path in tmp_path.glob("*.pt")} == {f"best_{name}.pt", f"last_{name}.pt"}
     model = checkpoint.load(tmp_path / f"best_{name}.pt")
-    assert (model.classes, model.size) == (voc.CLASSES, (224, 224))
+    assert (model.classes, model.size) == (voc.CLASSES, (288, 384) if script == "train_6" else (224, 224))
     assert ("class weights of the loss: background " in output) == ("weight = None" not in code)
     assert ("an epoch shows each train image 3 times" in output) == (name in ("train_4_b", "train_4_c"))
 
 
-def test_damaged_or_missing_imagenet_weights_are_named(tiny, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("script", [train_5_b, train_6])
+def test_damaged_or_missing_imagenet_weights_are_named(tiny, tmp_path, monkeypatch, capsys, script):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     path = tmp_path / "home" / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     for missing in (True, False):
         if not missing:
             path.write_bytes(b"not weights")
-        assert run_main(tmp_path, train_5_b, f"--data {tiny} {FLAGS}") == 2
+        assert run_main(tmp_path, script, f"--data {tiny} {FLAGS}") == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith(f"error: {path}: ") and "--no-pretrained" in error
         assert "https://download.pytorch.org/models/resnet18-f37072fd.pth" in error
@@ -97,7 +101,7 @@ def test_experiment_differs_from_its_base_only_in_the_idea(name, idea):
     assert f"Differs from {base}.py only in the {idea}" in source(name)[0]
 
 
-@pytest.mark.parametrize("name", compare.EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiment_fits_on_one_screen_and_leaves_the_work_to_other_files(name):
     docstring, code = source(name)
     assert (docstring + code).count("\n") <= 60

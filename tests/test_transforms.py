@@ -10,10 +10,11 @@ from torchvision.transforms.v2 import functional as v2
 import imaging
 import util
 import voc
-from transforms import Augmentation
+from transforms import Augmentation, adjust_colours
 
 SIZE, CELL = 128, 16
 ALL = {"flip": 0.5, "degrees": 40, "scale": (0.4, 1.6)}
+COLOUR = {"brightness": 0.3, "contrast": 0.4, "saturation": 1.5}
 
 
 def augment(images, masks, **options):
@@ -90,7 +91,7 @@ def test_rotation_and_scale_are_distributed_over_their_ranges():
 
 
 def test_flip_rotation_and_scale_together_do_not_shear():
-    linear = Augmentation(**ALL).draw(100, torch.Generator().manual_seed(0))[:, :, :2]
+    linear = Augmentation(**ALL).draw(100, torch.Generator().manual_seed(0))[:, :2, :2]
     product = linear @ linear.mT
     torch.testing.assert_close(product, product[:, :1, :1] * torch.eye(2))  # a multiple of an orthogonal matrix
 
@@ -100,7 +101,7 @@ def test_rotation_of_a_rectangle_does_not_shear():
     height, width = 32, 64
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     mask = ((row - 15.5).square() + (column - 31.5).square() < 100).to(torch.uint8)[None]  # a circle in the middle
-    images, params = mask[:, None].repeat(1, 3, 1, 1), torch.tensor([[[0.0, -1.0, 0.0], [1.0, 0.0, 0.0]]])
+    images, params = mask[:, None].repeat(1, 3, 1, 1), torch.tensor([[[0.0, -1, 0], [1, 0, 0], [1, 1, 1]]])
     _, rotated = Augmentation()(images, mask, params)
     assert (rotated != mask)[rotated != util.VOID].float().mean() < 0.02  # but for rounding at its edge
 
@@ -109,10 +110,11 @@ def test_a_crop_smaller_than_the_image_lies_inside_it():
     assert (augment(*coordinates(64), flip=0.5, scale=(0.3, 1.0))[1] != util.VOID).all()
 
 
-def test_points_outside_the_image_are_void_and_the_mean_colour():
+@pytest.mark.parametrize("colour", [{}, {"contrast": 0.5, "saturation": 0.5}])  # which leave white as it is
+def test_points_outside_the_image_are_void_and_the_mean_colour(colour):
     images = torch.full((16, 3, SIZE, SIZE), 255, dtype=torch.uint8)
     masks = torch.full((16, SIZE, SIZE), 3, dtype=torch.uint8)
-    images, masks = augment(images, masks, **ALL)
+    images, masks = augment(images, masks, **ALL, **colour)
     assert set(masks.unique().tolist()) == {3, util.VOID}  # interpolation would give values in between
     # No bilinear weight reaches further across the edge than two pixels.
     outside, inside = (functional.avg_pool2d((masks == label).float(), 5, 1, 2) == 1 for label in (util.VOID, 3))
@@ -122,8 +124,75 @@ def test_points_outside_the_image_are_void_and_the_mean_colour():
 
 
 def test_params_depend_on_the_generator_only():
-    first, same, other = (Augmentation(**ALL).draw(4, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
-    assert torch.equal(first, same) and not torch.equal(first, other)
+    augmentation = Augmentation(**ALL, **COLOUR)
+    first, same, other = (augmentation.draw(4, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, same) and (first != other).all()
+
+
+def test_colour_changes_no_other_param():
+    plain, coloured = (Augmentation(**ALL, **options) for options in ({}, COLOUR))
+    first, second = (each.draw(50, torch.Generator().manual_seed(0)) for each in (plain, coloured))
+    assert torch.equal(first[:, :2], second[:, :2])
+    assert (first[:, 2] == 1).all() and (second[:, 2] != 1).all()
+
+
+def test_without_colour_nothing_more_is_drawn():
+    """A run of the same seed gives the same batches as before there was colour."""
+    generator = torch.Generator().manual_seed(0)
+    Augmentation(**ALL).draw(50, generator)
+    after = torch.Generator().manual_seed(0)
+    torch.rand(5, 50, generator=after)
+    assert torch.equal(generator.get_state(), after.get_state())
+
+
+def test_factors_are_distributed_over_their_ranges():
+    factors = Augmentation(**COLOUR).draw(2000, torch.Generator().manual_seed(0))[:, 2]
+    lowest, highest = torch.tensor([[0.7, 0.6, 0.0], [1.3, 1.4, 2.5]])
+    spread = (highest - lowest) / 100
+    assert (lowest <= factors.amin(0)).all() and (factors.amin(0) < lowest + spread).all()
+    assert (highest >= factors.amax(0)).all() and (factors.amax(0) > highest - spread).all()
+    assert ((factors.mean(0) - (lowest + highest) / 2).abs() < 5 * spread).all()
+    assert factors.T.corrcoef().fill_diagonal_(0).abs().max() < 0.1
+
+
+def photos(low=0, high=256):
+    return torch.randint(low, high, (4, 3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.4, 0.9, 1.0, 1.7, 4.0])
+@pytest.mark.parametrize("index", range(3))
+def test_each_colour_operation_is_that_of_torchvision(index, factor):
+    """But for torchvision's weight of red, 0.2989, which makes white 0.03 darker and is here 0.299."""
+    images = photos()
+    factors = torch.ones(4, 3)
+    factors[:, index] = factor
+    name = ("brightness", "contrast", "saturation")[index]
+    expected = 255 * getattr(v2, f"adjust_{name}")(images.double() / 255, factor)
+    torch.testing.assert_close(adjust_colours(images, factors).double(), expected, rtol=0, atol=0.03 * abs(1 - factor))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_colour_operations_one_after_the_other_are_those_of_torchvision(order):
+    """Each image with its own factors, which clip none of these values."""
+    images = photos(100, 130)
+    factors = torch.tensor([[0.5, 1.2, 1.9], [1.6, 0.3, 0.2], [1.1, 1.5, 1.4], [0.9, 0.8, 0.0]])
+    functions = (v2.adjust_brightness, v2.adjust_contrast, v2.adjust_saturation)
+    for image, own, result in zip(images, factors.tolist(), adjust_colours(images, factors)):
+        expected = image.double() / 255
+        for index in order:
+            expected = functions[index](expected, own[index])
+        torch.testing.assert_close(result.double(), 255 * expected, rtol=0, atol=0.05)
+
+
+def test_augmented_photos_have_the_drawn_colours_and_masks_their_labels():
+    images, masks = photos(), torch.arange(600).remainder(21).to(torch.uint8).view(1, 20, 30).repeat(4, 1, 1)
+    augmentation = Augmentation(**COLOUR)
+    params = augmentation.draw(4, torch.Generator().manual_seed(2))
+    before = images.clone()
+    coloured, same_masks = augmentation(images, masks, params)
+    expected = adjust_colours(images, params[:, 2])
+    assert (coloured - expected).abs().max() <= 0.5001 and (coloured - images.float()).abs().max() > 20
+    assert torch.equal(same_masks, masks) and torch.equal(images, before)
 
 
 def test_an_epoch_shows_each_image_once_unchanged_and_twice_augmented(tiny):

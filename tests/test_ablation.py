@@ -1,0 +1,80 @@
+"""Ablations: a variant changes what its name says, and nothing else."""
+
+import sys
+from contextlib import ExitStack
+from unittest import mock
+
+import pytest
+import torch
+from conftest import ROOT, SHARED
+from torch import nn
+
+import engine
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import ablation
+
+CHANGES = {
+    "as it is": set(),
+    "without ImageNet": {"backbone"},
+    "without fine-tuning": {"rates", "batch norm"},
+    "one learning rate": {"rates"},
+    "constant batch norm": {"batch norm"},
+    "without average": {"decay"},
+    "without colours": {"colour"},
+    "without crops": {"scale"},
+    "without weights": {"weight"},
+    "square root of weights": {"weight"},
+    "square input": {"size"},
+}
+
+
+@pytest.mark.parametrize("study", ablation.STUDIES)
+def test_what_a_variant_replaces_exists(study):
+    for replacements in ablation.STUDIES[study][1].values():
+        with ExitStack() as stack:
+            for target, replacement in replacements.items():
+                stack.enter_context(mock.patch(target, replacement))
+
+
+@pytest.mark.parametrize("name", ablation.STUDIES["recipe"][1])
+def test_a_variant_of_the_recipe_changes_what_its_name_says(tiny, tmp_path, monkeypatch, name):
+    if not (SHARED / "torch" / "hub" / "checkpoints").is_dir():
+        pytest.skip("needs the ImageNet weights")
+    monkeypatch.setenv("TORCH_HOME", str(SHARED / "torch"))
+    script, variants = ablation.STUDIES["recipe"]
+
+    def run(replacements):
+        """What train_6.py hands over to the engine: numbers of each part."""
+        command = ["train_6.py", "--data", str(tiny), "--device", "cpu", "--limit", "2", "--out", str(tmp_path)]
+        with ExitStack() as stack:
+            fit = stack.enter_context(mock.patch.object(engine, "fit"))
+            for target, replacement in ({"sys.argv": command} | replacements).items():
+                stack.enter_context(mock.patch(target, replacement))
+            script.main()
+        (_, model, train, *_), options = fit.call_args
+        backbone = dict(model.network.backbone.named_parameters())
+        return {
+            "backbone": backbone["0.0.weight"].sum().item(),
+            "batch norm": {type(layer) for layer in model.network.backbone.modules() if "Norm" in type(layer).__name__},
+            "rates": [group["lr"] for group in options["optimizer"].param_groups],
+            "decay": model.arguments["decay"],
+            "colour": train.augment.colour,
+            "scale": train.augment.scale,
+            "flip": train.augment.flip,
+            "weight": options["criterion"].weight.tolist(),
+            "size": train.size,
+        }
+
+    before, after = run({}), run(variants[name])
+    assert {part for part in before if before[part] != after[part]} == CHANGES[name]
+    assert before["batch norm"] == {nn.BatchNorm2d}
+    if name == "without weights":
+        assert set(after["weight"]) == {1.0}
+    if name == "square root of weights":
+        torch.testing.assert_close(torch.tensor(after["weight"]).square(), torch.tensor(before["weight"]))
+    if name == "without fine-tuning":
+        assert after["rates"] == [0.0, before["rates"][1]]
+    if name == "square input":
+        assert after["size"][0] * after["size"][1] == pytest.approx(before["size"][0] * before["size"][1], rel=0.01)

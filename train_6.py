@@ -1,0 +1,52 @@
+"""All ideas together: a fine-tuned ResNet-18 in a U-Net, more varied photos, and averaged weights.
+
+    python train_6.py
+
+The ImageNet weights (45 MB) are downloaded once; --no-pretrained does without them, to try the script.
+Writes best_train_6.pt, last_train_6.pt, plots/train_6_*.png and results/train_6_seed*.csv and .json.
+"""
+
+import torch
+from torchvision.models import ResNet18_Weights
+
+import checkpoint
+import cli
+import engine
+import transforms
+import util
+import voc
+from resnet_unet import AveragedResNetUNet
+
+
+def main():
+    args = cli.arguments(__file__, __doc__, epochs=45, batch_size=8, pretrained=True)
+    util.seed_everything(args.seed)
+
+    augment = transforms.Augmentation(flip=0.5, scale=(0.4, 1.2), brightness=0.4, contrast=0.4, saturation=0.4)
+    size = (288, 384)  # 3:4, as most photos: none is distorted, and thin objects are wider than at 224
+    train, val, test = voc.loaders(
+        args.data, args.batch_size, size=size, augment=augment, limit=args.limit, seed=args.seed, device=args.device
+    )
+
+    weights = ResNet18_Weights.IMAGENET1K_V1 if args.pretrained else None
+    checkpoint.download(weights)
+    model = AveragedResNetUNet(len(train.classes), weights, decay=0.99).to(args.device)
+
+    weight = voc.class_weights(train.split).to(args.device)
+    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)
+
+    # The backbone has learned from a million photos, and is to forget little of it; its batch norm is trained too.
+    backbone = {"params": model.network.backbone.parameters(), "lr": 2e-4}
+    decoder = {"params": [*model.network.decoder.parameters(), *model.network.classifier.parameters()], "lr": 1e-3}
+    optimizer = torch.optim.AdamW([backbone, decoder], weight_decay=1e-2, fused=True)
+    optimizer.register_step_post_hook(model.update)
+
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+
+    engine.fit(
+        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, patience=None
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
