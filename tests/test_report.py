@@ -70,10 +70,13 @@ def test_assignment_iou_of_a_perfect_prediction_is_that_of_the_real_masks(sample
 
 @pytest.mark.parametrize("experiment", compare.EXPERIMENTS)
 def test_score_in_the_docstring_of_a_script_is_that_of_its_runs(experiment):
-    runs = list(compare.collect(everything(ROOT / "report" / "toy"))[experiment].values())
+    text = (ROOT / f"{experiment}.py").read_text(encoding="utf-8")
+    runs = list(compare.collect(everything(ROOT / "report" / "toy")).get(experiment, {}).values())
+    if not runs:  # nothing to claim yet
+        assert "mean IoU" not in text
+        return
     score = compare.mean_and_std([run.score("test", "miou") for run in runs])
     settings = f"{len(runs)} seeds, {runs[0].metrics['epochs']} epochs of {runs[0].metrics['flags']['limit']} images"
-    text = (ROOT / f"{experiment}.py").read_text(encoding="utf-8")
     assert f"Test mean IoU on the toy set: {score} ({settings}" in text
 
 
