@@ -42,7 +42,7 @@ EXPERIMENTS = {
     "train_5_a": ("train", 0.0765),
     "train_5_b": ("train", 0.15),
     "train_5_c": ("train", 0.087),
-    "train_6": ("train_5_b", ""),
+    "train_6": ("train_5_b", None),
 }
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last is used for more, and is then too large.
@@ -227,7 +227,7 @@ def full_name(name, runs):
 
 
 def difference_row(name, runs, base_name, base, split):
-    """A row on what an experiment changes: a dict from heading to cell; None without a common seed."""
+    """A row on what an experiment called ``name`` changes: a dict from heading to cell; None without a common seed."""
     mean, low, high = paired_difference(runs, base, split)
     if mean is None:
         return None
@@ -239,7 +239,7 @@ def difference_row(name, runs, base_name, base, split):
     gains = [changes[index] for index in ranked[:-4:-1] if by_class[index] >= 0.005]
     losses = [changes[index] for index in ranked[:3] if by_class[index] <= -0.005]
     return {
-        "experiment": full_name(name, runs.values()),
+        "experiment": name,
         "builds on": base_name,
         f"difference in {split} mean IoU": f"{mean:+.4f}",
         "95 % interval": "-" if low is None else f"{low:+.4f} to {high:+.4f}",
@@ -263,8 +263,8 @@ def mean_and_std(values):
 
 
 def header_and_cells(rows):
-    """The headings of a table and its rows as lists, from dicts that map headings to cells; the longest gives both."""
-    headings = list(max(rows, key=len))
+    """The headings of a table and its rows as lists, from dicts that map headings to cells."""
+    headings = list(dict.fromkeys([*max(rows, key=len), *(name for row in rows for name in row)]))
     return headings, [[row.get(name, "") for name in headings] for row in rows]
 
 
@@ -286,7 +286,7 @@ def result_row(name, runs, splits, reference_seconds):
         row[f"{split} mean IoU"] = mean_and_std([run.score(split, "miou") for run in runs])
     final = splits[-1]
     row[f"{final}, the assignment's IoU"] = mean_and_std([run.score(final, "assignment_iou") for run in runs])
-    row["published, VOC2007"] = EXPERIMENTS[name][1] if name in EXPERIMENTS else ""
+    row["published, VOC2007"] = (EXPERIMENTS[name][1] if name in EXPERIMENTS else None) or ""
     row["parameters"] = f"{first['parameters'] / 1e6:.2f} M"
     row["multiply-adds"] = f"{first['multiply_adds'] / 1e9:.2f} G"
     row["time per epoch"] = f"{statistics.mean(run.seconds_per_epoch for run in runs) / reference_seconds:.1f}"
@@ -307,7 +307,7 @@ def sections(experiments, failures):
     """The parts of the comparison. ``experiments`` is from ``collect``, ``failures`` from ``run_missing``."""
     runs = [run for seeds in experiments.values() for run in seeds.values()]
     dataset, limit, *_ = runs[0].setting
-    splits = runs[0].splits
+    splits, final = runs[0].splits, runs[0].splits[-1]
     baseline = {"experiment": runs[0].baseline_name}
     for split in splits:
         baseline[f"{split} pixel accuracy"] = f"{runs[0].metrics[split]['background']['pixel_accuracy']:.4f}"
@@ -315,7 +315,10 @@ def sections(experiments, failures):
     reference_seconds = statistics.mean(run.seconds_per_epoch for run in next(iter(experiments.values())).values())
     results = [result_row(name, list(seeds.values()), splits, reference_seconds) for name, seeds in experiments.items()]
     pairs = [(name, base_of(name)) for name in experiments if base_of(name) in experiments]
-    rows = [difference_row(name, experiments[name], base, experiments[base], splits[-1]) for name, base in pairs]
+    rows = [
+        difference_row(full_name(name, experiments[name].values()), experiments[name], base, experiments[base], final)
+        for name, base in pairs
+    ]
     differences = [row for row in rows if row]
 
     machines = sorted({f"{run.metrics['device']}, torch {run.metrics['versions']['torch']}" for run in runs})
@@ -332,7 +335,7 @@ relative to the first experiment."""
     found.append(Section("Classes", plot=("classes", f"IoU of each class on {splits[-1]}")))
     found.append(Section("Epochs", plot=("curves", "loss and mean IoU over the epochs")))
     if failures:
-        found.append(Section("Failed", "\n".join(f"- `{line}`" for line in failures)))
+        found.append(Section("Failed", "\n\n".join(f"`{line}`" for line in failures)))
     return found
 
 

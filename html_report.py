@@ -20,7 +20,6 @@ from util import VOID
 
 # read here, so that a run without this file ends before its training rather than after it
 TEMPLATE = string.Template(Path(__file__).resolve().with_name("report_template.html").read_text(encoding="utf-8"))
-NUM_SAMPLES = 16  # photos to page through
 SAMPLE_SIDE = 400  # of these in pixels, so that a report has a few MB at most
 WRONG = (213, 94, 0)  # the colour of wrong pixels, as in the plots
 
@@ -132,7 +131,7 @@ def predictions(samples, classes):
     """
     titles, articles = [], []
     for name, iou, *arrays in samples:
-        titles.append(escape(f"{name}, IoU {_format('iou', iou)}"))
+        titles.append(escape(f"{name}, mean IoU {_format('iou', iou)}"))
         articles.append(f'<article class="sample">\n<h3>{titles[-1]}</h3>\n{_sample(*arrays, classes)}\n</article>')
     options = "".join(f"<option>{number}: {title}</option>" for number, title in enumerate(titles, 1))
     controls = f"""<div class="controls" hidden>
@@ -189,18 +188,13 @@ def _words(name):
     return name.replace("miou", "mean IoU").replace("_", " ")
 
 
-def indices(count):
-    """The indices of the val images to show, of ``count``, evenly spaced."""
-    return np.linspace(0, count - 1, min(NUM_SAMPLES, count)).round().astype(int).tolist()
-
-
 def write_run(run_files, title, metrics, history, samples, metadata):
     """Write the report of a finished run.
 
     Args:
         run_files: files.RunFiles; the plots that exist are taken into the report.
         metrics: what is in the JSON. history: a list of dicts, one per epoch.
-        samples: see ``predictions``; ``indices`` chooses them.
+        samples: see ``predictions``.
         metadata: from ``checkpoint.metadata``.
     """
     splits = {name: metrics[name] for name in ("val", "test") if metrics[name]}

@@ -98,9 +98,12 @@ def height_width(size):
 
 
 def resize(image, size, resampling=Image.Resampling.BILINEAR):
-    """Resize a PIL image to ``size``, (height, width), by default bilinear with antialiasing, as a uint8 array."""
+    """Resize a PIL image to ``size``, (height, width), by default bilinear with antialiasing, as a uint8 array.
+
+    First horizontally, then vertically: of a single call, the order depends on Pillow's release, and so does rounding.
+    """
     height, width = size
-    return np.asarray(image.resize((width, height), resampling))
+    return np.asarray(image.resize((width, image.height), resampling).resize((width, height), resampling))
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import checkpoint
@@ -20,7 +21,7 @@ from util import Scores
 LINE_INTERVAL = 30  # seconds without a line after which ``progress`` prints one
 INTERVALS = {"curves": 20, "predictions": 60}  # seconds between two drawings during a run
 DRAWING_SHARE = 0.01  # of a run's time, for each of the two
-NUM_SHOWN = 5  # images in the plot of predictions, besides best, median and worst
+NUM_SHOWN, NUM_PAGED = 5, 13  # images in the plot of predictions and in the HTML report, besides best, median, worst
 
 _last_line = time.perf_counter()
 
@@ -82,7 +83,10 @@ def loss_name(criterion):
 
 
 def num_parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
+    """The number of parameters, without those of averages of the weights."""
+    averages = [module for module in model.modules() if isinstance(module, AveragedModel)]
+    copies = {id(parameter) for average in averages for parameter in average.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in copies)
 
 
 class Report:
@@ -185,7 +189,7 @@ class Report:
             if not result.miou > result.baseline.miou:
                 log(f"warning: on {name} the mean IoU is not above the {util.baseline_name(self.val.classes)}")
         self._draw_all(model, history, epoch, scores)
-        self._write_html(metadata, metrics, model, history, scores["val"].image_ious.tolist())
+        self._write_html(metadata, metrics, model, history, scores["val"].image_ious)
         log(f"\nreport      {self.files.report}\nplots       {self.files.plot('*')}\ncheckpoint  {self.files.best}")
         log(f"metrics     {self.files.metrics}, {self.files.history}")
         summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
@@ -228,10 +232,27 @@ class Report:
 
     def _write_html(self, metadata, metrics, model, history, image_ious):
         """Write the HTML report of a finished run; ``metrics`` is from ``_write_metrics``."""
-        ids, indices = self.val.split.ids, html_report.indices(len(self.val.split))
-        samples = zip(indices, self._samples(model, indices, "writing the report"))
-        samples = ((ids[index], image_ious[index], *sample) for index, sample in samples)
+        chosen = self._choose_images(NUM_PAGED, image_ious)
+        samples = zip(chosen.items(), self._samples(model, list(chosen), "writing the report"))
+        samples = (
+            (", ".join([self.val.split.ids[index], *ranks]), image_ious[index].item(), *sample)
+            for (index, ranks), sample in samples
+        )
         html_report.write_run(self.files, self.title, metrics, history, samples, metadata)
+
+    def _choose_images(self, count, image_ious):
+        """Choose images of val, evenly spaced, and the best, the median and the worst.
+
+        Returns a dict from the image's index to which of the three it is, a list of str.
+        """
+        num_images = len(self.val.split)
+        evenly_spaced = np.linspace(0, num_images - 1, min(count, num_images)).round().astype(int).tolist()
+        chosen = {index: [] for index in evenly_spaced}
+        if image_ious is not None:
+            ranked = [index for index in image_ious.argsort().tolist() if not image_ious[index].isnan()]
+            for rank, place in (("best", -1), ("median", len(ranked) // 2), ("worst", 0)) if ranked else ():
+                chosen.setdefault(ranked[place], []).append(rank)
+        return chosen
 
     def _samples(self, model, indices, description):
         """Yield photo, mask and prediction of some val images, at the size of a thumbnail."""
@@ -292,19 +313,16 @@ class Report:
         plotting.curves(self.files.plot("curves"), title, history, best_epoch, self.val.baseline, weighted)
 
     def _draw_predictions(self, model, epoch, image_ious=None):
-        """Draw predictions for some val images, evenly spaced, and for the best, the median and the worst."""
+        """Draw predictions for the images of ``_choose_images``."""
         import plotting
 
-        split = self.val.split
-        shown = np.linspace(0, len(split) - 1, min(NUM_SHOWN, len(split))).round().astype(int).tolist()
-        names = {index: split.ids[index] for index in shown}
-        if image_ious is not None:
-            ranked = [index for index in image_ious.argsort().tolist() if not image_ious[index].isnan()]
-            for rank, place in (("best", -1), ("median", len(ranked) // 2), ("worst", 0)) if ranked else ():
-                index = ranked[place]
-                names[index] = f"{names.get(index, split.ids[index])}\n{rank}, IoU {image_ious[index]:.2f}"
-        samples = self._samples(model, list(names), "drawing predictions")
-        samples = [(name, *sample) for name, sample in zip(names.values(), samples)]
+        chosen = self._choose_images(NUM_SHOWN, image_ious)
+        names = [
+            "\n".join([self.val.split.ids[index], *(f"{rank}, mean IoU {image_ious[index]:.2f}" for rank in ranks)])
+            for index, ranks in chosen.items()
+        ]
+        samples = self._samples(model, list(chosen), "drawing predictions")
+        samples = [(name, *sample) for name, sample in zip(names, samples)]
         title = f"{self.title} val, epoch {epoch}"
         plotting.predictions(self.files.plot("predictions"), title, self.val.classes, samples)
 

@@ -32,6 +32,7 @@ import voc
 from custom_fcn import CustomFCN
 from resnet_unet import AveragedResNetUNet
 from transforms import Augmentation
+from util import UserError
 
 
 def median_frequency(split):
@@ -133,6 +134,9 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=cli.integer(0), default=[0])
     parser.add_argument("--out", type=Path, default=Path("ablation"))
     args, flags = parser.parse_known_args()
+    if "--no-pretrained" in flags:
+        raise UserError("--no-pretrained: is a variant of its own")
+    wanted = cli.shared_flags("").parse_args(flags)
     script, variants = STUDIES[args.study]
     results, differences, base = [], [], None
     for name, replacements in variants.items():
@@ -147,6 +151,8 @@ def main():
                         stack.enter_context(mock.patch(target, replacement))
                     script.main()
             runs[seed] = compare.Run.read(metrics)
+            if not runs[seed].matches(wanted):
+                raise UserError(f"{metrics}: is from a run with other flags: choose another --out")
         miou = compare.mean_and_std([run.score("val", "miou") for run in runs.values()])
         results.append({args.study: name, "seeds": len(runs), "val mean IoU": miou})
         base = base or runs

@@ -1,6 +1,8 @@
 """The training loop on a tiny data set at 32x32: the best epoch, metrics, checkpoints, resuming and messages."""
 
+import base64
 import functools
+import io
 import json
 import math
 import re
@@ -388,6 +390,7 @@ def test_flags_have_the_documented_defaults(monkeypatch):
         ("Cosine annealing: the baseline with a decaying rate.\n\n    python x.py", "cosine annealing"),
         ("U-Net: a contracting path.", "U-Net"),
         ("\nA wider network\nthan before.", "a wider network"),
+        ("A 1.5x wider network.", "a 1.5x wider network"),
         (None, ""),
         ("Word " * 20, "word" + " Word" * 10 + " ..."),
     ],
@@ -450,8 +453,32 @@ def test_best_median_and_worst_image_are_shown_with_their_iou(finished, monkeypa
     report._draw_predictions(model, 1, ious)
     names = dict(enumerate(ids))  # all are shown, as there are fewer than five
     for rank, index in (("best", len(ids) - 1), ("median", 1 + (len(ids) - 1) // 2), ("worst", 1)):
-        names[index] += f"\n{rank}, IoU {ious[index]:.2f}"
+        names[index] += f"\n{rank}, mean IoU {ious[index]:.2f}"
     assert [sample[0] for sample in drawn] == list(names.values())
+
+
+def test_images_are_chosen_evenly_spaced_and_by_their_iou(tmp_path):
+    report, *_ = report_of(tmp_path)
+    report.val = Mock(split=range(1000))
+    ious = torch.arange(1000).flip(0).double()
+    chosen = report._choose_images(13, ious)
+    assert {index: ranks for index, ranks in chosen.items() if ranks} == {0: ["best"], 499: ["median"], 999: ["worst"]}
+    evenly_spaced = sorted(chosen.keys() - {499})
+    assert (len(evenly_spaced), evenly_spaced[0], evenly_spaced[-1]) == (13, 0, 999)
+    assert set(np.diff(evenly_spaced)) <= {83, 84}
+
+
+def test_the_html_report_of_a_run_shows_what_its_model_predicts(finished):
+    data, out, _ = finished
+    model, val = checkpoint.load(out / "best_train.pt"), voc.loaders(data, 3, size=SIZE)[1]
+    scores = engine.evaluate(model, val, CRITERION)
+    text = (out / "plots" / "train_report.html").read_text(encoding="utf-8")
+    for index, name in enumerate(val.split.ids):
+        assert re.search(rf"<h3>{name}(, \w+)*, mean IoU {scores.image_ious[index]:.4f}</h3>", text)
+        article = text.split(f"<h3>{name}")[1].split("</article>")[0]
+        image = re.search('<figcaption>prediction</figcaption><img[^>]*base64,([^"]+)"', article)[1]
+        mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
+        assert np.array_equal(mask, engine.predict_index(model, val, index, mask.shape))
 
 
 def test_evaluation_scores_each_image_by_itself(finished):

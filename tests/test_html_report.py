@@ -147,7 +147,7 @@ def test_nothing_is_loaded_and_no_text_becomes_markup(report):
     assert policy.startswith("default-src 'none'; img-src data:;")
     assert page.texts["h1"] == page.texts["title"] == ["train_x: <idea>, Made"]
     assert page.texts["pre"] == [CODE]
-    assert page.texts["h3"] == [f"photo <b>{n}</b>, IoU {iou}" for n, iou in enumerate(("0.5000", "0.5000", "–"))]
+    assert page.texts["h3"] == [f"photo <b>{n}</b>, mean IoU {iou}" for n, iou in enumerate(("0.5000", "0.5000", "–"))]
 
 
 def test_images_are_those_of_the_samples(report):
@@ -191,13 +191,6 @@ def test_the_report_belongs_to_the_files_of_a_run(tmp_path):
     assert path == tmp_path / "plots" / "train_x_report.html" and path in run_files.existing()
     run_files.delete()
     assert not path.exists()
-
-
-def test_the_images_of_a_run_are_evenly_spaced():
-    assert html_report.indices(3) == [0, 1, 2]
-    shown = html_report.indices(1000)
-    assert (len(shown), shown[0], shown[-1]) == (html_report.NUM_SAMPLES, 0, 999)
-    assert set(np.diff(shown)) <= {66, 67}
 
 
 def test_the_comparison_has_the_tables_of_the_markdown_and_links_to_reports(tmp_path, monkeypatch):
