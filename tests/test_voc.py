@@ -251,7 +251,8 @@ def test_loaders_show_each_image_of_their_split_once_normalised_with_void_kept(t
                 photo = Image.open(tiny / "JPEGImages" / f"{ids[index]}.jpg")
                 pixels = np.asarray(photo.resize((32, 32), Image.Resampling.BILINEAR))
                 expected = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-                np.testing.assert_allclose(image.permute(1, 2, 0), expected, atol=1e-5)  # float32 against float64
+                one_level = 1.01 / 255 / 0.224  # Pillow may resize vertically first, and rounds in between
+                np.testing.assert_allclose(image.permute(1, 2, 0), expected, atol=one_level)
                 expected = Image.open(tiny / "SegmentationClass" / f"{ids[index]}.png")
                 assert np.array_equal(mask, np.asarray(expected.resize((32, 32), Image.Resampling.NEAREST)))
                 assert (mask == 255).any()
