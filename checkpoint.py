@@ -4,6 +4,7 @@ import ast
 import contextlib
 import difflib
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import io
@@ -18,7 +19,6 @@ from urllib.parse import urlsplit
 import numpy as np
 import PIL
 import torch
-import torchvision
 
 import files
 import imaging
@@ -81,7 +81,7 @@ def metadata(args, model, loader):
         "versions": {
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            "torchvision": torchvision.__version__,
+            "torchvision": importlib.metadata.version("torchvision"),  # importing it takes seconds
             "numpy": np.__version__,
             "pillow": PIL.__version__,
         },

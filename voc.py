@@ -22,7 +22,6 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image
-from torchvision import tv_tensors
 
 import cli
 import dataset
@@ -240,6 +239,8 @@ class PerImage:
         return torch.randint(2**32, (count,), generator=generator)
 
     def __call__(self, images, masks, seeds):
+        from torchvision import tv_tensors  # only here: importing torchvision takes seconds
+
         pairs = []
         for image, mask, seed in zip(images, masks, seeds.tolist()):
             util.seed_everything(seed)
