@@ -4,7 +4,8 @@
 const RUNTIME = "./node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs";
 const INSTALL = "run: npm install --no-save --prefix FOLDER onnxruntime-web@1";
 const element = (id) => document.getElementById(id);
-let ort, session, model, mask, name = "photo";
+const stop = (stream) => stream?.getTracks().forEach((track) => track.stop());
+let ort, session, model, result, latest = 0;
 
 function say(text, isError = false) {
   element("status").textContent = text;
@@ -31,33 +32,61 @@ async function load() {
   ort = await orSay(`onnxruntime-web is missing; ${INSTALL}`, import(RUNTIME));
   const bytes = new Uint8Array(await (await download("model.onnx")).arrayBuffer());
   session = await orSay("The model cannot be started", ort.InferenceSession.create(bytes));
-  say("Ready.");
 }
 
-/** Draws an image of any source upright, segments it and shows the result. */
-async function segment(source, width, height) {
-  await loaded;
-  const canvas = element("photo"), context = canvas.getContext("2d", { willReadFrequently: true });
-  [canvas.width, canvas.height] = [width, height];
-  context.drawImage(source, 0, 0, width, height);
-  element("hint").hidden = true;
-  element("view").hidden = false;
-  element("view").style.setProperty("--ratio", width / height);
+/** Runs an action that replaces what is shown. Of several, only the latest one shows its result or error. */
+async function start(action) {
+  const run = ++latest;
+  const current = (promise) => promise.then((value) => (run === latest ? value : Promise.reject(new Error("outdated"))));
+  clear(session ? "" : "Loading the model …");
+  await action(current).catch((error) => run === latest && clear(error.message, true));
+}
+
+/** Ends the camera, empties the stage and says something. */
+function clear(text, isError) {
+  stop(element("video").srcObject);
+  element("video").srcObject = null;
+  element("live").hidden = element("view").hidden = true;
+  element("hint").hidden = false;
+  element("camera").textContent = "Camera";
   show(null);
-  say("Segmenting …");
-  await new Promise((done) => setTimeout(done, 50)); // so that the browser paints before it is busy
-  const start = performance.now(), rgba = context.getImageData(0, 0, width, height).data;
+  say(text, isError);
+}
+
+/** Draws an image onto a new canvas, as a browser that fails to draw leaves the canvas unusable; returns its RGB values. */
+function draw(image) {
+  const { width, height } = image, canvas = Object.assign(document.createElement("canvas"), { id: "photo", width, height });
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  let rgba = [];
+  try {
+    context.fillRect(0, 0, width, height); // black
+    context.drawImage(image, 0, 0);
+    rgba = context.getImageData(0, 0, width, height).data;
+  } catch {} // some browsers throw, others read transparent pixels
+  if (!rgba[3] || !rgba[rgba.length - 1]) throw new Error(`${width} × ${height} pixels are too large for this browser`);
+  element("photo").replaceWith(canvas);
+  element("view").style.setProperty("--ratio", width / height);
+  [element("hint").hidden, element("view").hidden] = [true, false];
   const rgb = new Uint8Array(3 * width * height);
   for (let from = 0, to = 0; from < rgba.length; from++) if (from % 4 < 3) rgb[to++] = rgba[from];
-  const photo = new ort.Tensor("uint8", rgb, [height, width, 3]);
-  const outputs = await orSay("The model failed, perhaps for lack of memory: try a smaller photo", session.run({ photo }));
-  show({ labels: outputs.mask.data, width, height });
-  say(`${width} × ${height} pixels, ${((performance.now() - start) / 1000).toFixed(1)} s.`);
+  return rgb;
+}
+
+/** Segments a photo, a promise of an ImageBitmap, and shows the result. */
+async function segment(name, decoding, current) {
+  const image = await current(decoding), { width, height } = image, rgb = draw(image);
+  await current(loaded);
+  say("Segmenting …");
+  await current(new Promise((done) => setTimeout(done, 50))); // so that the browser paints before it is busy
+  const began = performance.now(), photo = new ort.Tensor("uint8", rgb, [height, width, 3]);
+  const running = orSay("The model failed, perhaps for lack of memory: try a smaller photo", session.run({ photo }));
+  show({ name, labels: (await current(running)).mask.data, width, height });
+  say(`${width} × ${height} pixels, ${((performance.now() - began) / 1000).toFixed(1)} s.`);
 }
 
 /** Shows a mask over the photo, with the share of each class; null clears both. */
-function show(result) {
-  mask = result;
+function show(mask) {
+  result = mask;
   element("save").disabled = !mask;
   element("results").hidden = !mask;
   const canvas = element("overlay"), context = canvas.getContext("2d");
@@ -67,10 +96,7 @@ function show(result) {
   const colours = model.classes.map((name, label) => (name === "background" ? [0, 0, 0, 0] : [...model.overlay_colours[label], 255]));
   const packed = new Uint32Array(new Uint8Array(colours.flat()).buffer), target = new Uint32Array(pixels.data.buffer);
   const counts = new Array(colours.length).fill(0);
-  mask.labels.forEach((label, index) => {
-    counts[label]++;
-    target[index] = packed[label];
-  });
+  mask.labels.forEach((label, index) => (counts[label]++, (target[index] = packed[label])));
   context.putImageData(pixels, 0, 0);
   const present = [...counts.keys()].filter((label) => counts[label]).sort((a, b) => counts[b] - counts[a]);
   element("legend").replaceChildren(...present.map((label) => {
@@ -115,59 +141,42 @@ async function png({ labels, width, height }) {
 
 async function save() {
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(await png(mask));
-  link.download = `${name}_mask.png`;
+  link.download = `${result.name}_mask.png`;
+  link.href = URL.createObjectURL(await png(result));
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
-async function open(file) {
-  stopCamera();
-  name = file.name.replace(/\.[^.]*$/, "");
+function open(file) {
+  if (!file) return;
   const decoded = createImageBitmap(file, { colorSpaceConversion: "none" }); // predict.py, too, ignores colour profiles
-  const image = await orSay(`${file.name} cannot be read as a photo`, decoded);
-  await segment(image, image.width, image.height);
+  const decoding = orSay(`${file.name} cannot be read as a photo: save it as JPEG or PNG`, decoded);
+  start((current) => segment(file.name.replace(/\.[^.]*$/, ""), decoding, current));
 }
 
-function stopCamera() {
-  const video = element("video");
-  if (video.srcObject) video.srcObject.getTracks().forEach((track) => track.stop());
-  video.srcObject = null;
-  video.hidden = true;
-  element("camera").textContent = "Camera";
-}
-
-/** Starts the camera; the next call takes a photo with it. */
-async function camera() {
-  const video = element("video");
-  if (video.srcObject) {
-    const frame = await createImageBitmap(video);
-    stopCamera();
-    name = "camera";
-    return segment(frame, frame.width, frame.height);
-  }
+async function camera(current) {
   if (!navigator.mediaDevices) throw new Error("The camera needs https, or localhost");
-  const wish = { video: { facingMode: "environment" } };
-  video.srcObject = await orSay("The camera cannot be used", navigator.mediaDevices.getUserMedia(wish));
-  await video.play();
-  element("hint").hidden = element("view").hidden = true;
-  video.hidden = false;
-  element("camera").textContent = "Take photo";
+  const video = element("video"), wish = { video: { facingMode: "environment" } };
+  const stream = await orSay("The camera cannot be used", navigator.mediaDevices.getUserMedia(wish));
+  video.srcObject = await current(Promise.resolve(stream)).catch((error) => stop(stream) || Promise.reject(error));
+  await current(video.play());
+  [element("hint").hidden, element("live").hidden] = [true, false];
+  element("camera").textContent = "Stop";
 }
 
-/** An event handler that shows what an async function throws. */
-const handler = (action) => (event) => action(event)?.catch((error) => say(error.message, true));
-
-element("file").onchange = handler(({ target }) => target.files[0] && open(target.files[0]));
-element("camera").onclick = handler(camera);
-element("save").onclick = handler(save);
+element("file").onchange = ({ target }) => {
+  open(target.files[0]);
+  target.value = ""; // so that the same file can be chosen again
+};
+element("camera").onclick = () => start(element("video").srcObject ? async () => {} : camera);
+element("shoot").onclick = () => {
+  const frame = orSay("The camera gives no picture", createImageBitmap(element("video")));
+  start((current) => segment("camera", frame, current));
+};
+element("save").onclick = () => save().catch((error) => say(error.message, true));
 element("opacity").oninput = () => (element("overlay").style.opacity = element("opacity").value / 100);
 element("opacity").oninput();
-element("stage").ondragover = (event) => event.preventDefault();
-element("stage").ondrop = handler((event) => {
-  event.preventDefault();
-  const [file] = event.dataTransfer.files;
-  if (file) return open(file);
-});
+document.ondragover = (event) => event.preventDefault();
+document.ondrop = (event) => event.preventDefault() || open(event.dataTransfer.files[0]);
 const loaded = load();
-handler(() => loaded)();
+start((current) => current(loaded).then(() => say("Ready.")));
