@@ -1,83 +1,41 @@
 """Export a trained model as an ONNX file, or a web page, that needs none of this project's code: docs/EXPORT.md."""
 
-import contextlib
 import hashlib
-import io
 import json
 import logging
-import shutil
-import traceback
+import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 import checkpoint
 import cli
-import engine
 import files
 import imaging
+import onnx_graph
 import predict
-from util import UserError, reason
+from util import UserError
 
-# The end of the graph. Classes are upsampled one after another: together they would take 4 bytes per class and pixel.
-MASK = """end (float[C, h, w] logits, uint8[H, W, 3] photo) => (uint8[H, W] mask) {
-    num_classes = Shape <end = 1> (logits)  photo_size = Shape <end = 2> (photo)
-    lowest_logits = ConstantOfShape <value = float[1] {-3.4e38}> (photo_size)
-    first_labels = ConstantOfShape <value = uint8[1] {0}> (photo_size)
-    highest_logits, mask = Loop <body = step (int64 class_index, bool go_on, float[H, W] highest, uint8[H, W] labels) =>
-                                             (bool go_on, float[H, W] new_highest, uint8[H, W] new_labels) {
-        class_logits = Gather (logits, class_index)  class_label = Cast <to = 2> (class_index)
-        upsampled = Resize <mode = "linear"> (class_logits, , , photo_size)
-        is_higher = Greater (upsampled, highest)  new_labels = Where (is_higher, class_label, labels)
-        new_highest = Max (upsampled, highest)
-    }> (num_classes, , lowest_logits, first_labels)
-}"""
-PROBABILITIES = """end (float[C, h, w] logits, uint8[H, W, 3] photo) => (float[C, h, w] probabilities) {
-    probabilities = Softmax <axis = 0> (logits) }"""
+PAGE_FILES = "model.onnx", "model.json", "index.html", "page.js"
+MIN_SHARE = 0.995  # of pixels that get the class that predict.py predicts
 
 
-class Graph(torch.nn.Module):
-    """Maps a photo, uint8 [H, W, 3], to the logits [C, h, w] of a TrainedModel, as ``predict.segment`` does."""
+def compare(path, model, sizes):
+    """The share of pixels that get the same class in onnxruntime as from predict.py, the lowest of photos of ``sizes``.
 
-    def __init__(self, model):
-        super().__init__()
-        self.model, (self.scale, self.shift) = model, imaging.scale_and_shift("cpu", model.mean, model.std)
+    The sizes are (height, width).
+    """
+    import onnxruntime  # only here: an optional package
 
-    def forward(self, photo):
-        rows, columns = (resize_weights(*sides) for sides in zip(photo.shape, self.model.size))
-        pixels = (torch.einsum("HWc,wW->cHw", photo.float(), columns) + 0.5).floor()  # Pillow, too, rounds in between
-        images = ((torch.einsum("cHw,hH->chw", pixels, rows) + 0.5).floor() * self.scale - self.shift)[None]
-        return engine.forward(self.model, images, full_precision=True)["out"][0]
-
-
-def resize_weights(source, target):
-    """Weights of Pillow's antialiased bilinear filter, a triangle, from exact integers: float32 [target, source]."""
-    distance = ((2 * torch.arange(source) + 1) * target - (2 * torch.arange(target)[:, None] + 1) * source).abs()
-    weights = (2 * torch.scalar_tensor(source, dtype=torch.int64).clamp(min=target) - distance).clamp(min=0)
-    return weights.float() / weights.sum(1, keepdim=True)
-
-
-def convert(model, end, metadata):
-    """Convert a TrainedModel on the CPU, with MASK or PROBABILITIES as its ``end``, to an onnx.ModelProto."""
-    photo, sides = torch.zeros(300, 400, 3, dtype=torch.uint8), dict(enumerate(torch.export.dims("H", "W")))
-    try:
-        import onnx.parser  # only here: an optional package
-        with contextlib.redirect_stderr(io.StringIO()):  # where PyTorch prints the graph of a network that fails
-            program = torch.export.export(Graph(model), (photo,), dynamic_shapes=(sides,), strict=False)
-        program = torch.onnx.export(program, dynamo=True, output_names=["logits"], opset_version=18, verbose=False)
-    except Exception as error:  # one of many types
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == checkpoint.ROOT]
-        place = "".join(f"{Path(f.filename).name}, line {f.lineno}: " for f in frames[-1:])
-        problem = f"{place}the network cannot be exported ({reason(error.__cause__ or error)})"
-        raise UserError(problem + (": pip install onnx onnxscript" if isinstance(error, ImportError) else "")) from None
-    proto, end = program.model_proto, onnx.parser.parse_graph(end)
-    proto.graph.input[0].CopyFrom(end.input[1])
-    proto.graph.output[0].CopyFrom(end.output[0])
-    proto.graph.node.extend(end.node)
-    for node in proto.graph.node:
-        del node.metadata_props[:]  # they hold paths of source files
-    onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in metadata.items()})
-    return proto
+    session, shares = onnxruntime.InferenceSession(path), []
+    areas = imaging.to_rgb(imaging.palette_image((torch.arange(35).view(5, 7) * 7).byte().numpy()))
+    for height, width in sizes:
+        photo = areas.resize((width, height))
+        (result,) = session.run(None, {"photo": imaging.resize(photo, (height, width))})
+        labels = result.argmax(0) if result.ndim == 3 else result
+        shares.append((labels == predict.segment(model, photo)).mean())
+    return min(shares)
 
 
 def main():
@@ -85,35 +43,47 @@ def main():
     parser.add_argument("checkpoint", type=Path, help="a best_*.pt")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: the checkpoint's name with .onnx")
     parser.add_argument("--page", type=Path, metavar="DIR", help="write a web page with the model instead")
-    parser.add_argument("--logits", action="store_true", help="output probabilities, float32 [C, h, w], not the mask")
+    text = "output class probabilities at the network's size instead of the mask"
+    parser.add_argument("--logits", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # PyTorch's, about its own code
-    path = args.page / "model.onnx" if args.page else args.out or args.checkpoint.with_suffix(".onnx")
-    if path.suffix != ".onnx" or args.page and (args.out or args.logits):
-        raise UserError("--out FILE has to end with .onnx, and --page goes with neither --out nor --logits")
-    predict.check_new([path], args.overwrite)
+    if args.page and (args.out or args.logits):
+        raise UserError("--page writes a model.onnx that outputs masks into DIR: leave out --out and --logits")
+    out = args.out or args.checkpoint.with_suffix(".onnx")
+    if out.suffix != ".onnx":
+        raise UserError(f"--out {out}: choose a name that ends with .onnx")
+    paths = [args.page / name for name in PAGE_FILES] if args.page else [out]
+    predict.check_new(paths, args.overwrite)
+    if not (find_spec("onnx") and find_spec("onnxscript")):
+        raise UserError("export.py needs more packages: pip install onnx onnxscript")
     model, state = checkpoint.load(args.checkpoint), checkpoint.read(args.checkpoint, "size")
+    files.make_folder(paths[0].parent)
+
     metadata = {name: state.get(name) for name in ("classes", "size", "experiment", "dataset", "epoch", "val_miou")}
     metadata |= {"palette": imaging.PALETTE.tolist(), "overlay_colours": predict.overlay_palette().tolist()}
     metadata["sha256"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
-    content = convert(model, PROBABILITIES if args.logits else MASK, metadata).SerializeToString()
+    end = onnx_graph.PROBABILITIES if args.logits else onnx_graph.MASK
+    contents = [onnx_graph.convert(model, end, metadata).SerializeToString(), json.dumps(metadata).encode()]
+    contents += [Path(__file__).with_name("page").joinpath(name).read_bytes() for name in PAGE_FILES[2:]]
+    for path, content in zip(paths, contents):  # without --page, only the model
+        with files.atomic_write(path) as file:
+            file.write(content)
+    print("wrote", *paths)
+
+    if find_spec("onnxruntime"):
+        share = compare(paths[0], model, [model.size] if args.logits else [(389, 517), (517, 389)])
+        percent = int(1e5 * share) / 1e3  # rounded down, so that only 1 is 100 %
+        print(f"in onnxruntime, {percent:.3f} % of a photo's pixels get the class that predict.py predicts")
+        if share < MIN_SHARE:
+            print(f"the file differs from predict.py: that is less than {MIN_SHARE:.1%}, and the exit code is 1")
+            raise SystemExit(1)
+    else:
+        print("not compared with predict.py: pip install onnxruntime")
     if args.page:
-        with files.writing(args.page):
-            shutil.copytree(Path(__file__).with_name("page"), args.page, dirs_exist_ok=True)
-            (args.page / "model.json").write_text(json.dumps(metadata))
-    with files.atomic_write(path) as file:
-        file.write(content)
-    try:
-        import onnxruntime  # only here: an optional package
-    except ImportError:
-        return print(f"wrote {path}, and did not compare it with predict.py: pip install onnxruntime")
-    size = model.size if args.logits else (389, 517)
-    photo = imaging.to_rgb(imaging.palette_image((torch.arange(35).view(5, 7) * 7).byte().numpy())).resize(size[::-1])
-    (result,) = onnxruntime.InferenceSession(path).run(None, {"photo": imaging.resize(photo, size)})
-    share = ((result.argmax(0) if args.logits else result) == predict.segment(model, photo)).mean()
-    print(f"wrote {path}; in onnxruntime, {share:.2%} of a photo's pixels are equal to predict.py's")
-    raise SystemExit(int(share < 0.995))
+        folder = shlex.quote(str(args.page))
+        print(f"next: npm install --no-save --prefix {folder} onnxruntime-web@1")
+        print(f"then: python -m http.server --directory {folder}, and open http://localhost:8000")
 
 
 if __name__ == "__main__":

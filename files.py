@@ -63,6 +63,13 @@ def writing(path):
         raise UserError(f"{path}: cannot be written ({error.strerror or error}): {advice}") from None
 
 
+def make_folder(folder):
+    """Create a folder, with its parents, unless it exists; UserError now rather than later if it cannot be written."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a binary file that replaces ``path`` when the block ends, so that ``path`` is always complete.
@@ -119,9 +126,7 @@ class RunFiles:
         self.metrics = self.history.with_suffix(".json")
         self.report = self.plots / f"{experiment}_report.html"
         for folder in (self.plots, self.results, out):
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()  # fails now rather than after the first epoch
+            make_folder(folder)
 
     def plot(self, name):
         return self.plots / f"{self.experiment}_{name}.png"

@@ -22,14 +22,16 @@ from torch import nn
 import checkpoint
 import export
 import imaging
+import onnx_graph
 import predict
 from basic_fcn import FCN
 from custom_fcn import CustomFCN
 from resnet_fcn import ResNetFCN
 from unet import UNet
 
+FAKE_CAMERA = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
 RUNTIME = ROOT / "node_modules" / "onnxruntime-web"
-SHAPES = (113, 200), (121, 97), (1, 1)  # of photos
+SHAPES = (113, 200), (311, 97), (1, 1)  # of photos
 
 
 class SmallLogits(nn.Module):
@@ -113,7 +115,7 @@ def test_file_predicts_what_predict_does(name, tmp_path, capsys):
     network, num_classes, size = NETWORKS[name]
     path = save(tmp_path / "best.pt", network(), num_classes, size)
     assert run_export(tmp_path, "best.pt") == 0
-    assert "% of a photo's pixels are equal" in capsys.readouterr().out
+    assert "% of a photo's pixels get the class" in capsys.readouterr().out
     model, predicted = checkpoint.load(path), set()
     for shape in SHAPES:
         photo = make_photo(*shape)
@@ -129,10 +131,10 @@ def test_smaller_logits_in_a_dict_and_rectangular_input(small):
     assert (mask == predict.segment(model, make_photo(81, 43))).mean() >= 0.995 and len(np.unique(mask)) > 1
 
 
-@pytest.mark.parametrize(("shape", "size"), [((360, 480), (224, 224)), ((50, 70), (64, 96)), ((224, 224), (33, 224))])
+@pytest.mark.parametrize(("shape", "size"), [((360, 480), (224, 224)), ((50, 70), (64, 96)), ((500, 37), (64, 64))])
 def test_resizing_is_that_of_pillow(shape, size):
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
-    rows, columns = (export.resize_weights(*sides) for sides in zip(shape, size))
+    rows, columns = (onnx_graph.resize_weights(*sides) for sides in zip(shape, size))
     resized = torch.from_numpy(pixels).movedim(2, 0).float()
     resized = (rows @ (resized @ columns.T + 0.5).floor() + 0.5).floor().movedim(0, 2).numpy()
     difference = np.abs(resized - imaging.resize(Image.fromarray(pixels), size))
@@ -175,16 +177,50 @@ def test_logits_flag_gives_probabilities_at_the_size_of_the_network(small, capsy
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_wrong_file_is_reported_with_exit_code_1(small, monkeypatch, capsys):
-    monkeypatch.setattr(export, "MASK", export.MASK.replace("Greater (upsampled", "Less (upsampled"))
+    monkeypatch.setattr(onnx_graph, "MASK", onnx_graph.MASK.replace("Greater (upsampled", "Less (upsampled"))
     assert run_export(small, "best.pt", "--out", "wrong.onnx") == 1
-    assert "0.00% of a photo's pixels" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert " 0.000 % of a photo's pixels" in output and "less than 99.5%, and the exit code is 1" in output
+
+
+@pytest.mark.parametrize("wrong_shape", [(389, 517), (517, 389)])
+def test_the_lower_share_of_landscape_and_portrait_is_rounded_down(wrong_shape, small, monkeypatch, capsys):
+    def segment(model, photo):
+        (mask,) = session.run(None, {"photo": np.asarray(photo)})
+        if mask.shape == wrong_shape:
+            mask[0, 0] = 255
+        return mask
+
+    session = onnxruntime.InferenceSession(small / "best.onnx")
+    monkeypatch.setattr(predict, "segment", segment)
+    monkeypatch.setattr(onnx_graph, "convert", lambda *arguments: onnx.load(small / "best.onnx"))
+    assert run_export(small, "best.pt", "--out", "copy.onnx", "--overwrite") == 0
+    assert "in onnxruntime, 99.999 % of" in capsys.readouterr().out
+
+
+def test_page_says_what_comes_next_and_replaces_no_file(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(onnx_graph, "convert", lambda *arguments: onnx.load(small / "best.onnx"))
+    assert run_export(tmp_path, small / "best.pt", "--page", "'a b/c'") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("wrote ") and all(f"c/{name}" in lines[0] for name in export.PAGE_FILES)
+    assert lines[-2] == "next: npm install --no-save --prefix 'a b/c' onnxruntime-web@1"
+    assert lines[-1].startswith("then: python -m http.server --directory 'a b/c'")
+    monkeypatch.setattr(onnx_graph, "convert", lambda *arguments: pytest.fail("converts"))
+    for name in export.PAGE_FILES:
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        (folder / name).write_text("the user's")
+        assert run_export(tmp_path, small / "best.pt", "--page", f"'{folder}'") == 2
+        assert f"{name}: exists already" in capsys.readouterr().err
+        assert [file.read_text() for file in folder.iterdir()] == ["the user's"]
 
 
 def test_data_dependent_code_is_named(small, tmp_path, capsys):
     save(tmp_path / "best.pt", DataDependent(3), 3, (36, 52))
     assert run_export(tmp_path, "best.pt") == 2
     error, line = capsys.readouterr().err, inspect.getsourcelines(negative)[1] + 1
-    assert error.startswith(f"error: test_export.py, line {line}: the network cannot be exported (")
+    assert error.startswith(f"error: test_export.py, line {line}: the network cannot be exported because ")
+    assert "depends on the values of its input" in error and "torch.where" in error
     assert error.count("\n") == 1 and not (tmp_path / "best.onnx").exists()
 
 
@@ -196,12 +232,13 @@ def test_mistakes_end_with_one_line(small, tmp_path, capsys, monkeypatch):
         best: "best.onnx: exists already: replace with --overwrite",
         "missing.pt": "missing.pt: no such file",
         "notes.pt": "notes.pt: is not a readable checkpoint",
-        f"{best} --out model.pt": "--out FILE has to end with .onnx",
-        f"{best} --page x --logits": "--page goes with neither",
-        f"{best} --out file/x.onnx": "x.onnx: cannot be written",
+        f"{best} --out model.pt": "--out model.pt: choose a name that ends with .onnx",
+        f"{best} --page x --logits": "leave out --out and --logits",
+        f"{best} --page x --out y.onnx": "leave out --out and --logits",
+        f"{best} --out file/x.onnx": "file: cannot be written",
         f"{best} --page file/x": "x: cannot be written",
     }
-    monkeypatch.setattr(export, "convert", lambda *arguments: onnx.ModelProto())
+    monkeypatch.setattr(onnx_graph, "convert", lambda *arguments: pytest.fail("converts"))
     for arguments, message in mistakes.items():
         assert run_export(tmp_path, arguments) == 2
         error = capsys.readouterr().err
@@ -209,15 +246,17 @@ def test_mistakes_end_with_one_line(small, tmp_path, capsys, monkeypatch):
 
 
 def test_missing_packages_are_named_with_the_command(small, tmp_path, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "onnx.parser", None)
-        assert run_export(tmp_path, small / "best.pt", "--out", "x.onnx") == 2
-    error = capsys.readouterr().err
-    assert error.endswith(": pip install onnx onnxscript\n") and error.count("\n") == 1
+    for package in ("onnx", "onnxscript"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            patch.setattr(checkpoint, "load", lambda *arguments: pytest.fail("loads"))
+            assert run_export(tmp_path, small / "best.pt", "--out", "x.onnx") == 2
+        assert capsys.readouterr().err == "error: export.py needs more packages: pip install onnx onnxscript\n"
     content = onnx.load(small / "best.onnx")
-    monkeypatch.setattr(export, "convert", lambda *arguments: content)
+    monkeypatch.setattr(onnx_graph, "convert", lambda *arguments: content)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert run_export(tmp_path, small / "best.pt", "--out", "x.onnx") == 0
+    assert run_export(tmp_path, small / "best.pt", "--out", "new/folder/x.onnx") == 0
+    assert (tmp_path / "new" / "folder" / "x.onnx").exists()
     assert "pip install onnxruntime" in capsys.readouterr().out
 
 
@@ -228,7 +267,7 @@ def browser():
     with api.sync_playwright() as playwright:
         system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
         try:
-            browser = playwright.chromium.launch(executable_path=system, args=["--no-sandbox"])
+            browser = playwright.chromium.launch(executable_path=system, args=["--no-sandbox", *FAKE_CAMERA])
         except api.Error:
             pytest.skip("needs Chromium: python -m playwright install --with-deps chromium")
         yield browser
@@ -276,7 +315,97 @@ def test_page_segments_a_photo_and_its_mask_is_that_of_predict(browser, page_url
     assert page.eval_on_selector("#overlay", "canvas => getComputedStyle(canvas).opacity") == "0.2"
     page.set_input_files("#file", {"name": "notes.png", "mimeType": "image/png", "buffer": b"no photo"})
     page.wait_for_selector(".error")
-    assert page.inner_text("#status").startswith("notes.png cannot be read as a photo")
+    assert page.inner_text("#status").startswith("notes.png cannot be read as a photo: save it as JPEG or PNG (")
+    assert_empty(page)
+    page.set_input_files("#file", small / "photo.png")
+    page.wait_for_selector("#save:enabled")
+    page.close()
+
+
+def assert_empty(page):
+    """Check that the page shows no photo, no shares and no camera, but its hint, and has nothing to save."""
+    assert page.is_visible("#hint") and page.is_disabled("#save")
+    assert not any(page.is_visible(f"#{name}") for name in ("view", "results", "live"))
+
+
+def test_page_refuses_a_photo_that_the_browser_cannot_draw_and_takes_the_next(browser, page_url, small):
+    Image.new("RGB", (70_000, 20), "white").save(small / "long.png")
+    make_photo(90, 70).save(small / "next.png")
+    page = browser.new_page()
+    page.goto(page_url)
+    page.set_input_files("#file", small / "long.png")
+    page.wait_for_selector(".error")
+    assert page.inner_text("#status") == "70000 × 20 pixels are too large for this browser"
+    assert_empty(page)
+    page.set_input_files("#file", small / "next.png")
+    page.wait_for_selector("#save:enabled")
+    with page.expect_download() as download:
+        page.click("#save")
+    with Image.open(download.value.path()) as file:
+        assert (np.array(file) == classes(small / "best.onnx", make_photo(90, 70))).mean() >= 0.995
+    page.close()
+
+
+@pytest.mark.parametrize("is_loaded", [True, False])
+def test_of_two_photos_the_later_one_is_shown(is_loaded, browser, page_url, small):
+    page, held = browser.new_page(), []
+    slow = """const decode = createImageBitmap, waiting = new Promise((done) => (window.release = done));
+              window.createImageBitmap = async (file, ...rest) =>
+                  (file.name === "older.png" && (await waiting), decode(file, ...rest));"""
+    page.add_init_script(slow)
+    if not is_loaded:
+        page.route("**/model.onnx", lambda route: held.append(route))
+    page.goto(page_url)
+    for name, shape in (("older", (60, 50)), ("newer", (40, 30))):
+        make_photo(*shape).save(small / f"{name}.png")
+        page.set_input_files("#file", small / f"{name}.png")
+    page.evaluate("release()")
+    page.wait_for_timeout(300)
+    for route in held:
+        route.continue_()
+    page.wait_for_selector("#save:enabled")
+    page.wait_for_timeout(300)
+    assert page.inner_text("#status").startswith("30 × 40 pixels")
+    with page.expect_download() as download:
+        page.click("#save")
+    assert download.value.suggested_filename == "newer_mask.png"
+    page.close()
+
+
+def test_camera_starts_stops_and_takes_a_photo(browser, page_url, small):
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.goto(page_url)
+    make_photo(90, 70).save(small / "photo.png")
+    page.set_input_files("#file", small / "photo.png")
+    page.wait_for_selector("#save:enabled")
+    page.click("#camera")
+    page.wait_for_selector("#live:visible")
+    assert not page.is_visible("#results") and not page.is_visible("#view") and page.is_disabled("#save")
+    assert page.locator("#shoot").bounding_box()["height"] < 50  # on one line
+    page.click("#camera")
+    page.wait_for_selector("#live", state="hidden")
+    assert_empty(page)
+    page.click("#camera")
+    page.click("#shoot")
+    page.wait_for_selector("#save:enabled")
+    assert "pixels" in page.inner_text("#status") and not page.is_visible("#live")
+    with page.expect_download() as download:
+        page.click("#save")
+    assert download.value.suggested_filename == "camera_mask.png"
+    page.close()
+
+
+def test_page_takes_the_same_file_again_and_any_drop(browser, page_url, small):
+    page = browser.new_page()
+    page.goto(page_url)
+    make_photo(90, 70).save(small / "photo.png")
+    page.set_input_files("#file", small / "photo.png")
+    page.wait_for_selector("#save:enabled")
+    assert page.input_value("#file") == ""
+    for event in ("dragover", "drop"):
+        drop = f"!document.body.dispatchEvent(new DragEvent('{event}', {{bubbles: true, cancelable: true, " \
+               "dataTransfer: new DataTransfer()}))"
+        assert page.evaluate(drop)
     page.close()
 
 

@@ -20,7 +20,7 @@ voc
 checkpoint transforms plotting html_report toy
 preflight reporting
 engine download
-predict compare {" ".join(compare.EXPERIMENTS)}
+predict compare onnx_graph {" ".join(compare.EXPERIMENTS)}
 export"""
 LEVEL = {name: level for level, names in enumerate(LEVELS.splitlines()) for name in names.split()}
 SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in LEVEL}
