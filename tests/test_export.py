@@ -402,6 +402,12 @@ def test_page_takes_the_same_file_again_and_any_drop(browser, page_url, small):
     page.set_input_files("#file", small / "photo.png")
     page.wait_for_selector("#save:enabled")
     assert page.input_value("#file") == ""
+    for scheme in ("light", "dark"):  # the swatch of a class without colour is visible
+        page.emulate_media(color_scheme=scheme)
+        border = page.eval_on_selector("li i", "swatch => getComputedStyle(swatch).borderColor")
+        card = page.eval_on_selector(".card", "card => getComputedStyle(card).backgroundColor")
+        levels = [int(re.search(r"\d+", colour)[0]) for colour in (border, card)]
+        assert abs(levels[0] - levels[1]) > 80 and "rgba" not in border
     for event in ("dragover", "drop"):
         drop = f"!document.body.dispatchEvent(new DragEvent('{event}', {{bubbles: true, cancelable: true, " \
                "dataTransfer: new DataTransfer()}))"
