@@ -15,7 +15,7 @@ import files
 import imaging
 import onnx_graph
 import predict
-from util import UserError
+from util import UserError, background_label
 
 PAGE_FILES = "model.onnx", "model.json", "index.html", "page.js"
 MIN_SHARE = 0.995  # of pixels that get the class that predict.py predicts
@@ -62,6 +62,7 @@ def main():
 
     metadata = {name: state.get(name) for name in ("classes", "size", "experiment", "dataset", "epoch", "val_miou")}
     metadata |= {"palette": imaging.PALETTE.tolist(), "overlay_colours": predict.overlay_palette().tolist()}
+    metadata["background"] = background_label(model.classes)
     metadata["sha256"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
     end = onnx_graph.PROBABILITIES if args.logits else onnx_graph.MASK
     contents = [onnx_graph.convert(model, end, metadata).SerializeToString(), json.dumps(metadata).encode()]

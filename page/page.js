@@ -93,7 +93,7 @@ function show(mask) {
   [canvas.width, canvas.height] = [mask ? mask.width : 1, mask ? mask.height : 1];
   if (!mask) return;
   const pixels = context.createImageData(mask.width, mask.height);
-  const colours = model.classes.map((name, label) => (name === "background" ? [0, 0, 0, 0] : [...model.overlay_colours[label], 255]));
+  const colours = model.classes.map((name, label) => (label === model.background ? [0, 0, 0, 0] : [...model.overlay_colours[label], 255]));
   const packed = new Uint32Array(new Uint8Array(colours.flat()).buffer), target = new Uint32Array(pixels.data.buffer);
   const counts = new Array(colours.length).fill(0);
   mask.labels.forEach((label, index) => (counts[label]++, (target[index] = packed[label])));
