@@ -21,6 +21,7 @@ from util import Scores
 LINE_INTERVAL = 30  # seconds without a line after which ``progress`` prints one
 INTERVALS = {"curves": 20, "predictions": 60}  # seconds between two drawings during a run
 DRAWING_SHARE = 0.01  # of a run's time, for each of the two
+FIRST_COST = 2  # seconds that a drawing is expected to take before the first
 NUM_SHOWN, NUM_PAGED = 5, 13  # images in the plot of predictions and in the HTML report, besides best, median, worst
 
 _last_line = time.perf_counter()
@@ -280,7 +281,7 @@ class Report:
 
     def _is_due(self, name):
         """Whether a plot's interval since its last drawing has passed, and it keeps to its share of the time."""
-        last, cost = self.drawn.get(name, (self.start_time, 0))
+        last, cost = self.drawn.get(name, (self.start_time, FIRST_COST))
         return time.perf_counter() - last >= max(INTERVALS[name], cost / DRAWING_SHARE)
 
     @contextlib.contextmanager
