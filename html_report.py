@@ -21,7 +21,6 @@ from util import VOID
 # read here, so that a run without this file ends before its training rather than after it
 TEMPLATE = string.Template(Path(__file__).resolve().with_name("report_template.html").read_text(encoding="utf-8"))
 SAMPLE_SIDE = 400  # of these in pixels, so that a report has a few MB at most
-WRONG = (213, 94, 0)  # the colour of wrong pixels, as in the plots
 
 PLOTS = {
     "curves": "Loss, pixel accuracy, mean IoU and learning rates over the epochs.",
@@ -144,15 +143,12 @@ def predictions(samples, classes):
 
 def _sample(photo, truth, predicted, classes):
     """Photo, ground truth, prediction and wrong pixels of an image, and the classes in it."""
-    scale = max(1, max(truth.shape) / SAMPLE_SIDE)
-    height, width = (max(1, round(side / scale)) for side in truth.shape)
+    height, width = imaging.bounded_size(truth.shape, SAMPLE_SIDE)
     photo = imaging.resize(Image.fromarray(photo), (height, width))
     truth, predicted = (
         imaging.resize(Image.fromarray(mask), (height, width), Image.Resampling.NEAREST) for mask in (truth, predicted)
     )
-    wrong = np.repeat(150 + 0.4 * photo.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)
-    wrong[predicted != truth] = WRONG
-    wrong[truth == VOID] = imaging.PALETTE[VOID]
+    wrong = imaging.wrong_pixels(photo, truth, predicted)
     images = {"photo": Image.fromarray(photo), "ground truth": imaging.palette_image(truth)}
     images |= {"prediction": imaging.palette_image(predicted), "wrong pixels": Image.fromarray(wrong)}
     lines = ['<div class="images">']
@@ -165,7 +161,7 @@ def _sample(photo, truth, predicted, classes):
     lines += ["</div>", '<ul class="legend">']
     names = {**dict(enumerate(classes)), VOID: "void, not evaluated"}
     legend = [(imaging.PALETTE[label], names[label]) for label in np.union1d(truth, predicted).tolist()]
-    for (red, green, blue), name in [*legend, (WRONG, "wrong pixels")]:
+    for (red, green, blue), name in [*legend, (imaging.WRONG, "wrong pixels")]:
         lines.append(f'<li><i style="background: rgb({red}, {green}, {blue})"></i>{escape(name)}</li>')
     return "\n".join([*lines, "</ul>"])
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 import processes
-from util import UserError, reason
+from util import VOID, UserError, reason
 
 # Mean and standard deviation of ImageNet's photos in 0..1, as red, green, blue: torchvision's weights expect them.
 MEAN = (0.485, 0.456, 0.406)
@@ -36,6 +36,7 @@ def _palette():
 
 
 PALETTE = _palette()  # uint8 [256, 3], RGB; row 255 is the colour of void
+WRONG = (213, 94, 0)  # the colour of wrong pixels, an orange for the colour-blind
 
 
 def palette_image(mask):
@@ -104,6 +105,23 @@ def resize(image, size, resampling=Image.Resampling.BILINEAR):
     """
     height, width = size
     return np.asarray(image.resize((width, image.height), resampling).resize((width, height), resampling))
+
+
+def bounded_size(shape, side):
+    """The size (height, width) of an image of ``shape``, downscaled to at most ``side`` pixels per side."""
+    scale = max(1, max(shape) / side)
+    return tuple(max(1, round(length / scale)) for length in shape)
+
+
+def wrong_pixels(photo, truth, prediction):
+    """The photo in light grey, its wrong pixels in WRONG, and those without ground truth in the colour of void.
+
+    Photo is uint8 [H, W, 3], the masks are [H, W]; returns uint8 [H, W, 3].
+    """
+    picture = np.repeat(150 + 0.4 * photo.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)
+    picture[prediction != truth] = WRONG
+    picture[truth == VOID] = PALETTE[VOID]
+    return picture
 
 
 @functools.cache

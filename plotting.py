@@ -11,7 +11,6 @@ import warnings
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -47,8 +46,7 @@ def thumbnail(photo, mask):
     Returns:
         uint8 arrays [h, w, 3] and [h, w], of at most 640 pixels per side; smaller images stay as they are.
     """
-    scale = max(1, max(mask.shape) / THUMBNAIL_SIDE)
-    size = tuple(max(1, round(side / scale)) for side in mask.shape)
+    size = imaging.bounded_size(mask.shape, THUMBNAIL_SIDE)
     return imaging.resize(photo, size), imaging.resize(Image.fromarray(mask), size, Image.Resampling.NEAREST)
 
 
@@ -254,7 +252,7 @@ def predictions(path, title, classes, samples, models=("prediction",)):
     for (name, photo, truth, *masks), picture_height, heading in zip(samples, heights, headings):
         pictures = [photo, *(imaging.PALETTE[mask] for mask in (truth, *masks))]
         if shows_errors:
-            pictures.append(_wrong_pixels(photo, truth, *masks))
+            pictures.append(imaging.wrong_pixels(photo, truth, *masks))
         name = "\n".join(_shortened(name.splitlines()))
         for index, (picture, text) in enumerate(zip(pictures, (name, *titles))):
             if (column := index % columns) == 0:
@@ -264,14 +262,6 @@ def predictions(path, title, classes, samples, models=("prediction",)):
             axis.imshow(picture)
             axis.set_title(text, fontsize=9, pad=3)
     _save(figure, path)
-
-
-def _wrong_pixels(photo, truth, prediction):
-    """The photo in light grey, its wrong pixels orange, and those without ground truth in the colour of void."""
-    picture = np.repeat(150 + 0.4 * photo.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)
-    picture[prediction != truth] = np.round(255 * np.array(to_rgb(ORANGE)))
-    picture[truth == VOID] = imaging.PALETTE[VOID]
-    return picture
 
 
 def samples(path, title, classes, images, masks):

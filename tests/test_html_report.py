@@ -164,7 +164,7 @@ def test_images_are_those_of_the_samples(report):
         assert (shown["ground truth"] == mask).all() and (shown["prediction"] == predicted).all()
         assert np.abs(shown["photo"].astype(float) - photo).max() < 30  # JPEG is not exact
         wrong = np.repeat((150 + 0.4 * photo.mean(2)).astype(np.uint8)[:, :, np.newaxis], 3, axis=2)
-        wrong[predicted != mask] = html_report.WRONG
+        wrong[predicted != mask] = imaging.WRONG
         wrong[mask == VOID] = imaging.PALETTE[VOID]
         assert np.abs(shown["wrong pixels"].astype(float) - wrong).mean() < 5
     plots = page.images(html_report.PLOTS["curves"])
