@@ -24,13 +24,13 @@ STRIP_SIZE = 1 << 22  # logits that are upsampled at a time: 16 MB, about one VO
 
 
 def forward(network, images, full_precision=False):
-    """Apply a network to images [B, 3, H, W], in bfloat16 on GPUs that have it unless ``full_precision``.
+    """Apply a network to images [B, 3, H, W], in bfloat16 on devices that have it unless ``full_precision``.
 
     Returns a dict whose ``out`` are the logits, float32 [B, C, H, W]. A network may return smaller logits, which are
     upsampled bilinearly, or itself a dict with ``out`` and others, as those of torchvision do.
     """
-    bfloat16 = images.is_cuda and torch.cuda.get_device_capability(images.device) >= (8, 0) and not full_precision
-    with torch.autocast("cuda", torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+    bfloat16 = processes.has_bfloat16(images.device) and not full_precision
+    with torch.autocast(images.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
         outputs = network(images)
     outputs = dict(outputs) if isinstance(outputs, Mapping) else {"out": outputs}
     if not isinstance(outputs.get("out"), torch.Tensor):

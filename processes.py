@@ -1,4 +1,4 @@
-"""Rank and world size under torchrun, sums over all processes, memory format and malloc settings."""
+"""Rank and world size under torchrun, sums over all processes; number and memory formats, malloc settings."""
 
 import contextlib
 import ctypes
@@ -97,6 +97,13 @@ def main_process_first():
     yield
     if is_main() and world_size() > 1:
         distributed.barrier()
+
+
+def has_bfloat16(device):
+    """Whether a device is faster in bfloat16 than in float32: GPUs since Ampere, CPUs with AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def memory_format(device):

@@ -73,10 +73,12 @@ def torchrun(*flags):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_net):
-    """A folder with data and the results of ``main`` in one process and in two."""
+    """A folder with data and the results of ``main`` in one process and in two, in float32."""
     folder = tmp_path_factory.mktemp("runs")
     make_tiny(folder / "Tiny", (("train", 7), ("val", 5), ("test", 3)))
-    assert run_main(folder, sys.modules[__name__], "--data Tiny --out 1 --device cpu") == 0
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(processes, "has_bfloat16", lambda device: False)
+        assert run_main(folder, sys.modules[__name__], "--data Tiny --out 1 --device cpu") == 0
     with torchrun("--data", folder / "Tiny", "--out", folder / "2") as process:
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -165,5 +167,6 @@ def test_a_batch_too_small_for_the_processes_is_refused(tiny, monkeypatch):
 if __name__ == "__main__":
     # the same operations; generated code rounds differently and takes long to compile
     torch.compile = functools.partial(torch.compile, backend="eager")
+    processes.has_bfloat16 = lambda device: False
     use_tiny_net(pytest.MonkeyPatch())
     cli.run(main)

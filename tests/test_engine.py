@@ -1,6 +1,7 @@
 """The training loop on a tiny data set at 32x32: the best epoch, metrics, checkpoints, resuming and messages."""
 
 import base64
+import copy
 import functools
 import io
 import json
@@ -27,6 +28,7 @@ import engine
 import files
 import imaging
 import plotting
+import processes
 import reporting
 import util
 import voc
@@ -171,8 +173,34 @@ def test_metrics_equal_those_of_a_plain_loop_at_full_resolution(finished):
     assert metrics["background"] == pytest.approx(baseline, rel=1e-12)
 
 
+@pytest.mark.parametrize("available", [True, False])
+def test_bfloat16_is_used_where_it_is_fast_and_not_for_final_metrics(available, monkeypatch):
+    """Oracle: the network in bfloat16 throughout, from which autocast differs in batch norm and sums only."""
+    monkeypatch.setattr(processes, "has_bfloat16", lambda device: available)
+    torch.manual_seed(0)
+    network, images = TinyNet(21).eval(), torch.randn(2, 3, SIZE, SIZE)
+    with torch.no_grad():
+        fast, full = (engine.forward(network, images, full_precision=value)["out"] for value in (False, True))
+        exact = network(images)
+        rough = copy.deepcopy(network).bfloat16()(images.bfloat16()).float()
+    assert fast.dtype == full.dtype == torch.float32
+    assert torch.equal(full, exact)
+    if available:
+        error = (rough - exact).abs().mean()
+        assert error / 4 < (fast - exact).abs().mean() < 2 * error
+    else:
+        assert torch.equal(fast, exact)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux, which lists the CPU's instructions")
+def test_bfloat16_on_cpus_that_have_its_instructions():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert processes.has_bfloat16(torch.device("cpu")) == ("avx512_bf16" in flags)
+
+
 @pytest.mark.parametrize("class_weights", [None, torch.linspace(0.2, 3, 21)])
-def test_the_mean_loss_over_batches_equals_the_mean_over_all_pixels(finished, class_weights):
+def test_the_mean_loss_over_batches_equals_the_mean_over_all_pixels(finished, class_weights, monkeypatch):
+    monkeypatch.setattr(processes, "has_bfloat16", lambda device: False)
     data, out, _ = finished
     model = checkpoint.load(out / "best_train.pt")
     val = voc.loaders(data, 4, size=SIZE)[1]
