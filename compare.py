@@ -11,6 +11,7 @@ comparison.png, classes.png and curves.png.
 """
 
 import csv
+import itertools
 import json
 import math
 import shlex
@@ -48,6 +49,12 @@ EXPERIMENTS = {
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last is used for more, and is then too large.
 T_QUANTILES = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
 MIN_SEEDS = 3  # fewer seeds give no useful interval
+
+MIOU_LEVELS = (0.4, 0.5, 0.6)
+
+MINUTES = """\
+Minutes of training and validation until mean IoU on val, at the input's size, first reaches a value, and until the end:
+mean over the seeds. A value that not every seed reaches says how many do."""
 
 DIFFERENCES = f"""\
 Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is that of the paired t-test over seeds; a
@@ -87,9 +94,10 @@ class Run:
     def baseline_name(self):
         return util.baseline_name(self.metrics["val"]["iou"])
 
-    @property
-    def seconds_per_epoch(self):
-        return self.metrics["seconds"] / self.metrics["epochs"]
+    def minutes_until(self, miou):
+        """The time until mean IoU on val, at the input's size, first reaches a value; NaN if it does not."""
+        seconds = itertools.accumulate(self.metrics.get("epoch_seconds", []))
+        return next((time / 60 for row, time in zip(self.history, seconds) if row["val_miou"] >= miou), math.nan)
 
     @property
     def setting(self):
@@ -152,11 +160,6 @@ def no_match(args):
     return f"no finished run with these flags; there are runs with: {'; '.join(sorted(texts))}"
 
 
-def is_done(args, experiment, seed):
-    """Whether there is a finished run that the flags ask for."""
-    return any(Run.read(path).matches(args) for path in result_paths(args.out, experiment, seed))
-
-
 def command(args, script, seed):
     """The command line of a run: the script's name and its flags, as a list of str."""
     line = [script, "--data", args.data, "--seed", seed, "--device", args.device, "--resume"]
@@ -177,7 +180,8 @@ def run_missing(args):
     for seed in args.seeds:
         for name in args.experiments or EXPERIMENTS:
             line = command(args, f"{name}.py", seed)
-            if is_done(args, name + ("_no_pretrained" if "--no-pretrained" in line else ""), seed):
+            experiment = name + ("_no_pretrained" if "--no-pretrained" in line else "")
+            if any(Run.read(path).matches(args) for path in result_paths(args.out, experiment, seed)):
                 print(f"{name} seed {seed}: already done", flush=True)
                 continue
             print(f"\n$ python {shlex.join(line)}", flush=True)
@@ -275,7 +279,7 @@ def markdown_table(rows):
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [headings, ["---"] * len(headings), *cells])
 
 
-def result_row(name, runs, splits, reference_seconds):
+def result_row(name, runs, splits):
     """A row with the results of an experiment: a dict from heading to cell."""
     first = runs[0].metrics
     row = {"experiment": full_name(name, runs), "seeds": len(runs)}
@@ -289,8 +293,17 @@ def result_row(name, runs, splits, reference_seconds):
     row["published, VOC2007"] = (EXPERIMENTS[name][1] if name in EXPERIMENTS else None) or ""
     row["parameters"] = f"{first['parameters'] / 1e6:.2f} M"
     row["multiply-adds"] = f"{first['multiply_adds'] / 1e9:.2f} G"
-    row["time per epoch"] = f"{statistics.mean(run.seconds_per_epoch for run in runs) / reference_seconds:.1f}"
     return row
+
+
+def minutes_row(name, runs):
+    """A row on how long an experiment takes: a dict from heading to cell."""
+    row = {"experiment": full_name(name, runs)}
+    for miou in MIOU_LEVELS:
+        minutes = [value for value in (run.minutes_until(miou) for run in runs) if not math.isnan(value)]
+        cell = f"{statistics.mean(minutes):.1f}" if minutes else "-"
+        row[f"{miou:.2f}"] = cell + (f" ({len(minutes)} of {len(runs)})" if 0 < len(minutes) < len(runs) else "")
+    return row | {"end": f"{statistics.mean(run.metrics['seconds'] for run in runs) / 60:.1f}"}
 
 
 @dataclass
@@ -312,8 +325,7 @@ def sections(experiments, failures):
     for split in splits:
         baseline[f"{split} pixel accuracy"] = f"{runs[0].metrics[split]['background']['pixel_accuracy']:.4f}"
         baseline[f"{split} mean IoU"] = f"{runs[0].metrics[split]['background']['miou']:.4f}"
-    reference_seconds = statistics.mean(run.seconds_per_epoch for run in next(iter(experiments.values())).values())
-    results = [result_row(name, list(seeds.values()), splits, reference_seconds) for name, seeds in experiments.items()]
+    results = [result_row(name, list(seeds.values()), splits) for name, seeds in experiments.items()]
     pairs = [(name, base_of(name)) for name in experiments if base_of(name) in experiments]
     rows = [
         difference_row(full_name(name, experiments[name].values()), experiments[name], base, experiments[base], final)
@@ -326,14 +338,15 @@ def sections(experiments, failures):
     text = f"""`python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`; runs on {"; ".join(machines)}.
 
 Mean ± standard deviation over the seeds, at full resolution, void excluded; val selects the best epoch. The published
-IoU is for VOC2007's test split by the assignment's metric. Time per epoch, training and validation together, is
-relative to the first experiment."""
+IoU is for VOC2007's test split by the assignment's metric."""
     plot = ("comparison", "mean IoU of each experiment")
     found = [Section(f"Results on {dataset}, {images}", text, [baseline, *results], plot)]
     if differences:
         found.append(Section("What each idea changes", DIFFERENCES, differences))
     found.append(Section("Classes", plot=("classes", f"IoU of each class on {splits[-1]}")))
     found.append(Section("Epochs", plot=("curves", "loss and mean IoU over the epochs")))
+    minutes = [minutes_row(name, list(seeds.values())) for name, seeds in experiments.items()]
+    found.append(Section("Minutes", MINUTES, minutes))
     if failures:
         found.append(Section("Failed", "\n\n".join(f"`{line}`" for line in failures)))
     return found

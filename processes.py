@@ -106,6 +106,16 @@ def has_bfloat16(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def device_name(device):
+    """A device with what its speed depends on: "cpu, 2 threads, bfloat16"."""
+    name, threads = device.type, torch.get_num_threads()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif device.type == "cpu":
+        name = f"cpu, {threads} thread{'s'[: threads > 1]}"
+    return name + (", bfloat16" if has_bfloat16(device) else "")
+
+
 def memory_format(device):
     """channels_last, which is faster; contiguous on Apple GPUs, where many PyTorch releases compute wrong gradients.
 

@@ -118,7 +118,7 @@ class Report:
         log(f"{self.files.experiment}: {train.split.dataset}, {images} images at {size}, {len(train.classes)} classes")
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         network = f"{type(model).__name__}, {num_parameters(model):,} parameters ({trained:,} of them trained)"
-        log(f"{network}, batch {args.batch_size}, seed {args.seed}, device {args.device}")
+        log(f"{network}, batch {args.batch_size}, seed {args.seed}, device {processes.device_name(args.device)}")
         if util.class_weights(self.criterion) is not None:
             weights = zip(train.classes, self.criterion.weight.tolist())
             log(f"class weights of the loss: {', '.join(f'{name} {weight:.2f}' for name, weight in weights)}")
@@ -213,7 +213,7 @@ class Report:
             "idea": self.args.idea,
             "dataset": metadata["dataset"],
             "seed": metadata["seed"],
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "device": processes.device_name(device),
             "epochs": len(history),
             "best_epoch": epoch,
             "loss": loss_name(self.criterion),
