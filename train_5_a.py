@@ -3,7 +3,7 @@
     python train_5_a.py
 
 Writes best_train_5_a.pt, last_train_5_a.pt, plots/train_5_a_*.png and results/train_5_a_seed*.csv and .json.
-Test mean IoU on the toy set: 0.3368 ± 0.0223 (3 seeds, 12 epochs of 96 images, CPU, PyTorch 2.15; REPORT.md).
+Val mean IoU on CamVid: 0.6333 (1 seed, 80 epochs, CPU, PyTorch 2.14; REPORT.md).
 """
 
 import torch
@@ -17,17 +17,17 @@ from custom_fcn import CustomFCN
 
 
 def main():
-    args = cli.arguments(__file__, __doc__, epochs=60, batch_size=8)
+    args = cli.arguments(__file__, __doc__, epochs=80, batch_size=8)
     util.seed_everything(args.seed)
 
-    augment = transforms.Augmentation(flip=0.5)
+    augment = transforms.Augmentation(flip=0.5, scale=(0.7, 1.1), brightness=0.3, contrast=0.3, saturation=0.3)
     train, val, test = voc.loaders(
         args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
     )
 
     model = CustomFCN(len(train.classes)).to(args.device)
 
-    weight = voc.class_weights(train.split).to(args.device)
+    weight = voc.class_weights(train.split).sqrt().to(args.device)
     criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2, fused=True)

@@ -4,7 +4,7 @@
 
 The ImageNet weights (45 MB) are downloaded once; --no-pretrained does without them, to try the script.
 Writes best_train_5_b.pt, last_train_5_b.pt, plots/train_5_b_*.png and results/train_5_b_seed*.csv and .json.
-Test mean IoU on the toy set: 0.2206 ± 0.0160 (3 seeds, 12 epochs of 96 images, CPU, PyTorch 2.15; REPORT.md)
+Val mean IoU on CamVid: 0.4632 (1 seed, 40 epochs, CPU, PyTorch 2.14; REPORT.md)
 with ResNet-18 weights that are not the same file as torchvision's.
 """
 
@@ -21,10 +21,10 @@ from resnet_fcn import ResNetFCN
 
 
 def main():
-    args = cli.arguments(__file__, __doc__, epochs=30, pretrained=True)
+    args = cli.arguments(__file__, __doc__, epochs=40, pretrained=True)
     util.seed_everything(args.seed)
 
-    augment = transforms.Augmentation(flip=0.5)
+    augment = transforms.Augmentation(flip=0.5, scale=(0.7, 1.1), brightness=0.3, contrast=0.3, saturation=0.3)
     train, val, test = voc.loaders(
         args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
     )
@@ -33,10 +33,10 @@ def main():
     checkpoint.download(weights)
     model = ResNetFCN(len(train.classes), weights).to(args.device)
 
-    weight = voc.class_weights(train.split).to(args.device)
+    weight = voc.class_weights(train.split).sqrt().to(args.device)
     criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)
 
-    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=3e-3, weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(model.decoder.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
 
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 

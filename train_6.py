@@ -19,10 +19,10 @@ from resnet_unet import AveragedResNetUNet
 
 
 def main():
-    args = cli.arguments(__file__, __doc__, epochs=45, batch_size=8, pretrained=True)
+    args = cli.arguments(__file__, __doc__, epochs=30, batch_size=4, pretrained=True)
     util.seed_everything(args.seed)
 
-    augment = transforms.Augmentation(flip=0.5, scale=(0.4, 1.2), brightness=0.4, contrast=0.4, saturation=0.4)
+    augment = transforms.Augmentation(flip=0.5, scale=(0.6, 1.2), brightness=0.4, contrast=0.4, saturation=0.4)
     size = (288, 384)  # landscape photos at 4:3 keep their shape, and thin objects are wider than at 224
     train, val, test = voc.loaders(
         args.data, args.batch_size, size=size, augment=augment, limit=args.limit, seed=args.seed, device=args.device
@@ -32,7 +32,7 @@ def main():
     checkpoint.download(weights)
     model = AveragedResNetUNet(len(train.classes), weights, decay=0.99).to(args.device)
 
-    weight = voc.class_weights(train.split).to(args.device)
+    weight = voc.class_weights(train.split).sqrt().to(args.device)
     criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)
 
     # The backbone has learned from a million photos, and is to forget little of it; its batch norm is trained too.

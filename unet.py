@@ -21,7 +21,7 @@ class UNet(nn.Module):
     - convolutions are padded, so that logits have the size of the image and skip connections are not cropped;
     - sides that 16 does not divide are rounded up when they are halved, and cropped when they are doubled;
     - batch norm follows each 3x3 convolution and replaces its bias;
-    - 32 channels at the first level instead of 64, so that an epoch takes minutes on two CPU cores;
+    - 32 channels at the first level by default instead of 64, so that an epoch takes minutes on two CPU cores;
     - no dropout, no extra weight on pixels between touching objects.
 
     Args:

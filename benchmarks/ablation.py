@@ -1,11 +1,10 @@
 """Measure what a part of an experiment contributes: the same script with one thing changed, from the same seeds.
 
-    python benchmarks/ablation.py network --data data/VOCdevkit/Toy --limit 96 --epochs 12 --seeds 0 1
+    python benchmarks/ablation.py network --data data/VOCdevkit/CamVid --seeds 0 1 2
 
-``network`` removes parts of train_5_a.py's network; ``weights`` tries other class weights in train_4_c.py; in
-``augmentation``, train_4_b.py shows each image three times unchanged: as many steps without the variety; ``recipe``
-leaves out or changes each part of train_6.py. Prints mean IoU and paired differences on val. Finished runs are not
-repeated. Other flags are those of the script.
+``network`` removes parts of train_5_a.py's network; in ``augmentation``, train_4_b.py shows each image three times
+unchanged: as many steps without the variety; ``recipe`` leaves out or changes each part of train_6.py. Prints mean IoU
+and paired differences on val. Finished runs are not repeated. Other flags are those of the script.
 """
 
 import contextlib
@@ -15,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import numpy as np
 import torch
 from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
@@ -25,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 import compare
 import train_4_b
-import train_4_c
 import train_5_a
 import train_6
 import voc
@@ -33,22 +30,6 @@ from custom_fcn import CustomFCN
 from resnet_unet import AveragedResNetUNet
 from transforms import Augmentation
 from util import UserError
-
-
-def median_frequency(split):
-    """Eigen and Fergus (2015): median frequency / frequency, the share of a class in the images that show it."""
-    counts = [np.bincount(split.mask(index).ravel(), minlength=256) for index in range(len(split))]
-    counts = np.stack(counts)[:, : len(split.classes)]
-    totals = np.where(counts > 0, counts.sum(1, keepdims=True), 0).sum(0)
-    frequency = counts.sum(0) / np.maximum(totals, 1)
-    median = np.median(frequency[frequency > 0])
-    return torch.tensor(median / np.where(frequency > 0, frequency, median), dtype=torch.float32)
-
-
-def effective_number(split, beta=0.99):
-    """Cui et al. (2019): ``(1 - beta) / (1 - beta^n)``, n being the number of images that show a class, at least 1."""
-    _, images = voc.class_counts(split)
-    return torch.tensor((1 - beta) / (1 - beta ** np.maximum(images, 1)), dtype=torch.float32)
 
 
 def augmentation_without(*names):
@@ -67,7 +48,7 @@ def loaders_with(**changes):
 
 
 def powered_weights(power):
-    """Class weights to a power: 0 weighs all classes the same."""
+    """Class weights to a power: 0 weighs all classes the same, 2 undoes the square root that the script takes."""
     class_weights = voc.class_weights
     return lambda split: class_weights(split) ** power
 
@@ -81,14 +62,6 @@ STUDIES = {
             "without skips": {"train_5_a.CustomFCN": functools.partial(CustomFCN, skips=False)},
             "without shortcuts": {"train_5_a.CustomFCN": functools.partial(CustomFCN, residual=False)},
             "without context": {"train_5_a.CustomFCN": functools.partial(CustomFCN, context=False)},
-        },
-    ),
-    "weights": (
-        train_4_c,
-        {
-            "as it is": {},
-            "median frequency": {"voc.class_weights": median_frequency},
-            "effective number": {"voc.class_weights": effective_number},
         },
     ),
     "augmentation": (
@@ -121,7 +94,7 @@ STUDIES = {
             },
             "without crops": {"transforms.Augmentation": augmentation_without("scale")},
             "without weights": {"voc.class_weights": powered_weights(0)},
-            "square root of weights": {"voc.class_weights": powered_weights(0.5)},
+            "ENet's weights": {"voc.class_weights": powered_weights(2)},
             "square input": {"voc.loaders": loaders_with(size=333)},  # as many pixels
         },
     ),

@@ -5,10 +5,12 @@
 An epoch is training on train and validation on val, at the network's input size. The variants:
 
     ours      engine.train_epoch and engine.evaluate, as engine.fit calls them
-    plain     a loop as commonly written: images decoded at each access, torchvision's v2 transforms, contiguous memory,
-              an optimizer that is not fused, loss.item() in each step, IoU with NumPy for each image and class
+    plain     a loop as commonly written: images decoded at each access, torchvision's v2 transforms, float32 in
+              contiguous memory, an optimizer that is not fused, loss.item() in each step, IoU with NumPy for each
+              image and class
     workers   plain, with a DataLoader worker process per CPU core
     malloc    ours with the default settings of glibc's malloc, see processes.set_malloc_options
+    float32   ours without bfloat16, see processes.has_bfloat16
     compiled  ours with torch.compile, if --compile is given
 
 Each has its own process. After a first epoch, they take turns for ROUNDS epochs. Other flags: as for the experiments.
@@ -69,10 +71,12 @@ class ImageDataset(Dataset):
         return self.transform(tv_tensors.Image(photo), tv_tensors.Mask(mask))
 
 
-def ours(args, model, train, val, test, *, criterion, optimizer, malloc_options=True, compiled=False, **_):
+def ours(args, model, train, val, test, *, criterion, optimizer, malloc=True, bfloat16=True, compiled=False, **_):
     """Take the arguments of engine.fit and return a function that runs an epoch as engine.fit does."""
-    if malloc_options:
+    if malloc:
         processes.set_malloc_options(train.device)
+    if not bfloat16:
+        processes.has_bfloat16 = lambda device: False  # the process runs no other variant
     model.to(memory_format=torch.channels_last)
     network = torch.compile(model) if compiled else model
 
@@ -119,7 +123,8 @@ def plain(args, model, train, val, test, *, criterion, optimizer, num_workers=0,
 
 
 VARIANTS = {"ours": ours, "plain": plain, "workers": partial(plain, num_workers=os.cpu_count())}
-VARIANTS |= {"malloc": partial(ours, malloc_options=False), "compiled": partial(ours, compiled=True)}
+VARIANTS |= {"malloc": partial(ours, malloc=False), "float32": partial(ours, bfloat16=False)}
+VARIANTS |= {"compiled": partial(ours, compiled=True)}
 
 
 @cache

@@ -16,6 +16,7 @@ from tiny_net import TinyNet
 import checkpoint
 import cli
 import imaging
+import processes
 import train
 import util
 import voc
@@ -30,6 +31,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell's background job ignores Ctrl-C, and so would the processes that tests start there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def float32(monkeypatch):
+    """Train in float32 on every device, for comparisons that bfloat16 is too coarse for."""
+    monkeypatch.setattr(processes, "has_bfloat16", lambda device: False)
 
 
 def linked(folder, target):

@@ -25,7 +25,7 @@ CHANGES = {
     "without colours": {"colour"},
     "without crops": {"scale"},
     "without weights": {"weight"},
-    "square root of weights": {"weight"},
+    "ENet's weights": {"weight"},
     "square input": {"size"},
 }
 
@@ -72,8 +72,8 @@ def test_a_variant_of_the_recipe_changes_what_its_name_says(tiny, tmp_path, monk
     assert before["batch norm"] == {nn.BatchNorm2d}
     if name == "without weights":
         assert set(after["weight"]) == {1.0}
-    if name == "square root of weights":
-        torch.testing.assert_close(torch.tensor(after["weight"]).square(), torch.tensor(before["weight"]))
+    if name == "ENet's weights":
+        torch.testing.assert_close(torch.tensor(after["weight"]), torch.tensor(before["weight"]).square())
     if name == "without fine-tuning":
         assert after["rates"] == [0.0, before["rates"][1]]
     if name == "square input":

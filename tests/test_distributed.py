@@ -112,7 +112,7 @@ def test_random_numbers_differ_between_the_processes(runs):
     assert len(numbers["0"]) > 1 and not numbers["0"] & numbers["1"]
 
 
-def test_val_is_evaluated_with_the_same_batch_norm_in_all_processes(runs):
+def test_val_is_evaluated_with_the_same_batch_norm_in_all_processes(runs, float32):
     folder = runs / "2" / "norm"
     best = checkpoint.load(folder / "best_test_distributed.pt")
     criterion = torch.nn.CrossEntropyLoss(

@@ -269,7 +269,7 @@ def test_plateau_lowers_the_learning_rate_when_its_metric_stalls(project, mode, 
     assert rates == pytest.approx(expected) and rates[-1] < rates[0]
 
 
-def test_accumulated_gradients_are_those_of_one_large_batch(tiny, project):
+def test_accumulated_gradients_are_those_of_one_large_batch(tiny, project, float32):
     criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
     namespace = {"engine": engine}
     exec(block("loss / 4").split("engine.fit(")[0], namespace)

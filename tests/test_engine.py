@@ -199,8 +199,7 @@ def test_bfloat16_on_cpus_that_have_its_instructions():
 
 
 @pytest.mark.parametrize("class_weights", [None, torch.linspace(0.2, 3, 21)])
-def test_the_mean_loss_over_batches_equals_the_mean_over_all_pixels(finished, class_weights, monkeypatch):
-    monkeypatch.setattr(processes, "has_bfloat16", lambda device: False)
+def test_the_mean_loss_over_batches_equals_the_mean_over_all_pixels(finished, class_weights, float32):
     data, out, _ = finished
     model = checkpoint.load(out / "best_train.pt")
     val = voc.loaders(data, 4, size=SIZE)[1]

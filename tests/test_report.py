@@ -14,9 +14,10 @@ import compare
 import util
 import voc
 
-REPORT = (ROOT / "REPORT.md").read_text(encoding="utf-8")
+README, REPORT = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "REPORT.md"))
 DOCUMENTS = ("README.md", "REPORT.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 FOLDERS = sorted(path.parent for path in (ROOT / "report").glob("*/RESULTS.md"))
+STUDIES = sorted(path.name for path in (ROOT / "report" / "ablation").glob("*"))
 
 
 def table_rows(text):
@@ -39,7 +40,7 @@ def test_results_are_those_of_the_runs(folder, monkeypatch):
     assert [row for row in table_rows(text) if row not in REPORT] == []
 
 
-@pytest.mark.parametrize("study", ["network", "augmentation", "weights"])
+@pytest.mark.parametrize("study", STUDIES)
 def test_ablations_are_those_of_the_runs(study, monkeypatch, capsys):
     flags = re.search(rf"python benchmarks/ablation\.py ({study} [^\n`]*)", REPORT)[1]
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
@@ -69,15 +70,20 @@ def test_assignment_iou_of_a_perfect_prediction_is_that_of_the_real_masks(sample
 
 
 @pytest.mark.parametrize("experiment", compare.EXPERIMENTS)
-def test_score_in_the_docstring_of_a_script_is_that_of_its_runs(experiment):
+def test_score_in_the_script_and_in_the_readme_is_that_of_the_runs(experiment):
+    runs = list(compare.collect(everything(ROOT / "report" / "camvid")).get(experiment, {}).values())
+    score = compare.mean_and_std([run.score("val", "miou") for run in runs])
+    (row,) = (row for row in table_rows(README) if row.startswith(f"| `{experiment}.py` |"))
+    assert row.endswith(f" | {score} |")
     text = (ROOT / f"{experiment}.py").read_text(encoding="utf-8")
-    runs = list(compare.collect(everything(ROOT / "report" / "toy")).get(experiment, {}).values())
     if not runs:  # nothing to claim yet
         assert "mean IoU" not in text
         return
-    score = compare.mean_and_std([run.score("test", "miou") for run in runs])
-    settings = f"{len(runs)} seeds, {runs[0].metrics['epochs']} epochs of {runs[0].metrics['flags']['limit']} images"
-    assert f"Test mean IoU on the toy set: {score} ({settings}" in text
+    seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+    assert f"Val mean IoU on CamVid: {score} ({seeds}, {runs[0].metrics['epochs']} epochs, " in text
+    epochs, batch_size = re.search(r"__doc__, epochs=(\d+)(?:, batch_size=(\d+))?", text).groups(default=16)
+    defaults = {"epochs": int(epochs), "batch_size": int(batch_size)}
+    assert all(run.metrics["defaults"] == defaults for run in runs)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
