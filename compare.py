@@ -50,11 +50,9 @@ EXPERIMENTS = {
 T_QUANTILES = (12.706205, 4.302653, 3.182446, 2.776445, 2.570582, 2.446912, 2.364624, 2.306004, 2.262157, 2.228139)
 MIN_SEEDS = 3  # fewer seeds give no useful interval
 
-MIOU_LEVELS = (0.4, 0.5, 0.6)
-
 MINUTES = """\
-Minutes of training and validation until mean IoU on val, at the input's size, first reaches a value, and until the end:
-mean over the seeds. A value that not every seed reaches says how many do."""
+Minutes of training and validation until mean IoU on val, at the input's size, first reaches a value, and until the end.
+Means are over the seeds that reach it; "2 of 3" says how many do."""
 
 DIFFERENCES = f"""\
 Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is that of the paired t-test over seeds; a
@@ -297,10 +295,10 @@ def result_row(name, runs, splits):
     return row
 
 
-def minutes_row(name, runs):
-    """A row on how long an experiment takes: a dict from heading to cell."""
+def minutes_row(name, runs, mious):
+    """A row on how long an experiment takes to reach each of some mean IoUs: a dict from heading to cell."""
     row = {"experiment": full_name(name, runs)}
-    for miou in MIOU_LEVELS:
+    for miou in mious:
         minutes = [value for value in (run.minutes_until(miou) for run in runs) if not math.isnan(value)]
         cell = f"{statistics.mean(minutes):.1f}" if minutes else "-"
         row[f"{miou:.2f}"] = cell + (f" ({len(minutes)} of {len(runs)})" if 0 < len(minutes) < len(runs) else "")
@@ -345,7 +343,9 @@ Mean ± standard deviation over the seeds, at full resolution, void excluded; va
         found.append(Section("What each idea changes", DIFFERENCES, differences))
     found.append(Section("Classes", plot=("classes", f"IoU of each class on {splits[-1]}")))
     found.append(Section("Epochs", plot=("curves", "loss and mean IoU over the epochs")))
-    minutes = [minutes_row(name, list(seeds.values())) for name, seeds in experiments.items()]
+    best = max(row["val_miou"] for run in runs for row in run.history)
+    mious = [tenth / 10 for tenth in range(1, 10) if tenth / 10 <= best][-3:]
+    minutes = [minutes_row(name, list(seeds.values()), mious) for name, seeds in experiments.items()]
     found.append(Section("Minutes", MINUTES, minutes))
     if failures:
         found.append(Section("Failed", "\n\n".join(f"`{line}`" for line in failures)))

@@ -1,4 +1,4 @@
-"""Rank and world size under torchrun, sums over all processes; number and memory formats, malloc settings."""
+"""Rank and world size under torchrun, sums over all processes, bfloat16 support, memory format, malloc settings."""
 
 import contextlib
 import ctypes

@@ -174,7 +174,7 @@ def test_metrics_equal_those_of_a_plain_loop_at_full_resolution(finished):
 
 
 @pytest.mark.parametrize("available", [True, False])
-def test_bfloat16_is_used_where_it_is_fast_and_not_for_final_metrics(available, monkeypatch):
+def test_bfloat16_is_used_where_it_is_fast(available, monkeypatch):
     """Oracle: the network in bfloat16 throughout, from which autocast differs in batch norm and sums only."""
     monkeypatch.setattr(processes, "has_bfloat16", lambda device: available)
     torch.manual_seed(0)
@@ -190,6 +190,22 @@ def test_bfloat16_is_used_where_it_is_fast_and_not_for_final_metrics(available, 
         assert error / 4 < (fast - exact).abs().mean() < 2 * error
     else:
         assert torch.equal(fast, exact)
+
+
+def test_final_metrics_are_in_float32_and_so_are_the_logits_that_a_loss_gets(tiny, monkeypatch):
+    def criterion(logits, masks):
+        assert logits.dtype == torch.float32
+        return functional.cross_entropy(logits, masks, ignore_index=util.VOID)
+
+    torch.manual_seed(0)
+    model, val = TinyNet(21), voc.loaders(tiny, 2, size=SIZE)[1]
+    scores = {}
+    for available in (True, False):
+        monkeypatch.setattr(processes, "has_bfloat16", lambda device, available=available: available)
+        scores[available] = [engine.evaluate(model, val, criterion, full) for full in (True, False)]
+    (final, fast), (float32_final, float32_fast) = scores[True], scores[False]
+    assert final.loss == float32_final.loss and torch.equal(final.matrix, float32_final.matrix)
+    assert fast.loss != float32_fast.loss and fast.loss == pytest.approx(float32_fast.loss, rel=1e-2)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux, which lists the CPU's instructions")

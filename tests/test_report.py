@@ -17,7 +17,7 @@ import voc
 README, REPORT = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "REPORT.md"))
 DOCUMENTS = ("README.md", "REPORT.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 FOLDERS = sorted(path.parent for path in (ROOT / "report").glob("*/RESULTS.md"))
-STUDIES = sorted(path.name for path in (ROOT / "report" / "ablation").glob("*"))
+STUDIES = re.findall(r"python benchmarks/ablation\.py (\w+) ", REPORT)
 
 
 def table_rows(text):
