@@ -16,10 +16,10 @@ from unet import UNet
 
 
 def main():
-    args = cli.arguments(__file__, __doc__, epochs=60, batch_size=4)
+    args = cli.arguments(__file__, __doc__, epochs=60, batch_size=8)
     util.seed_everything(args.seed)
 
-    augment = transforms.Augmentation(flip=0.5, scale=(0.6, 1.2), brightness=0.4, contrast=0.4, saturation=0.4)
+    augment = transforms.Augmentation(flip=0.5, scale=(0.7, 1.1), brightness=0.3, contrast=0.3, saturation=0.3)
     train, val, test = voc.loaders(
         args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
     )
