@@ -352,10 +352,10 @@ Mean ± standard deviation over the seeds, at full resolution, void excluded; va
     return found
 
 
-def report(experiments, failures):
-    """The comparison as Markdown; parameters as ``sections``."""
+def report(found):
+    """The comparison as Markdown; ``found`` is from ``sections``."""
     parts = []
-    for section in sections(experiments, failures):
+    for section in found:
         parts += [f"{'##' if parts else '#'} {section.heading}", section.text]
         if section.rows:
             parts.append(markdown_table(section.rows))
@@ -376,10 +376,10 @@ def run_row(run, out):
     return row
 
 
-def write_html(out, experiments, failures):
+def write_html(out, experiments, found):
     """Write the comparison as HTML, with the single runs, links to their reports, and the versions."""
     title, contents = "", {}
-    for section in sections(experiments, failures):
+    for section in found:
         content = html_report.text(section.text)
         if section.rows:
             content += html_report.table(*header_and_cells(section.rows))
@@ -406,8 +406,7 @@ def draw_plots(out, experiments):
     split, plots = run.splits[-1], out / "plots"
     with files.writing(plots):
         plots.mkdir(parents=True, exist_ok=True)
-    dataset = run.metrics["dataset"]
-    limit = run.metrics["flags"]["limit"]
+    dataset, limit, *_ = run.setting
     dataset += f" (first {limit} images)" if limit else ""
     title = f"{dataset}, {split}"
     mious = {name: [run.score(split, "miou") for run in runs] for name, runs in experiments.items()}
@@ -436,11 +435,12 @@ def main():
     if not experiments and not failures:
         raise UserError(f"{args.out}: {no_match(args)}")
     if experiments:
-        text = report(experiments, failures)
+        found = sections(experiments, failures)
+        text = report(found)
         with files.atomic_write(args.out / "RESULTS.md") as file:
             file.write(text.encode())
         draw_plots(args.out, experiments)
-        write_html(args.out, experiments, failures)
+        write_html(args.out, experiments, found)
         print(text)
     if failures:
         raise UserError(f"{len(failures)} runs failed; the same command tries them again: {'; '.join(failures)}")

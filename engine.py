@@ -230,7 +230,7 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
         matrix += _sampled_confusion_matrix(masks, logits.detach(), num_classes)
         if scheduler is not None:
             scheduler.step()
-    losses, weights, norms = torch.stack(results).T.cpu()  # only here, so that no step waits for a GPU
+    losses, weights, norms = torch.stack(results).T.cpu()  # only here: .cpu() synchronises with a GPU
     _check_finite(losses, norms, batch_indices, loader.split.ids, epoch)
     loss = _mean_loss(torch.stack((losses, weights), 1), device)
     return Scores(loss, processes.all_reduce(matrix, device).cpu(), loader.classes), learning_rates

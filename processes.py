@@ -108,11 +108,12 @@ def has_bfloat16(device):
 
 def device_name(device):
     """A device with what its speed depends on: "cpu, 2 threads, bfloat16"."""
-    name, threads = device.type, torch.get_num_threads()
+    name = device.type
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     elif device.type == "cpu":
-        name = f"cpu, {threads} thread{'s'[: threads > 1]}"
+        threads = torch.get_num_threads()
+        name = "cpu, 1 thread" if threads == 1 else f"cpu, {threads} threads"
     return name + (", bfloat16" if has_bfloat16(device) else "")
 
 

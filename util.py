@@ -65,10 +65,10 @@ def confusion_matrix(truth, prediction, num_classes):
     if truth.shape != prediction.shape:
         raise ValueError(f"truth has shape {tuple(truth.shape)}, prediction {tuple(prediction.shape)}")
     # One row for every value of a uint8 mask. Void pixels land in row 255, which is cut off at the end: selecting the
-    # labelled pixels beforehand would copy both tensors, and on a GPU wait for it.
+    # labelled pixels beforehand would copy both tensors, and synchronise with a GPU.
     num_rows = VOID + 1
     cells = (truth.long() * num_classes + prediction.long()).flatten()
-    if cells.is_cuda:  # bincount and the checks below would wait for the GPU
+    if cells.is_cuda:  # bincount and the checks below would synchronise with the GPU
         counts = cells.new_zeros(num_rows * num_classes).scatter_add_(0, cells, torch.ones_like(cells))
         return counts.view(num_rows, num_classes)[:num_classes]
     if cells.numel() == 0:

@@ -33,10 +33,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def use_float32(patch):
+    """Train in float32 on every device, for comparisons that bfloat16 is too coarse for."""
+    patch.setattr(processes, "has_bfloat16", lambda device: False)
+
+
 @pytest.fixture
 def float32(monkeypatch):
-    """Train in float32 on every device, for comparisons that bfloat16 is too coarse for."""
-    monkeypatch.setattr(processes, "has_bfloat16", lambda device: False)
+    use_float32(monkeypatch)
 
 
 def linked(folder, target):

@@ -11,7 +11,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, make_tiny, run_main, use_tiny_net
+from conftest import ROOT, make_tiny, run_main, use_float32, use_tiny_net
 from tiny_net import TinyNet
 
 import checkpoint
@@ -76,8 +76,8 @@ def runs(tmp_path_factory, tiny_net):
     """A folder with data and the results of ``main`` in one process and in two, in float32."""
     folder = tmp_path_factory.mktemp("runs")
     make_tiny(folder / "Tiny", (("train", 7), ("val", 5), ("test", 3)))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(processes, "has_bfloat16", lambda device: False)
+    with pytest.MonkeyPatch.context() as patch:
+        use_float32(patch)
         assert run_main(folder, sys.modules[__name__], "--data Tiny --out 1 --device cpu") == 0
     with torchrun("--data", folder / "Tiny", "--out", folder / "2") as process:
         output, errors = process.communicate(timeout=120)
@@ -167,6 +167,6 @@ def test_a_batch_too_small_for_the_processes_is_refused(tiny, monkeypatch):
 if __name__ == "__main__":
     # the same operations; generated code rounds differently and takes long to compile
     torch.compile = functools.partial(torch.compile, backend="eager")
-    processes.has_bfloat16 = lambda device: False
+    use_float32(pytest.MonkeyPatch())
     use_tiny_net(pytest.MonkeyPatch())
     cli.run(main)
