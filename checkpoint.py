@@ -148,11 +148,8 @@ def _check_same_run(run_files, state, metadata, annealed):
     for name in [*names, "epochs"] if annealed else names:
         if before[name] != now[name]:
             raise UserError(f"{run_files.last}: its run had {name} {before[name]}, not {now[name]}: {ADVICE}")
-    for name, text in (("script", "the script"), ("network_script", f"the file of the network ({now['module']}.py)")):
-        changes = list(difflib.unified_diff(_code(before[name]), _code(now[name]), n=0, lineterm=""))
-        if changes:
-            first_change = changes[3]  # after the three lines of the diff's header
-            raise UserError(f"{run_files.last}: {text} has changed since ({first_change!r}): {ADVICE}")
+    if change := code_change(before, now):
+        raise UserError(f"{run_files.last}: {change}: {ADVICE}")
     done, epochs = len(before["history"]), now["epochs"]
     if done and "batch_learning_rates" not in before["history"][0]:
         problem = "was written by an earlier version, which kept less about each epoch"
@@ -161,6 +158,15 @@ def _check_same_run(run_files, state, metadata, annealed):
         raise UserError(f"{run_files.last}: its run has {done} epochs, more than {epochs}: raise --epochs")
     if not run_files.best.exists():
         raise UserError(f"{run_files.best}: is missing, so the run cannot be continued: start again with --overwrite")
+
+
+def code_change(before, now):
+    """The first difference in code between the metadata of two runs, as text; None if there is none."""
+    for name, text in (("script", "the script"), ("network_script", f"the file of the network ({now['module']}.py)")):
+        changes = list(difflib.unified_diff(_code(before[name]), _code(now[name]), n=0, lineterm=""))
+        if changes:
+            return f"{text} has changed since ({changes[3]!r})"  # after the three lines of the diff's header
+    return None
 
 
 def check_new_run(run_files, resume):
@@ -179,8 +185,11 @@ def check_new_run(run_files, resume):
 
 
 def _code(script):
-    """The lines of a script without comments and without its docstring."""
-    tree = ast.parse(script)
+    """The lines of a script without comments and without its docstring; as they are if it has a syntax error."""
+    try:
+        tree = ast.parse(script)
+    except SyntaxError:
+        return script.splitlines()
     if ast.get_docstring(tree) is not None:
         del tree.body[0]
     return ast.unparse(tree).splitlines()

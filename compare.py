@@ -10,9 +10,6 @@ Writes OUT/RESULTS.md, the same as OUT/RESULTS.html with links to the reports of
 comparison.png, classes.png and curves.png.
 """
 
-import csv
-import itertools
-import json
 import math
 import shlex
 import statistics
@@ -29,7 +26,7 @@ import cli
 import files
 import html_report
 import plotting
-import util
+from reporting import Run
 from util import UserError
 
 ROOT = Path(__file__).resolve().parent
@@ -58,66 +55,9 @@ DIFFERENCES = f"""\
 Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is that of the paired t-test over seeds; a
 difference is clear if it excludes 0. The classes are the three that change most."""
 
-
-@dataclass
-class Run:
-    """A finished run: the metrics of its JSON, its history, a list of dicts with one per epoch, and the JSON's path."""
-
-    metrics: dict
-    history: list
-    path: Path | None = None
-
-    @classmethod
-    def read(cls, path):
-        try:
-            metrics = json.loads(path.read_text(encoding="utf-8"))
-            with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
-                history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-            metrics["experiment"], metrics["val"]["miou"], metrics["flags"]["limit"], metrics["defaults"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: was not written by a run ({error!r}): delete it and run again") from None
-        return cls(metrics, history, path)
-
-    @property
-    def splits(self):
-        """The splits with results; experiments are compared on the last."""
-        return ("val",) if self.metrics["test"] is None else ("val", "test")
-
-    @property
-    def report(self):
-        """The path of its HTML report, which may not exist."""
-        return self.path.parents[1] / "plots" / f"{self.metrics['experiment']}_report.html"
-
-    @property
-    def baseline_name(self):
-        return util.baseline_name(self.metrics["val"]["iou"])
-
-    def minutes_until(self, miou):
-        """The time until mean IoU on val, at the input's size, first reaches a value; NaN if it does not."""
-        seconds = itertools.accumulate(self.metrics.get("epoch_seconds", []))
-        return next((time / 60 for row, time in zip(self.history, seconds) if row["val_miou"] >= miou), math.nan)
-
-    @property
-    def setting(self):
-        """Dataset, limit, epochs and batch size; None for what is the experiment's own."""
-        flags, defaults = self.metrics["flags"], self.metrics["defaults"]
-        changed = (None if flags[name] == defaults[name] else flags[name] for name in ("epochs", "batch_size"))
-        return (self.metrics["dataset"], flags["limit"], *changed)
-
-    def matches(self, args):
-        """Whether the run is what compare.py's flags ask for. A flag that was not given means the experiment's own."""
-        flags, defaults = self.metrics["flags"], self.metrics["defaults"]
-        wanted = {name: getattr(args, name) or defaults[name] for name in ("epochs", "batch_size")}
-        return self.metrics["dataset"] == Path(args.data).resolve().name and flags == wanted | {"limit": args.limit}
-
-    def score(self, split, name):
-        """A metric of a split as a float, NaN if there is none."""
-        value = (self.metrics[split] or {}).get(name)
-        return math.nan if value is None else value
-
-    def class_ious(self, split):
-        """The IoU of each class on a split: float array [C], NaN for a class that does not occur."""
-        return np.array(list(self.metrics[split]["iou"].values()), float)
+CHANGED = """\
+These runs are of another version of the script or of its network, and are not what it does now. To repeat one, pass
+--overwrite to the script; or compare with another --out."""
 
 
 def result_paths(out, experiment="*", seed="*"):
@@ -305,6 +245,16 @@ def minutes_row(name, runs, mious):
     return row | {"end": f"{statistics.mean(run.metrics['seconds'] for run in runs) / 60:.1f}"}
 
 
+def code_changes(experiments):
+    """A row for each run whose code has changed since: a list of dicts from heading to cell."""
+    return [
+        {"experiment": name, "seed": seed, "change": change}
+        for name, seeds in experiments.items()
+        for seed, run in seeds.items()
+        if (change := run.code_change(ROOT))
+    ]
+
+
 @dataclass
 class Section:
     """A part of a comparison: Markdown, then a table as a list of dicts, then a plot, its name and what it shows."""
@@ -347,6 +297,8 @@ Mean ± standard deviation over the seeds, at full resolution, void excluded; va
     mious = [tenth / 10 for tenth in range(1, 10) if tenth / 10 <= best][-3:]
     minutes = [minutes_row(name, list(seeds.values()), mious) for name, seeds in experiments.items()]
     found.append(Section("Minutes", MINUTES, minutes))
+    if changes := code_changes(experiments):
+        found.append(Section("Changed since", CHANGED, changes))
     if failures:
         found.append(Section("Failed", "\n\n".join(f"`{line}`" for line in failures)))
     return found

@@ -1,10 +1,17 @@
-"""What a run prints and writes about itself: its description, a line per epoch, metrics, tables and plots."""
+"""What a run prints and writes about itself: its description, a line per epoch, metrics, tables and plots.
+
+``Run`` reads the metrics of a finished run.
+"""
 
 import contextlib
+import csv
+import itertools
 import json
 import math
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +23,7 @@ import files
 import html_report
 import processes
 import util
-from util import Scores
+from util import Scores, UserError
 
 LINE_INTERVAL = 30  # seconds without a line after which ``progress`` prints one
 INTERVALS = {"curves": 20, "predictions": 60}  # seconds between two drawings during a run
@@ -226,6 +233,7 @@ class Report:
             "versions": metadata["versions"],
             "val": scores["val"].as_dict(),
             "test": scores["test"].as_dict() if "test" in scores else None,
+            **{name: metadata[name] for name in ("script", "module", "network_script")},
         }
         with files.atomic_write(self.files.metrics) as file:
             file.write(json.dumps(metrics, indent=2, allow_nan=False).encode() + b"\n")
@@ -353,3 +361,79 @@ def _table(scores, classes):
     lines.append(row("loss", [column["loss"] for column in columns]))
     lines.append(row("the assignment's IoU", [column["assignment_iou"] for column in columns]))
     return "\n".join(lines)
+
+
+@dataclass
+class Run:
+    """A finished run: the metrics of its JSON, its history, a list of dicts with one per epoch, and the JSON's path."""
+
+    metrics: dict
+    history: list
+    path: Path | None = None
+
+    @classmethod
+    def read(cls, path):
+        try:
+            metrics = json.loads(path.read_text(encoding="utf-8"))
+            with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
+                history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            metrics["experiment"], metrics["val"]["miou"], metrics["flags"]["limit"], metrics["defaults"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: was not written by a run ({error!r}): delete it and run again") from None
+        return cls(metrics, history, path)
+
+    @property
+    def splits(self):
+        """The splits with results; experiments are compared on the last."""
+        return ("val",) if self.metrics["test"] is None else ("val", "test")
+
+    @property
+    def report(self):
+        """The path of its HTML report, which may not exist."""
+        return self.path.parents[1] / "plots" / f"{self.metrics['experiment']}_report.html"
+
+    @property
+    def baseline_name(self):
+        return util.baseline_name(self.metrics["val"]["iou"])
+
+    def minutes_until(self, miou):
+        """The time until mean IoU on val, at the input's size, first reaches a value; NaN if it does not."""
+        seconds = itertools.accumulate(self.metrics.get("epoch_seconds", []))
+        return next((time / 60 for row, time in zip(self.history, seconds) if row["val_miou"] >= miou), math.nan)
+
+    @property
+    def setting(self):
+        """Dataset, limit, epochs and batch size; None for what is the experiment's own."""
+        flags, defaults = self.metrics["flags"], self.metrics["defaults"]
+        changed = (None if flags[name] == defaults[name] else flags[name] for name in ("epochs", "batch_size"))
+        return (self.metrics["dataset"], flags["limit"], *changed)
+
+    def matches(self, args):
+        """Whether the run is what compare.py's flags ask for. A flag that was not given means the experiment's own."""
+        flags, defaults = self.metrics["flags"], self.metrics["defaults"]
+        wanted = {name: getattr(args, name) or defaults[name] for name in ("epochs", "batch_size")}
+        return self.metrics["dataset"] == Path(args.data).resolve().name and flags == wanted | {"limit": args.limit}
+
+    def score(self, split, name):
+        """A metric of a split as a float, NaN if there is none."""
+        value = (self.metrics[split] or {}).get(name)
+        return math.nan if value is None else value
+
+    def class_ious(self, split):
+        """The IoU of each class on a split: float array [C], NaN for a class that does not occur."""
+        return np.array(list(self.metrics[split]["iou"].values()), float)
+
+    def code_change(self, folder):
+        """How the script, or the network's file, in ``folder`` differs from that of the run; None if they are the same.
+
+        As ``checkpoint.code_change``. A file that is not in the folder has not changed, nor has one of which an earlier
+        version of this repository kept no copy.
+        """
+        if "script" not in self.metrics:
+            return None
+        script = self.metrics["experiment"].removesuffix("_no_pretrained")
+        now = dict(self.metrics)
+        for name, path in (("script", folder / f"{script}.py"), ("network_script", folder / f"{now['module']}.py")):
+            if path.exists():
+                now[name] = path.read_text(encoding="utf-8")
+        return checkpoint.code_change(self.metrics, now)

@@ -108,6 +108,36 @@ def test_report_has_mean_and_deviation_over_the_seeds_of_every_experiment(tmp_pa
             assert min(plot.size) > 250 and np.std(plot.convert("L")) > 10
 
 
+@pytest.mark.parametrize("edited", ["train_mine.py", "mine.py", None])
+def test_runs_of_another_version_of_the_code_are_named(edited, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    texts = {"train_mine.py": '"""Mine."""\nlr = 1e-3\n', "mine.py": "width = 8\n"}
+    code = {"script": texts["train_mine.py"], "module": "mine", "network_script": texts["mine.py"]}
+    for seed in range(2):
+        path = write_run(tmp_path, "train_mine", seed, random_ious(seed)).path
+        path.write_text(json.dumps(json.loads(path.read_text()) | (code if seed else {})))  # seed 0 is older
+    for name, text in texts.items():
+        text = text.replace("1e-3", "1e-2").replace("8", "16") if name == edited else f"# a comment\n{text}"
+        (tmp_path / name).write_text(text.replace("Mine.", "Val mean IoU: 0.5"))
+    text = run_compare(tmp_path, monkeypatch)
+    changes = {
+        "train_mine.py": "the script has changed since ('-lr = 0.001')",
+        "mine.py": "the file of the network (mine.py) has changed since ('-width = 8')",
+    }
+    rows = [row for row in table_rows(text) if "has changed" in row[-1]]
+    assert rows == ([["train_mine", "1", changes[edited]]] if edited else [])
+    assert ("## Changed since" in text) == bool(edited)
+
+
+def test_a_script_with_a_syntax_error_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    path = write_run(tmp_path, "train_mine", 0, random_ious(0)).path
+    code = dict.fromkeys(("script", "network_script"), "lr = 1e-3\n") | {"module": "train_mine"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | code))
+    (tmp_path / "train_mine.py").write_text("lr = (1e-3\n")
+    assert "the script has changed since ('-lr = 0.001')" in run_compare(tmp_path, monkeypatch)
+
+
 @pytest.mark.parametrize("dataset", ["VOC2007", "Toy"])
 def test_published_results_stand_beside_those_on_the_same_data_only(dataset, tmp_path, monkeypatch):
     for name in ("train", "train_4_a", "train_mine"):
@@ -312,3 +342,7 @@ def test_script_of_the_user_is_compared_with_ours(tiny, tmp_path):
     assert [row[:2] for row in rows[3:5]] == [["train: baseline", "3"], ["train_mine: baseline", "3"]]
     # the same script with the same seeds: no difference at all
     assert rows[7][:5] == ["train_mine: baseline", "train", "+0.0000", "+0.0000 to +0.0000", "no"]
+    (project / "train_mine.py").write_text((ROOT / "train.py").read_text().replace("lr", "LR", 1))
+    done = subprocess.run(line, cwd=project, capture_output=True, text=True)
+    rows = [row[:2] for row in table_rows(done.stdout) if "the script has changed since" in row[-1]]
+    assert [done.returncode, rows] == [0, [["train_mine", str(seed)] for seed in range(3)]]

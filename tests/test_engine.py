@@ -94,6 +94,7 @@ def test_a_run_writes_the_documented_files_and_metrics(finished):
     assert written == {"best_train.pt", "last_train.pt", ".train.lock"} | results | plots
     head = ["experiment", "idea", "dataset", "seed", "device", "epochs", "best_epoch", "loss", "parameters"]
     tail = ["multiply_adds", "seconds", "epoch_seconds", "flags", "defaults", "versions", "val", "test"]
+    tail += ["script", "module", "network_script"]
     assert list(metrics) == head + tail
     assert len(metrics["epoch_seconds"]) == metrics["epochs"]
     assert sum(metrics["epoch_seconds"]) == pytest.approx(metrics["seconds"], abs=1e-3)
