@@ -70,7 +70,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(basic_fcn, "FCN", TinyNet)
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a plot"))
     loaders = voc.loaders
-    small = {224: 32, (180, 240): (18, 24), (288, 384): 64}
+    small = {224: 32, (192, 256): (18, 24), (288, 384): 64}
     monkeypatch.setattr(
         voc, "loaders", lambda *args, size, **options: loaders(*args, size=small.get(size, size), **options)
     )
@@ -191,7 +191,7 @@ EDITS = {
     "averaged weights": ("train_6", ""),
     "more varied photos": ("train_4_b", block("brightness=")),
     "v2 augmentation": ("train", block("v2.Compose")),
-    "rectangle": ("train", block("size=(180, 240)")),
+    "rectangle": ("train", block("size=(192, 256)")),
 }
 
 
