@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import pickle
 import platform
@@ -27,6 +26,7 @@ from util import UserError, reason
 
 ROOT = Path(__file__).resolve().parent  # where ``load`` looks for the files of networks
 ADVICE = "resume with the same, or start again with --overwrite"
+_loaded = {}  # from the file name of a network's module to its text when ``load`` has imported it
 
 
 class TrainedModel(torch.nn.Module):
@@ -52,21 +52,23 @@ class TrainedModel(torch.nn.Module):
         return outputs
 
 
-def metadata(args, model, loader):
-    """The provenance of a run, and what ``load`` needs to rebuild its model: a dict of plain types."""
+def metadata(args, model, loaders):
+    """The provenance of a run, and what ``load`` needs to rebuild its model: a dict of plain types.
+
+    ``loaders`` are those of train, val and, if there is one, test.
+    """
     arguments = getattr(model, "arguments", None)
     if not isinstance(arguments, dict):
         raise UserError(
             f"{args.script.name}: the network {type(model).__name__} cannot be rebuilt from a checkpoint: keep the "
             "keyword arguments of its constructor in a dict, self.arguments"
         )
-    module, script = type(model).__module__, args.script.read_text(encoding="utf-8")
+    module, loader = type(model).__module__, loaders[0]
     flags = {name: getattr(args, name) for name in ("epochs", "batch_size", "limit", "compile")}
     return {
         "experiment": args.experiment,
-        "script": script,
-        "network_script": script if module == "__main__" else inspect.getsource(sys.modules[module]),
-        "images": hashlib.sha256("\n".join(loader.split.ids).encode()).hexdigest(),
+        "code": args.code,
+        "data_sha256": _data_sha256(loaders),
         "flags": flags | {name: str(getattr(args, name)) for name in ("data", "device", "out")},
         "defaults": args.defaults,
         "seed": args.seed,
@@ -86,6 +88,16 @@ def metadata(args, model, loader):
             "pillow": PIL.__version__,
         },
     }
+
+
+def _data_sha256(loaders):
+    """A hash of the ids and masks of all splits. Not of the photos, whose pixels differ between versions of Pillow."""
+    digest = hashlib.sha256()
+    for loader in loaders:
+        digest.update(repr(loader.split.ids).encode())
+        for mask in loader.masks:
+            digest.update(mask.cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def save_best(path, metadata, model, epoch, scores):
@@ -144,29 +156,22 @@ def resume(run_files, metadata, annealed, **parts):
 def _check_same_run(run_files, state, metadata, annealed):
     """Raise a UserError that names the first thing in which a run differs from the one it is to continue."""
     before, now = ({**source["flags"], **source} for source in (state, metadata))
-    names = ["seed", "batch_size", "limit", "dataset", "images", "classes", "size"]
+    if "code" not in before:
+        problem = "was written by an earlier version, which kept less about a run"
+        raise UserError(f"{run_files.last}: {problem}: finish with that version, or start again with --overwrite")
+    names = ["seed", "batch_size", "limit", "dataset", "classes", "size"]
     for name in [*names, "epochs"] if annealed else names:
         if before[name] != now[name]:
             raise UserError(f"{run_files.last}: its run had {name} {before[name]}, not {now[name]}: {ADVICE}")
-    if change := code_change(before, now):
+    if before["data_sha256"] != now["data_sha256"]:
+        raise UserError(f"{run_files.last}: its run had other image ids or masks, on train, val or test: {ADVICE}")
+    if change := code_change(before["code"], now["code"]):
         raise UserError(f"{run_files.last}: {change}: {ADVICE}")
     done, epochs = len(before["history"]), now["epochs"]
-    if done and "batch_learning_rates" not in before["history"][0]:
-        problem = "was written by an earlier version, which kept less about each epoch"
-        raise UserError(f"{run_files.last}: {problem}: finish with that version, or start again with --overwrite")
     if done > epochs:
         raise UserError(f"{run_files.last}: its run has {done} epochs, more than {epochs}: raise --epochs")
     if not run_files.best.exists():
         raise UserError(f"{run_files.best}: is missing, so the run cannot be continued: start again with --overwrite")
-
-
-def code_change(before, now):
-    """The first difference in code between the metadata of two runs, as text; None if there is none."""
-    for name, text in (("script", "the script"), ("network_script", f"the file of the network ({now['module']}.py)")):
-        changes = list(difflib.unified_diff(_code(before[name]), _code(now[name]), n=0, lineterm=""))
-        if changes:
-            return f"{text} has changed since ({changes[3]!r})"  # after the three lines of the diff's header
-    return None
 
 
 def check_new_run(run_files, resume):
@@ -184,14 +189,28 @@ def check_new_run(run_files, resume):
     raise UserError(f"{existing[0]}: is from an earlier run{run}: {advice}")
 
 
-def _code(script):
-    """The lines of a script without comments and without its docstring; as they are if it has a syntax error."""
+def code_change(before, now, without=None):
+    """The first difference between two results of ``files.read_code``, as text; None if there is none.
+
+    Comments and a file's docstring do not count, nor does the function called ``without``.
+    """
+    for name in {**before, **now}:
+        old, new = (_lines(code.get(name, ""), without) for code in (before, now))
+        changes = list(difflib.unified_diff(old, new, n=0, lineterm=""))
+        if changes:
+            return f"{name} has changed since ({changes[3]!r})"  # after the three lines of the diff's header
+    return None
+
+
+def _lines(text, without):
+    """The lines of a file for ``code_change``; as they are if the file has a syntax error."""
     try:
-        tree = ast.parse(script)
+        tree = ast.parse(text)
     except SyntaxError:
-        return script.splitlines()
+        return text.splitlines()
     if ast.get_docstring(tree) is not None:
         del tree.body[0]
+    tree.body = [node for node in tree.body if without is None or getattr(node, "name", None) != without]
     return ast.unparse(tree).splitlines()
 
 
@@ -219,6 +238,8 @@ def load(path, device="cpu"):
     The class of its network is looked up by name among the project's top-level files, and the file is read with
     ``weights_only=True``: a stranger's checkpoint cannot run code.
 
+    Prints a warning if the network's file was edited since the training.
+
     Raises:
         UserError: the file is missing, unreadable or not of this project, or the network's file is missing.
     """
@@ -226,11 +247,25 @@ def load(path, device="cpu"):
     module, name = state["module"], state["class"]
     try:
         model = build(state)
+        if change := _network_change(state):
+            print(f"warning: {path}: {change}: it may predict otherwise than in its training", file=sys.stderr)
     except MissingNetworkError:
         raise UserError(f"{path}: its network {name} of {module}.py is not in {ROOT}: put the file there") from None
     except Exception as error:  # a missing or wrong entry raises one of many types
         raise UserError(f"{path}: does not fit the {name} in {module}.py ({reason(error)}): has it changed?") from None
     return model.eval().to(device, memory_format=processes.memory_format(device))
+
+
+def _network_change(state):
+    """How the network's file, as ``build`` has imported it, differs from that of the training; None if it does not.
+
+    The function ``main`` does not count, for networks that stand in their script.
+    """
+    file = f"{state['module']}.py"
+    before = state.get("code", {})  # an earlier version of this repository kept none
+    if file not in _loaded or file not in before:  # a script has imported the network itself
+        return None
+    return code_change({file: before[file]}, {file: _loaded[file]}, without="main")
 
 
 class MissingNetworkError(Exception):
@@ -258,6 +293,7 @@ def _network_class(module, name):
     if module not in sys.modules:  # by its path, as a file's name may hold a dot
         spec = importlib.util.spec_from_file_location(module, path)
         sys.modules[module] = importlib.util.module_from_spec(spec)
+        _loaded[path.name] = path.read_text(encoding="utf-8")
         try:
             spec.loader.exec_module(sys.modules[module])
         except BaseException:

@@ -56,14 +56,15 @@ Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is 
 difference is clear if it excludes 0. The classes are the three that change most."""
 
 CHANGED = """\
-These runs are of another version of the script or of its network, and are not what it does now. To repeat one, pass
---overwrite to the script; or compare with another --out."""
+These runs are not of the present code, or not all of the same data. To repeat one, pass --overwrite to its script; or
+compare with another --out."""
 
 
 def result_paths(out, experiment="*", seed="*"):
     """The JSON files of finished runs below a folder."""
     name = f"{experiment}_seed{seed}.json"
-    return [path for folder in (*sorted(out.glob("seed*")), out) for path in sorted((folder / "results").glob(name))]
+    folders = [folder for folder in sorted(out.glob("seed*")) if folder.name.removeprefix("seed").isdecimal()]
+    return [path for folder in (*folders, out) for path in sorted((folder / "results").glob(name))]
 
 
 def collect(args):
@@ -107,7 +108,7 @@ def command(args, script, seed):
             line += ["--" + name.replace("_", "-"), getattr(args, name)]
     if args.compile:
         line.append("--compile")
-    if script in ("train_5_b.py", "train_6.py") and not args.pretrained:
+    if not args.pretrained and "pretrained=True" in (ROOT / script).read_text(encoding="utf-8"):
         line.append("--no-pretrained")
     return list(map(str, line))
 
@@ -156,10 +157,16 @@ def paired_difference(runs, base, split):
     return mean, mean - margin, mean + margin
 
 
-def base_of(name):
-    """The experiment to compare another with: train_5_b for its run without pretraining, train for a user's own."""
+def base_of(name, experiments):
+    """The experiment to compare another with, None if there is none.
+
+    That of a run without pretraining is the same with it, and that of a user's own ``train``, or else the first one.
+    """
     pretrained = name.removesuffix("_no_pretrained")
-    return pretrained if pretrained != name else EXPERIMENTS.get(name, ("train",))[0]
+    base = pretrained if pretrained != name else EXPERIMENTS.get(name, ("train",))[0]
+    if base not in experiments and name not in EXPERIMENTS:
+        base = next(iter(experiments))
+    return base if base in experiments and base != name else None
 
 
 def full_name(name, runs):
@@ -245,14 +252,19 @@ def minutes_row(name, runs, mious):
     return row | {"end": f"{statistics.mean(run.metrics['seconds'] for run in runs) / 60:.1f}"}
 
 
-def code_changes(experiments):
-    """A row for each run whose code has changed since: a list of dicts from heading to cell."""
-    return [
-        {"experiment": name, "seed": seed, "change": change}
-        for name, seeds in experiments.items()
-        for seed, run in seeds.items()
-        if (change := run.code_change(ROOT))
-    ]
+def changes_since(experiments):
+    """Rows about runs of other code than now, or of other data than the rest: a list of dicts from heading to cell."""
+    rows, first = [], {}  # input size to the first run of that size, with its name
+    for name, seeds in experiments.items():
+        for seed, run in seeds.items():
+            change = run.code_change(ROOT)
+            if "data_sha256" in run.metrics:  # masks of different sizes have different hashes
+                other, label = first.setdefault(tuple(run.metrics["size"]), (run, f"{name} with seed {seed}"))
+                if run.metrics["data_sha256"] != other.metrics["data_sha256"]:
+                    change = f"other image ids or masks than {label}"
+            if change:
+                rows.append({"experiment": name, "seed": seed, "change": change})
+    return rows
 
 
 @dataclass
@@ -275,7 +287,7 @@ def sections(experiments, failures):
         baseline[f"{split} pixel accuracy"] = f"{runs[0].metrics[split]['background']['pixel_accuracy']:.4f}"
         baseline[f"{split} mean IoU"] = f"{runs[0].metrics[split]['background']['miou']:.4f}"
     results = [result_row(name, list(seeds.values()), splits) for name, seeds in experiments.items()]
-    pairs = [(name, base_of(name)) for name in experiments if base_of(name) in experiments]
+    pairs = [(name, base) for name in experiments if (base := base_of(name, experiments))]
     rows = [
         difference_row(full_name(name, experiments[name].values()), experiments[name], base, experiments[base], final)
         for name, base in pairs
@@ -297,7 +309,7 @@ Mean ± standard deviation over the seeds, at full resolution, void excluded; va
     mious = [tenth / 10 for tenth in range(1, 10) if tenth / 10 <= best][-3:]
     minutes = [minutes_row(name, list(seeds.values()), mious) for name, seeds in experiments.items()]
     found.append(Section("Minutes", MINUTES, minutes))
-    if changes := code_changes(experiments):
+    if changes := changes_since(experiments):
         found.append(Section("Changed since", CHANGED, changes))
     if failures:
         found.append(Section("Failed", "\n\n".join(f"`{line}`" for line in failures)))

@@ -161,11 +161,13 @@ def read_classes(path, report=refuse):
     return tuple(names) if 2 <= len(names) <= VOID else ()
 
 
-def read_mask(path, num_classes, root):
+def read_mask(path, num_classes, root, colours):
     """Read a mask: uint8 array [H, W] of class indices below ``num_classes`` and VOID, at its own resolution.
 
+    ``colours``, a dict from a palette's colour to the value and the mask in which it was seen first, is extended.
+
     Raises a UserError if the file is missing or unreadable, is neither a palette nor a greyscale image, holds other
-    values, or has VOC's colours in another order than VOC's palette.
+    values, or has VOC's colours, or those of an earlier mask, at other values.
     """
     convert = f"{command(root, '--from-colours colours.txt')} converts colours to class indices"
     image = imaging.open_image(path)
@@ -182,6 +184,15 @@ def read_mask(path, num_classes, root):
     values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
     if image.mode == "P" and _has_vocs_colours_elsewhere(image, values, num_classes):
         raise UserError(f"{path}: has VOC's colours in another order, as an image editor saves them: {convert}")
+    if image.mode == "P":
+        palette = [tuple(colour) for colour in np.reshape(image.getpalette("RGB"), (-1, 3)).tolist()]
+        for value, colour in enumerate(palette):
+            if value not in values or palette.count(colour) > 1:  # a palette may be filled up with one colour
+                continue
+            first, other = colours.setdefault(colour, (value, path))
+            if first != value:
+                problem = f"its palette has the colour {colour} at {value}, but that of {other} at {first}"
+                raise UserError(f"{path}: {problem}, as an image editor saves them: {convert}")
     invalid = values[(values >= num_classes) & (values != VOID)]
     if invalid.size:
         known = f"a class (0 .. {num_classes - 1}) nor void ({VOID})"

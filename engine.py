@@ -135,7 +135,7 @@ def evaluate(model, loader, criterion, full_resolution=True):
     """Evaluate a model on all images of a voc.Loader; return Scores. Several processes share the batches.
 
     Args:
-        model: maps images to logits, see ``forward``; left in eval mode.
+        model: maps images to logits, see ``forward``. Model and criterion are left in eval mode.
         full_resolution: evaluate at the resolution of each mask, to which the logits are upsampled, and compute the
             assignment's IoU: for reported metrics, in float32. Otherwise evaluate at the loader's size: faster, for
             validation during training.
@@ -145,6 +145,8 @@ def evaluate(model, loader, criterion, full_resolution=True):
     if loader.training or loader.augment is not None:
         raise UserError("evaluate needs a loader without training=True and augment, such as voc.Loader(split, size, 8)")
     model.eval()
+    if isinstance(criterion, torch.nn.Module):
+        criterion.eval()
     num_classes, device = len(loader.classes), loader.device
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     image_ious, assignment_ious = torch.zeros(2, len(loader.split), dtype=torch.float64)
@@ -213,6 +215,8 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
     Raises a UserError if the loss or the gradient of a batch is not finite; the weights are unusable then.
     """
     network.train()
+    if isinstance(criterion, torch.nn.Module):
+        criterion.train()
     num_classes, device = len(loader.classes), loader.device
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     results, batch_indices, learning_rates = [], [], []
@@ -306,7 +310,8 @@ def fit(
         model.to(memory_format=processes.memory_format(args.device))
         if isinstance(criterion, torch.nn.Module):
             criterion.to(args.device)
-        metadata = checkpoint.metadata(args, model, train)
+        loaders = [loader for loader in (train, val, test) if loader is not None]
+        metadata = checkpoint.metadata(args, model, loaders)
         warnings = preflight.check(args, metadata, train, forward, training_step, scheduler_interval, **parts)
         if args.overwrite and processes.is_main():
             run_files.delete()
@@ -350,8 +355,7 @@ def fit(
                 report.epoch(history, best_epoch(history))
             with processes.main_process_first():  # it has written the file
                 best_model = checkpoint.load(run_files.best, args.device)
-            loaders = [loader for loader in (val, test) if loader is not None]
-            results = {loader.split.name: evaluate(best_model, loader, criterion) for loader in loaders}
+            results = {loader.split.name: evaluate(best_model, loader, criterion) for loader in loaders[1:]}
             report.finish(metadata, best_model, history, best_epoch(history), results)
         except BaseException:
             report.stop(history)

@@ -1,5 +1,6 @@
-"""Folders' contents, atomic writes of files and folders, write errors as messages, and the paths of a run."""
+"""Folders' contents, atomic writes, write errors as messages, the paths of a run, and the code that it runs."""
 
+import ast
 import contextlib
 import errno
 import glob
@@ -20,6 +21,8 @@ except ImportError:  # Windows
     fcntl = None
 
 STALE_AFTER = 3600  # seconds after which an unfinished file belongs to a process that was killed
+# files that every script imports, directly or not: no part of the code that a run keeps
+SHARED = ("checkpoint", "cli", "engine", "imaging", "util", "voc")
 PLOTS = ("curves", "iou", "confusion", "predictions", "augmentation")
 
 
@@ -110,6 +113,27 @@ def atomic_folder(folder):
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_code(script):
+    """The text of a script and of the files beside it that it imports, directly or through others, but for SHARED.
+
+    Returns a dict from file name to text; the script comes first.
+    """
+    texts, paths = {}, [script]
+    for path in paths:
+        if path.name in texts or path.stem in SHARED or not path.is_file():
+            continue
+        texts[path.name] = path.read_text(encoding="utf-8")
+        names = []
+        with contextlib.suppress(SyntaxError):  # a later edit of a file that was imported
+            for node in ast.walk(ast.parse(texts[path.name])):
+                if isinstance(node, ast.Import):
+                    names += [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom):
+                    names.append(node.module)
+        paths += [script.with_name(f"{name}.py") for name in names]
+    return texts
 
 
 class RunFiles:

@@ -217,7 +217,7 @@ def write_run(run_files, title, metrics, history, samples, metadata):
 
     arguments = ", ".join(f"{name}={value!r}" for name, value in metadata["arguments"].items())
     items = {"network": f"{metadata['class']}({arguments})", "input size": "{1}x{0}".format(*metadata["size"])}
-    left_out = ("val", "test", "epoch_seconds")
+    left_out = ("val", "test", "epoch_seconds", "size", "code")
     items |= {_words(name): _format(name, value) for name, value in metrics.items() if name not in left_out}
     items |= {f"{split} loss": _format("loss", scores["loss"]) for split, scores in splits.items()}
     for split, scores in splits.items():
@@ -230,7 +230,7 @@ def write_run(run_files, title, metrics, history, samples, metadata):
         "Confusion matrix": plots["confusion"],
         "Epochs": text("The best epoch is marked.") + epoch_table,
         "Augmentation": plots["augmentation"],
-        "Settings": settings(items) + folded("The script as it ran", metadata["script"]),
+        "Settings": settings(items) + folded("The script as it ran", next(iter(metadata["code"].values()))),
     }
     summary = f"Best epoch {best_epoch} of {epochs}, seed {metrics['seed']}. Void pixels are not evaluated."
     write(run_files.report, title, summary, {name: content for name, content in sections.items() if content})

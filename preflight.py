@@ -39,7 +39,7 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
             logits = forward(model.eval(), images)["out"]
             _check_logits(logits, images, train.classes)
         with _stage(script, "the criterion (masks hold util.VOID for void)"):
-            _check_criterion(criterion, logits.contiguous(), masks)
+            warnings = _check_criterion(criterion, logits.contiguous(), masks)
         with _stage(script, "the training step"):
             used = _try_training_step(training_step, model.train(), images, masks, criterion, optimizer)
         with _stage(script, network), torch.no_grad():  # after the step, which may change more than the parameters
@@ -48,7 +48,7 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
             state = checkpoint.training_state(criterion=criterion, optimizer=optimizer, scheduler=scheduler)
             torch.load(checkpoint.serialise(state), "cpu", weights_only=True)
         with _stage(script, "the optimizer"):
-            return _check_parameters(model, criterion, optimizer, used)
+            return warnings + _check_parameters(model, criterion, optimizer, used)
 
 
 def check_types(script, train, val, test, parts):
@@ -206,15 +206,21 @@ def _check_rebuilding(model, images, forward, metadata):
 
 
 def _check_criterion(criterion, logits, masks):
+    """Check the criterion on a batch; return a warning, in a list, if it depends on the logits of void pixels."""
     if getattr(criterion, "ignore_index", VOID) != VOID:
         raise UserError("the criterion has to ignore void: pass ignore_index=util.VOID")
     if getattr(criterion, "reduction", "mean") == "sum":
         raise UserError('the criterion returns a sum, which grows with the batch: leave out reduction="sum"')
-    loss = criterion(logits, masks)
+    logits.requires_grad_()
+    loss = criterion(logits, masks.clone())  # some criteria write into the masks
     if not isinstance(loss, torch.Tensor):
         raise UserError(f"the criterion returns a {type(loss).__name__}: it has to return a tensor with one value")
     if loss.ndim:
         raise UserError(f"the criterion returns a tensor of shape {list(loss.shape)}: take the mean over the pixels")
+    (gradient,) = torch.autograd.grad(loss, logits, allow_unused=True) if loss.requires_grad else (None,)
+    if gradient is not None and gradient.movedim(1, -1)[masks == VOID].any():
+        return ["the criterion also trains on void pixels: leave out those where masks == util.VOID"]
+    return []
 
 
 def _try_training_step(training_step, model, images, masks, criterion, optimizer):
@@ -259,6 +265,11 @@ def _check_parameters(model, criterion, optimizer, used):
         raise UserError(
             f"the optimizer holds {len(optimized - names.keys())} parameters of neither the network nor the criterion, "
             "which no checkpoint would save: make it from model.parameters()"
+        )
+    in_criterion = [name for index, name in names.items() if index in optimized and name.startswith("criterion.")]
+    if in_criterion and processes.world_size() > 1:
+        raise UserError(
+            f"{_some(in_criterion)}: several processes train the parameters of the network only: train in one process"
         )
     unused = [name for index, name in names.items() if index in optimized - used]
     if unused:

@@ -233,7 +233,9 @@ class Report:
             "versions": metadata["versions"],
             "val": scores["val"].as_dict(),
             "test": scores["test"].as_dict() if "test" in scores else None,
-            **{name: metadata[name] for name in ("script", "module", "network_script")},
+            "size": metadata["size"],
+            "data_sha256": metadata["data_sha256"],
+            "code": metadata["code"],
         }
         with files.atomic_write(self.files.metrics) as file:
             file.write(json.dumps(metrics, indent=2, allow_nan=False).encode() + b"\n")
@@ -365,7 +367,7 @@ def _table(scores, classes):
 
 @dataclass
 class Run:
-    """A finished run: the metrics of its JSON, its history, a list of dicts with one per epoch, and the JSON's path."""
+    """A run: the metrics of its JSON, its history, a list of dicts with one per epoch, and the JSON's path."""
 
     metrics: dict
     history: list
@@ -409,7 +411,12 @@ class Run:
         return (self.metrics["dataset"], flags["limit"], *changed)
 
     def matches(self, args):
-        """Whether the run is what compare.py's flags ask for. A flag that was not given means the experiment's own."""
+        """Whether the run is what compare.py's flags ask for. A flag that was not given means the experiment's own.
+
+        A run that is being continued is none: its history is longer than the one that its metrics are of.
+        """
+        if len(self.history) != self.metrics["epochs"]:
+            return False
         flags, defaults = self.metrics["flags"], self.metrics["defaults"]
         wanted = {name: getattr(args, name) or defaults[name] for name in ("epochs", "batch_size")}
         return self.metrics["dataset"] == Path(args.data).resolve().name and flags == wanted | {"limit": args.limit}
@@ -424,16 +431,11 @@ class Run:
         return np.array(list(self.metrics[split]["iou"].values()), float)
 
     def code_change(self, folder):
-        """How the script, or the network's file, in ``folder`` differs from that of the run; None if they are the same.
+        """How the experiment's code in ``folder`` differs from that of the run, see ``checkpoint.code_change``.
 
-        As ``checkpoint.code_change``. A file that is not in the folder has not changed, nor has one of which an earlier
-        version of this repository kept no copy.
+        None if it does not, if the folder lacks the script, or if the run is of a version that kept no code.
         """
-        if "script" not in self.metrics:
+        script = folder / f"{self.metrics['experiment'].removesuffix('_no_pretrained')}.py"
+        if "code" not in self.metrics or not script.is_file():
             return None
-        script = self.metrics["experiment"].removesuffix("_no_pretrained")
-        now = dict(self.metrics)
-        for name, path in (("script", folder / f"{script}.py"), ("network_script", folder / f"{now['module']}.py")):
-            if path.exists():
-                now[name] = path.read_text(encoding="utf-8")
-        return checkpoint.code_change(self.metrics, now)
+        return checkpoint.code_change(self.metrics["code"], files.read_code(script))

@@ -74,6 +74,7 @@ class Split:
             self._photos, self._masks = like._photos, like._masks
         self.all_ids, self.num_left_out = dataset.read_ids(path, self._photos.keys() | self._masks.keys(), report)
         self.ids = self.all_ids[:limit]
+        self._colours = {}  # of the masks' palettes, see ``dataset.read_mask``
         path = self.root / "classes.txt"
         self.classes = dataset.read_classes(path, report) if path.exists() else CLASSES
 
@@ -100,7 +101,7 @@ class Split:
         """The mask as a uint8 array [H, W] of class indices and VOID; errors as in ``dataset.read_mask``."""
         path = self.mask_path(index)
         dataset.check_exists(path, is_mask=True)
-        return dataset.read_mask(path, len(self.classes) or VOID, self.root)
+        return dataset.read_mask(path, len(self.classes) or VOID, self.root, self._colours)
 
     def resized(self, index, size):
         """Photo and mask at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
@@ -126,9 +127,7 @@ class Split:
     def check(self, index):
         """Check a photo and its mask as ``resized`` does.
 
-        Returns:
-            list of the messages of their faults, and the mask's int64 counts [256] of each value, or None if it is
-            invalid.
+        Returns a list of faults, and the mask's int64 counts [256] of each value, None if it is invalid.
         """
         faults = []
 
@@ -186,15 +185,16 @@ def load_resized(split, size):
     """``Split.resized`` of all images at ``size``, (H, W): uint8 tensor [N, H, W, 4] on the CPU.
 
     They are decoded and checked once, and cached as a ``.npy`` file in ``.cache`` in the data's folder, which later
-    runs map into memory. Its name holds ``Split.digest``, so that a change of any file is noticed. If the folder cannot
-    be written, nothing is cached. With a limit, the first rows of the complete split's file are used if there is one,
-    and nothing is cached.
+    runs map into memory. Its name holds ``Split.digest``, so that a change of any file is noticed. Nothing is cached if
+    the folder cannot be written, for a subclass of Split, whose pixels may be others, and with a limit; with a limit,
+    the first rows of the complete split's file are used if there is one.
     """
     height, width = size
     folder, name = split.root / ".cache", f"{split.name}_{height}x{width}"
     path = folder / f"{name}_{split.digest(size)}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
-        return torch.from_numpy(np.load(path, mmap_mode="c")[: len(split)])
+        if type(split) is Split:
+            return torch.from_numpy(np.load(path, mmap_mode="c")[: len(split)])
 
     pixels = np.empty((len(split), height, width, 4), np.uint8)
 
@@ -204,7 +204,7 @@ def load_resized(split, size):
     with _naming_check(split.root), ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(read, range(len(split))):  # raises the error of the first image that has one
             pass
-    if len(split) == len(split.all_ids):
+    if type(split) is Split and len(split) == len(split.all_ids):
         with contextlib.suppress(OSError, UserError):
             _write_cache(path, pixels)
             for outdated in folder.glob(f"{name}_{'?' * DIGEST_LENGTH}.npy"):

@@ -126,6 +126,8 @@ def main():
             runs[seed] = compare.Run.read(metrics)
             if not runs[seed].matches(wanted):
                 raise UserError(f"{metrics}: is from a run with other flags: choose another --out")
+            if change := runs[seed].code_change(compare.ROOT):
+                raise UserError(f"{metrics}: {change}: choose another --out")
         miou = compare.mean_and_std([run.score("val", "miou") for run in runs.values()])
         results.append({args.study: name, "seeds": len(runs), "val mean IoU": miou})
         base = base or runs

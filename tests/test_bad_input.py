@@ -288,9 +288,9 @@ RESUMED = [
     (changed(optimizer=None), "'optimizer'"),
     (changed(model={}), "another model"),
     (changed(flags=5), "another model"),
-    (changed(script="print()"), "print()"),
-    (changed(network_script="print()"), "the file of the network (tiny_net.py) has changed"),
-    (changed(images="others"), "images others"),
+    (changed(code={"train.py": "print()"}), "train.py has changed since ('-print()')"),
+    (changed(code=None), "was written by an earlier version"),
+    (changed(data_sha256="others"), "other image ids or masks"),
     (changed(dataset="Other"), "dataset Other"),
     (changed(classes=["a", "b"]), "classes"),
 ]
@@ -310,6 +310,7 @@ CASES += [(write("best_train.pt", content), predict, PREDICT, message) for conte
 CASES += [(write("last_train.pt", content), train, RESUME, message) for content, message in CHECKPOINT + RESUMED]
 CASES += [(None, train, f"{RESUME} {flags}", message) for flags, message in OTHER_FLAGS]
 CASES += [(remove("best_train.pt"), train, RESUME, "best_train.pt: is missing")]
+CASES += [(all_masks(split, np.ones_like), train, RESUME, "other image ids or masks") for split in ("val", "test")]
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,9 @@ def write_run(out, experiment, seed, ious, limit=None, epochs=3, batch_size=16, 
     split = {"pixel_accuracy": 0.8, "miou": float(np.nanmean(ious)), "assignment_iou": 0.1}
     split["iou"] = {name: None if math.isnan(iou) else float(iou) for name, iou in zip(classes, ious)}
     split["background"] = {"pixel_accuracy": 0.7, "miou": 0.3}
-    metrics = {"experiment": experiment, "dataset": "Made", "seed": seed, "device": "cpu", "epochs": 3}
-    metrics |= {name: options[name] for name in ("dataset", "idea", "loss") if options.get(name)}
+    metrics = {"experiment": experiment, "dataset": "Made", "seed": seed, "device": "cpu", "epochs": len(mious)}
+    optional = ("dataset", "idea", "loss", "size", "data_sha256", "code")
+    metrics |= {name: options[name] for name in optional if options.get(name)}
     metrics |= {"parameters": 1_500_000, "multiply_adds": 2_000_000_000}
     metrics |= {"seconds": sum(epoch_seconds), "epoch_seconds": epoch_seconds}
     metrics |= {"flags": {"epochs": epochs, "batch_size": batch_size, "limit": limit}, "versions": {"torch": "2.9"}}
@@ -111,31 +112,48 @@ def test_report_has_mean_and_deviation_over_the_seeds_of_every_experiment(tmp_pa
 @pytest.mark.parametrize("edited", ["train_mine.py", "mine.py", None])
 def test_runs_of_another_version_of_the_code_are_named(edited, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "ROOT", tmp_path)
-    texts = {"train_mine.py": '"""Mine."""\nlr = 1e-3\n', "mine.py": "width = 8\n"}
-    code = {"script": texts["train_mine.py"], "module": "mine", "network_script": texts["mine.py"]}
+    texts = {"train_mine.py": '"""Mine."""\nimport mine\nlr = 1e-3\n', "mine.py": "width = 8\n"}
     for seed in range(2):
-        path = write_run(tmp_path, "train_mine", seed, random_ious(seed)).path
-        path.write_text(json.dumps(json.loads(path.read_text()) | (code if seed else {})))  # seed 0 is older
+        write_run(tmp_path, "train_mine", seed, random_ious(seed), **({"code": texts} if seed else {}))  # 0 is older
     for name, text in texts.items():
         text = text.replace("1e-3", "1e-2").replace("8", "16") if name == edited else f"# a comment\n{text}"
         (tmp_path / name).write_text(text.replace("Mine.", "Val mean IoU: 0.5"))
     text = run_compare(tmp_path, monkeypatch)
-    changes = {
-        "train_mine.py": "the script has changed since ('-lr = 0.001')",
-        "mine.py": "the file of the network (mine.py) has changed since ('-width = 8')",
-    }
+    lines = {"train_mine.py": "-lr = 0.001", "mine.py": "-width = 8"}
     rows = [row for row in table_rows(text) if "has changed" in row[-1]]
-    assert rows == ([["train_mine", "1", changes[edited]]] if edited else [])
+    assert rows == ([["train_mine", "1", f"{edited} has changed since ({lines[edited]!r})"]] if edited else [])
     assert ("## Changed since" in text) == bool(edited)
 
 
 def test_a_script_with_a_syntax_error_has_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "ROOT", tmp_path)
-    path = write_run(tmp_path, "train_mine", 0, random_ious(0)).path
-    code = dict.fromkeys(("script", "network_script"), "lr = 1e-3\n") | {"module": "train_mine"}
-    path.write_text(json.dumps(json.loads(path.read_text()) | code))
+    write_run(tmp_path, "train_mine", 0, random_ious(0), code={"train_mine.py": "lr = 1e-3\n"})
     (tmp_path / "train_mine.py").write_text("lr = (1e-3\n")
-    assert "the script has changed since ('-lr = 0.001')" in run_compare(tmp_path, monkeypatch)
+    assert "train_mine.py has changed since ('-lr = 0.001')" in run_compare(tmp_path, monkeypatch)
+
+
+def test_runs_on_other_masks_are_named(tmp_path, monkeypatch):
+    for seed, data in enumerate(("a", "b", "a")):
+        write_run(tmp_path, "train", seed, random_ious(seed), size=[32, 32], data_sha256=data)
+    write_run(tmp_path, "train_6", 0, random_ious(0), size=[32, 48], data_sha256="c")  # another size, other hashes
+    rows = [row for row in table_rows(run_compare(tmp_path, monkeypatch)) if "other image" in row[-1]]
+    assert rows == [["train", "1", "other image ids or masks than train with seed 0"]]
+
+
+def test_a_copied_folder_is_not_taken_for_that_of_a_seed(tmp_path, monkeypatch):
+    for folder in ("seed0_old", "seed0"):
+        write_run(tmp_path / folder, "train", 0, [0.2, 0.2, 0.2 if folder == "seed0" else 0.8])
+    assert table_rows(run_compare(tmp_path, monkeypatch))[3][7] == "0.2000"
+
+
+def test_a_script_of_the_user_is_compared_with_the_baseline_or_else_with_the_first(tmp_path, monkeypatch):
+    for experiment in ("train", "train_5_a", "train_mine", "train_mine_no_pretrained"):
+        write_run(tmp_path, experiment, 0, random_ious(0))
+    pairs = [["train_5_a", "train"], ["train_mine", "train"], ["train_mine_no_pretrained", "train_mine"]]
+    found = [row[:2] for row in table_rows(run_compare(tmp_path, monkeypatch)) if len(row) == 7][2:]
+    assert found == pairs
+    text = run_compare(tmp_path, monkeypatch, "--experiments", "train_5_a", "train_mine")
+    assert [row[:2] for row in table_rows(text) if len(row) == 7][2:3] == [["train_mine", "train_5_a"]]
 
 
 @pytest.mark.parametrize("dataset", ["VOC2007", "Toy"])
@@ -269,6 +287,16 @@ def test_only_missing_runs_are_started(tmp_path, monkeypatch, started):
     assert len(started) == 6
 
 
+def test_a_finished_run_that_was_continued_and_stopped_is_not_done(tmp_path, monkeypatch, started):
+    flags = ["--data", tmp_path / "Made", "--experiments", "train", "--seeds", 0]
+    path = write_run(tmp_path / "seed0", "train", 0, random_ious(0)).path.with_suffix(".csv")
+    run_compare(tmp_path, monkeypatch, *flags)
+    assert not started
+    path.write_text(path.read_text() + "3,1.5,1.2,0.3\n")
+    run_compare(tmp_path, monkeypatch, *flags)
+    assert len(started) == 1
+
+
 def test_failed_run_is_reported_and_the_others_go_on_with_the_same_flags(tmp_path, monkeypatch, started):
     flags = ["--limit", 4, "--device", "cpu", "--no-pretrained", "--compile", "--seeds", 3]
     with pytest.raises(util.UserError, match="1 runs failed.*train_5_a.py.*exit code 2"):
@@ -344,5 +372,5 @@ def test_script_of_the_user_is_compared_with_ours(tiny, tmp_path):
     assert rows[7][:5] == ["train_mine: baseline", "train", "+0.0000", "+0.0000 to +0.0000", "no"]
     (project / "train_mine.py").write_text((ROOT / "train.py").read_text().replace("lr", "LR", 1))
     done = subprocess.run(line, cwd=project, capture_output=True, text=True)
-    rows = [row[:2] for row in table_rows(done.stdout) if "the script has changed since" in row[-1]]
+    rows = [row[:2] for row in table_rows(done.stdout) if "train_mine.py has changed since" in row[-1]]
     assert [done.returncode, rows] == [0, [["train_mine", str(seed)] for seed in range(3)]]

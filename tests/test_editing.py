@@ -175,7 +175,7 @@ EDITS = {
     "one cycle": ("train", block("OneCycleLR")),
     "plateau": ("train", block("ReduceLROnPlateau(")),
     "clipping": ("train", block("clip_grad_norm_")),
-    "accumulation": ("train", block("loss / 4")),
+    "accumulation": ("train", block("loss / accumulated")),
     "auxiliary loss": ("train_5_a", AUX_NET + block("aux_loss")),
     "fine-tuning": ("train_5_b", block("model.backbone.requires_grad_(True)")),
     "label smoothing": ("train", block("label_smoothing")),
@@ -269,20 +269,21 @@ def test_plateau_lowers_the_learning_rate_when_its_metric_stalls(project, mode, 
     assert rates == pytest.approx(expected) and rates[-1] < rates[0]
 
 
-def test_accumulated_gradients_are_those_of_one_large_batch(tiny, project, float32):
+@pytest.mark.parametrize("count", [4, 3])
+def test_accumulated_gradients_are_those_of_one_large_batch(tiny, project, float32, count):
     criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
     namespace = {"engine": engine}
-    exec(block("loss / 4").split("engine.fit(")[0], namespace)
-    images, masks, _ = next(voc.loaders(tiny, 4, size=32)[1].batches())
+    exec(block("loss / accumulated").split("engine.fit(")[0], namespace)
+    images, masks = (part[:count] for part in next(voc.loaders(tiny, 4, size=32)[1].batches())[:2])
     masks[masks == util.VOID] = 0  # every image then weighs the same
     weights = []
-    for step, size in ((engine.training_step, 4), (namespace["training_step"], 1)):
+    for step, size in ((engine.training_step, count), (namespace["training_step"], 1)):
         torch.manual_seed(0)
         model = basic_fcn.FCN(21, norm=False)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for index in range(4 // size):
+        for index in range(count // size):
             batch = slice(index * size, (index + 1) * size)
-            step(model, images[batch], masks[batch], criterion, optimizer, index=index, count=4 // size)
+            step(model, images[batch], masks[batch], criterion, optimizer, index=index, count=count // size)
         weights.append([parameter.detach() for parameter in model.parameters()])
     torch.testing.assert_close(*weights)
 
@@ -526,6 +527,38 @@ def test_a_trainable_loss_that_no_optimizer_holds_is_a_warning(project, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("forward", "warned"),
+    [
+        ("return super().forward(logits, masks.masked_fill(masks == util.VOID, 0))", True),
+        ("masks[masks == util.VOID] = 0; return super().forward(logits, masks)", True),
+        ("return super().forward(logits, masks)", False),
+    ],
+)
+def test_a_loss_that_trains_on_void_is_a_warning(project, capsys, forward, warned):
+    changes = criterion(forward).replace("torch.nn.Module", "torch.nn.CrossEntropyLoss")
+    assert run(project, changes.replace("Loss()", "Loss(ignore_index=util.VOID)"), "--epochs 1") == 0
+    warning = "warning: the criterion also trains on void pixels: leave out those where masks == util.VOID"
+    assert (warning in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "warned"),
+    [("return self", "# mine\n        return self", False), ("epochs=", "epochs=1", False), ("ReLU", "GELU", True)],
+)
+def test_a_model_whose_network_was_edited_since_its_training_loads_with_a_warning(project, capsys, old, new, warned):
+    assert run(project, block("MyNet("), "--epochs 1", base="train_5_a") == 0
+    script = (project / "train-mine.py").read_text(encoding="utf-8")
+    assert old in script
+    (project / "train-mine.py").write_text(script.replace(old, new, 1), encoding="utf-8")
+    del sys.modules["train-mine"]
+    capsys.readouterr()
+    for _ in range(2):
+        checkpoint.load(project / "best_train-mine.pt")
+        error = capsys.readouterr().err
+        assert ("best_train-mine.pt: train-mine.py has changed since" in error) == warned
+
+
 def test_a_network_in_a_script_with_a_dot_in_its_name_can_be_loaded(project):
     assert run(project, block("MyNet("), base="train_5_a", name="train.v2") == 0
     del sys.modules["train.v2"]
@@ -541,6 +574,17 @@ def test_several_processes_need_a_gradient_for_every_trainable_parameter(monkeyp
     monkeypatch.setattr(preflight.processes, "world_size", lambda: 2)
     with pytest.raises(util.UserError, match="need a gradient for layers.0.bias: freeze"):
         preflight._check_parameters(model, None, optimizer, used)
+
+
+def test_several_processes_do_not_train_parameters_of_the_loss(monkeypatch):
+    """DistributedDataParallel would not average their gradients."""
+    model, loss = TinyNet(2), torch.nn.PReLU()
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], 0.1)
+    used = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert preflight._check_parameters(model, loss, optimizer, used) == []
+    monkeypatch.setattr(preflight.processes, "world_size", lambda: 2)
+    with pytest.raises(util.UserError, match="criterion.weight: several processes"):
+        preflight._check_parameters(model, loss, optimizer, used)
 
 
 def test_without_patience_a_run_goes_to_its_end(project, capsys):

@@ -47,6 +47,7 @@ def fit(data, out, *, criterion=CRITERION, scheduler=None, patience=9, lr=1e-3, 
     defaults |= {"device": torch.device("cpu"), "out": out, "resume": False, "limit": None, "compile": False}
     defaults |= {"overwrite": False, "idea": "an idea", "defaults": {"epochs": 2, "batch_size": 3}}
     args = Namespace(**defaults | flags)
+    args.code = files.read_code(args.script)
     util.seed_everything(args.seed)
     train, val, test = voc.loaders(data, args.batch_size, size=SIZE, seed=args.seed)
     if change:
@@ -94,7 +95,7 @@ def test_a_run_writes_the_documented_files_and_metrics(finished):
     assert written == {"best_train.pt", "last_train.pt", ".train.lock"} | results | plots
     head = ["experiment", "idea", "dataset", "seed", "device", "epochs", "best_epoch", "loss", "parameters"]
     tail = ["multiply_adds", "seconds", "epoch_seconds", "flags", "defaults", "versions", "val", "test"]
-    tail += ["script", "module", "network_script"]
+    tail += ["size", "data_sha256", "code"]
     assert list(metrics) == head + tail
     assert len(metrics["epoch_seconds"]) == metrics["epochs"]
     assert sum(metrics["epoch_seconds"]) == pytest.approx(metrics["seconds"], abs=1e-3)
@@ -110,7 +111,8 @@ def test_a_run_writes_the_documented_files_and_metrics(finished):
 def test_a_checkpoint_records_its_provenance(finished):
     _, out, metrics = finished
     state = torch.load(out / "best_train.pt", weights_only=True)
-    assert state["script"] == SCRIPT.read_text()
+    code = {name: (ROOT / name).read_text() for name in ("train.py", "basic_fcn.py")}
+    assert state["code"] == metrics["code"] == code and [*state["code"]] == [*code]
     assert (state["experiment"], state["seed"], state["dataset"]) == ("train", 0, "Tiny")
     assert state["flags"]["batch_size"] == 3 and state["classes"] == list(voc.CLASSES)
     assert (state["size"], state["mean"], state["std"]) == ([SIZE, SIZE], list(imaging.MEAN), list(imaging.STD))
@@ -351,8 +353,42 @@ def test_a_run_resumes_with_other_comments_but_not_with_other_code(tiny, tmp_pat
         fit(tiny, tmp_path, epochs=2, script=script, resume=True)
         assert len(history(tmp_path)) == 3
     else:
-        with pytest.raises(UserError, match=re.escape(f"the script has changed since ({first_change!r})")):
+        with pytest.raises(UserError, match=re.escape(f"train.py has changed since ({first_change!r})")):
             fit(tiny, tmp_path, epochs=2, script=script, resume=True)
+
+
+def test_the_code_of_a_run_is_what_its_script_imports_directly_or_not(tmp_path):
+    texts = {
+        "my.run.py": "import math, losses\nfrom nets import Net\nimport util\nfrom . import other\n",
+        "nets.py": "import blocks\n",
+        "blocks.py": "import nets\n",
+        "losses.py": "scale = (1\n",  # being edited
+        "util.py": "",
+        "other.py": "",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    code = files.read_code(tmp_path / "my.run.py")
+    assert code == {name: texts[name] for name in ("my.run.py", "losses.py", "nets.py", "blocks.py")}
+    assert list(code)[0] == "my.run.py"
+    assert checkpoint.code_change(code, code) is None
+    assert checkpoint.code_change(code, code | {"losses.py": "scale = 1\n"}) == (
+        "losses.py has changed since ('-scale = (1')"
+    )
+    other = {name: text for name, text in code.items() if name != "blocks.py"}
+    assert checkpoint.code_change(code, other) == "blocks.py has changed since ('-import nets')"
+
+
+def test_a_loss_is_in_eval_mode_when_val_is_evaluated(tiny, tmp_path):
+    class Counting(CrossEntropyLoss):
+        def forward(self, logits, masks):
+            modes.append((self.training, logits.requires_grad))
+            return super().forward(logits, masks)
+
+    modes = []
+    fit(tiny, tmp_path, criterion=Counting(ignore_index=util.VOID))
+    modes = modes[2:]  # after the checks before the first epoch
+    assert {*modes} == {(True, True), (False, False)} and modes[0] == (True, True)
 
 
 def test_the_network_learns(tiny, tmp_path):
@@ -381,7 +417,7 @@ class Scaled(CrossEntropyLoss):
 
     def __init__(self, factor, gradient_only=False):
         super().__init__(ignore_index=util.VOID)
-        self.step, self.factor, self.gradient_only = -1, factor, gradient_only  # the first call is a check
+        self.step, self.factor, self.gradient_only = -2, factor, gradient_only  # two calls are checks
 
     def forward(self, logits, masks):
         loss = super().forward(logits, masks)
@@ -425,6 +461,7 @@ def test_flags_have_the_documented_defaults(monkeypatch):
     expected |= {"epochs": 7, "batch_size": 16, "seed": 0, "device": cli.parse_device("auto")}
     expected |= {"resume": False, "overwrite": False, "limit": None, "compile": False}
     expected |= {"defaults": {"epochs": 7, "batch_size": 16}, "idea": "an experiment"}
+    expected |= {"code": files.read_code(SCRIPT)}
     assert vars(cli.arguments(str(SCRIPT), "An experiment.", epochs=7)) == expected
 
 

@@ -97,7 +97,8 @@ def write_report(out, has_test=True, epochs=2, classes=CLASSES):
     metrics = {"experiment": "train_x", "dataset": "Made", "seed": 3, "epochs": epochs, "best_epoch": epochs}
     metrics |= {"loss": "CrossEntropyLoss", "parameters": 1_500_000, "flags": {"batch_size": 16, "limit": None}}
     metrics |= {"versions": {"torch": "2.9"}, "val": val, "test": test if has_test else None}
-    metadata = {"classes": classes, "size": [224, 320], "class": "Net", "arguments": {"width": 8}, "script": CODE}
+    metadata = {"classes": classes, "size": [224, 320], "class": "Net", "arguments": {"width": 8}}
+    metadata |= {"code": {"train.py": CODE}}
     shown = samples(np.random.default_rng(0))
     html_report.write_run(run_files, "train_x: <idea>, Made", metrics, history_of(epochs), shown, metadata)
     return run_files.report, json.loads(json.dumps(metrics))

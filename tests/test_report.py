@@ -83,7 +83,7 @@ def test_score_in_the_script_and_in_the_readme_is_that_of_the_runs(experiment):
     epochs, batch_size = re.search(r"__doc__, epochs=(\d+)(?:, batch_size=(\d+))?", text).groups(default=16)
     defaults = {"epochs": int(epochs), "batch_size": int(batch_size)}
     assert all(run.metrics["defaults"] == defaults for run in runs)
-    assert all("script" in run.metrics and run.code_change(ROOT) is None for run in runs)
+    assert all("code" in run.metrics and run.code_change(ROOT) is None for run in runs)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -428,6 +428,18 @@ def test_the_cache_has_the_permissions_of_the_data(tiny, mode):
     assert [stat.S_IMODE(one.stat().st_mode) for one in (path.parent, path)] == [mode, mode & 0o666]
 
 
+def test_a_split_of_ones_own_does_not_share_the_cache(tiny):
+    class Inverted(voc.Split):
+        def mask(self, index):
+            return np.where(super().mask(index) == 0, 20, 0).astype(np.uint8)
+
+    ours, theirs = load(tiny), voc.load_resized(Inverted(tiny, "train"), (16, 16))
+    assert torch.equal(theirs[..., 3] == 20, ours[..., 3] == 0)
+    shutil.rmtree(tiny / ".cache")
+    voc.load_resized(Inverted(tiny, "train"), (16, 16))
+    assert torch.equal(load(tiny), ours)
+
+
 @pytest.mark.parametrize("length", [0, 1000])
 def test_a_damaged_cache_file_is_replaced(tiny, opened, length):
     before = load(tiny)
@@ -557,6 +569,31 @@ def test_a_failed_conversion_leaves_the_masks_and_other_class_names_are_not_repl
     with pytest.raises(UserError, match="No space left"):
         dataset.from_colours(root, root.parent / "colours.txt")
     assert {path: path.is_file() and path.read_bytes() for path in root.rglob("*")} == before
+
+
+def test_palettes_that_an_editor_has_reordered_for_each_mask_are_refused(tiny):
+    (tiny / "classes.txt").write_text("a\nb\nc\n")
+    colours = np.array([[200, 10, 10], [10, 200, 10], [10, 10, 200]], np.uint8)
+    for name, order in (("000000", [0, 1, 2]), ("000001", [0, 2, 1])):
+        image = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
+        image.putpalette(colours[order].tobytes())
+        image.save(tiny / "SegmentationClass" / f"{name}.png")
+    split = voc.Split(tiny, "train")
+    split.mask(0)
+    message = r"000001.png: its palette has the colour \(10, 10, 200\) at 1, but that of .*000000.png at 2"
+    with pytest.raises(UserError, match=message):
+        split.mask(1)
+
+
+@pytest.mark.parametrize("first", [[[0, 0, 0]] * 3, [[value] * 3 for value in range(3)], imaging.PALETTE[:21].tolist()])
+def test_palettes_may_differ_if_no_colour_moves(tiny, first):
+    """All black as some tools write it, grey, and VOC's, which has black at 0 as well."""
+    for name, palette, label in (("000000", first, 1), ("000001", [[0, 0, 0], [5, 5, 5], [9, 9, 0]], 0)):
+        image = Image.fromarray(np.array([[label]], np.uint8))
+        image.putpalette(np.array(palette, np.uint8).tobytes())
+        image.save(tiny / "SegmentationClass" / f"{name}.png")
+    split = voc.Split(tiny, "train")
+    assert [split.mask(index).tolist() for index in (0, 1)] == [[[1]], [[0]]]
 
 
 @pytest.mark.parametrize(
