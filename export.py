@@ -44,12 +44,12 @@ def main():
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: the checkpoint's name with .onnx")
     parser.add_argument("--page", type=Path, metavar="DIR", help="write a web page with the model instead")
     text = "output class probabilities at the network's size instead of the mask"
-    parser.add_argument("--logits", action="store_true", help=text)
+    parser.add_argument("--probabilities", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     args = parser.parse_args()
     logging.disable(logging.WARNING)  # PyTorch's, about its own code
-    if args.page and (args.out or args.logits):
-        raise UserError("--page writes a model.onnx that outputs masks into DIR: leave out --out and --logits")
+    if args.page and (args.out or args.probabilities):
+        raise UserError("--page writes a model.onnx that outputs masks into DIR: leave out --out and --probabilities")
     out = args.out or args.checkpoint.with_suffix(".onnx")
     if out.suffix != ".onnx":
         raise UserError(f"--out {out}: choose a name that ends with .onnx")
@@ -64,7 +64,7 @@ def main():
     metadata |= {"palette": imaging.PALETTE.tolist(), "overlay_colours": predict.overlay_palette().tolist()}
     metadata["background"] = background_label(model.classes)
     metadata["sha256"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
-    end = onnx_graph.PROBABILITIES if args.logits else onnx_graph.MASK
+    end = onnx_graph.PROBABILITIES if args.probabilities else onnx_graph.MASK
     contents = [onnx_graph.convert(model, end, metadata).SerializeToString(), json.dumps(metadata).encode()]
     contents += [Path(__file__).with_name("page").joinpath(name).read_bytes() for name in PAGE_FILES[2:]]
     for path, content in zip(paths, contents):  # without --page, only the model
@@ -73,7 +73,7 @@ def main():
     print("wrote", *paths)
 
     if find_spec("onnxruntime"):
-        share = compare(paths[0], model, [model.size] if args.logits else [(389, 517), (517, 389)])
+        share = compare(paths[0], model, [model.size] if args.probabilities else [(389, 517), (517, 389)])
         percent = int(1e5 * share) / 1e3  # rounded down, so that only 1 is 100 %
         print(f"in onnxruntime, {percent:.3f} % of a photo's pixels get the class that predict.py predicts")
         if share < MIN_SHARE:

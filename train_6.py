@@ -1,4 +1,4 @@
-"""All ideas together: a fine-tuned ResNet-18 in a U-Net, more varied photos, and averaged weights.
+"""All ideas together: a fine-tuned ResNet-18 in a U-Net, a larger input, and averaged weights.
 
     python train_6.py
 

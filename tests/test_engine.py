@@ -1,5 +1,6 @@
 """The training loop on a tiny data set at 32x32: the best epoch, metrics, checkpoints, resuming and messages."""
 
+import ast
 import base64
 import copy
 import functools
@@ -7,6 +8,7 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -106,6 +108,16 @@ def test_a_run_writes_the_documented_files_and_metrics(finished):
     for split in ("val", "test"):
         assert list(metrics[split]) == ["loss", "pixel_accuracy", "miou", "iou", "background", "assignment_iou"]
         assert list(metrics[split]["iou"]) == list(voc.CLASSES)
+
+
+def test_the_program_of_metrics_md_scores_a_checkpoint(finished, tmp_path, monkeypatch, capsys):
+    data, out, metrics = finished
+    (tmp_path / "MyData").symlink_to(data)
+    shutil.copy(out / "best_train.pt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    document = (ROOT / "docs" / "METRICS.md").read_text(encoding="utf-8")
+    exec(re.search("```python\n(.*?)```", document, re.DOTALL)[1], {})
+    assert ast.literal_eval(capsys.readouterr().out) == metrics["test"]
 
 
 def test_a_checkpoint_records_its_provenance(finished):

@@ -169,7 +169,7 @@ def test_metadata_are_complete_and_hold_no_path(small):
 
 
 def test_logits_flag_gives_probabilities_at_the_size_of_the_network(small, capsys):
-    assert run_export(small, "best.pt", "--logits", "--out", "p.onnx") == 0
+    assert run_export(small, "best.pt", "--probabilities", "--out", "p.onnx") == 0
     photo = make_photo(36, 52)
     (result,) = onnxruntime.InferenceSession(small / "p.onnx").run(["probabilities"], {"photo": np.asarray(photo)})
     assert result.shape == (3, 36, 52) and np.allclose(result.sum(0), 1, atol=1e-5)
@@ -234,8 +234,8 @@ def test_mistakes_end_with_one_line(small, tmp_path, capsys, monkeypatch):
         "missing.pt": "missing.pt: no such file",
         "notes.pt": "notes.pt: is not a readable checkpoint",
         f"{best} --out model.pt": "--out model.pt: choose a name that ends with .onnx",
-        f"{best} --page x --logits": "leave out --out and --logits",
-        f"{best} --page x --out y.onnx": "leave out --out and --logits",
+        f"{best} --page x --probabilities": "leave out --out and --probabilities",
+        f"{best} --page x --out y.onnx": "leave out --out and --probabilities",
         f"{best} --out file/x.onnx": "file: cannot be written",
         f"{best} --page file/x": "x: cannot be written",
     }

