@@ -16,7 +16,7 @@ from unet import UNet
 
 
 def main():
-    args = cli.arguments(__file__, __doc__, epochs=60, batch_size=8)
+    args = cli.arguments(__file__, __doc__, epochs=100, batch_size=8)
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5, scale=(0.7, 1.1), brightness=0.3, contrast=0.3, saturation=0.3)
