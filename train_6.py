@@ -23,7 +23,7 @@ def main():
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5, scale=(0.7, 1.1), brightness=0.3, contrast=0.3, saturation=0.3)
-    size = (352, 480)  # landscape photos at 4:3 keep their shape, and thin objects are wider than at 224
+    size = (352, 480)  # landscape photos nearly keep their shape, and thin objects are wider than at 224
     train, val, test = voc.loaders(
         args.data, args.batch_size, size=size, augment=augment, limit=args.limit, seed=args.seed, device=args.device
     )
