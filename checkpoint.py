@@ -26,7 +26,7 @@ from util import UserError, reason
 
 ROOT = Path(__file__).resolve().parent  # where ``load`` looks for the files of networks
 ADVICE = "resume with the same, or start again with --overwrite"
-_loaded = {}  # from the file name of a network's module to its text when ``load`` has imported it
+_loaded = {}  # by file name: the code of each network that ``load`` has imported, see ``files.read_code``
 
 
 class TrainedModel(torch.nn.Module):
@@ -238,7 +238,7 @@ def load(path, device="cpu"):
     The class of its network is looked up by name among the project's top-level files, and the file is read with
     ``weights_only=True``: a stranger's checkpoint cannot run code.
 
-    Prints a warning if the network's file was edited since the training.
+    Prints a warning if the network's code was edited since the training.
 
     Raises:
         UserError: the file is missing, unreadable or not of this project, or the network's file is missing.
@@ -257,15 +257,17 @@ def load(path, device="cpu"):
 
 
 def _network_change(state):
-    """How the network's file, as ``build`` has imported it, differs from that of the training; None if it does not.
+    """How the network's code, as ``build`` has imported it, differs from that of the training; None if it does not.
 
-    The function ``main`` does not count, for networks that stand in their script.
+    Of a network that stands in its script, what the script imports does not count, nor the function ``main``.
     """
     file = f"{state['module']}.py"
     before = state.get("code", {})  # an earlier version of this repository kept none
     if file not in _loaded or file not in before:  # a script has imported the network itself
         return None
-    return code_change({file: before[file]}, {file: _loaded[file]}, without="main")
+    names = [file] if file == next(iter(before)) else [name for name in _loaded[file] if name in before]
+    before, now = ({name: code[name] for name in names} for code in (before, _loaded[file]))
+    return code_change(before, now, without="main")
 
 
 class MissingNetworkError(Exception):
@@ -293,8 +295,8 @@ def _network_class(module, name):
     if module not in sys.modules:  # by its path, as a file's name may hold a dot
         spec = importlib.util.spec_from_file_location(module, path)
         sys.modules[module] = importlib.util.module_from_spec(spec)
-        _loaded[path.name] = path.read_text(encoding="utf-8")
         try:
+            _loaded[path.name] = files.read_code(path)
             spec.loader.exec_module(sys.modules[module])
         except BaseException:
             del sys.modules[module]

@@ -37,9 +37,9 @@ def arguments(script, doc, epochs, batch_size=16, pretrained=False):
         pretrained: whether the experiment starts from pretrained weights; adds the flag ``--no-pretrained``.
 
     Returns:
-        argparse.Namespace with the flags, script (Path), code (as it is now, see ``files.read_code``), experiment
-        (the stem of its files' names), idea (see ``idea``) and defaults (dict with the experiment's own epochs and
-        batch_size). data is a str, device a torch.device and out a Path; limit may be None.
+        argparse.Namespace with the flags, script (Path), code (of the script at the start, see ``files.read_code``),
+        experiment (the stem of its files' names), idea (see ``idea``) and defaults (dict with the experiment's own
+        epochs and batch_size). data is a str, device a torch.device and out a Path; limit may be None.
     """
     parser = shared_flags(doc, epochs, batch_size, pretrained)
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")
@@ -48,7 +48,7 @@ def arguments(script, doc, epochs, batch_size=16, pretrained=False):
     existing.add_argument("--overwrite", action="store_true", help="delete the experiment's earlier run in --out first")
     args = parser.parse_args()
     args.script, args.defaults = Path(script), {"epochs": epochs, "batch_size": batch_size}
-    args.code = files.read_code(args.script)  # now: it may be edited before the first epoch
+    args.code = files.read_code(args.script)  # at the start: it may be edited during the run
     args.idea = idea(doc)
     args.experiment = args.script.stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
     args.device = processes.join(args.device)

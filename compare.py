@@ -10,7 +10,9 @@ Writes OUT/RESULTS.md, the same as OUT/RESULTS.html with links to the reports of
 comparison.png, classes.png and curves.png.
 """
 
+import importlib.util
 import math
+import re
 import shlex
 import statistics
 import subprocess
@@ -56,15 +58,16 @@ Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is 
 difference is clear if it excludes 0. The classes are the three that change most."""
 
 CHANGED = """\
-These runs are not of the present code, or not all of the same data. To repeat one, pass --overwrite to its script; or
-compare with another --out."""
+The code of these runs has changed since, or their image ids or masks differ from those of most runs. To repeat one,
+call its script with its seed, its --out and --overwrite; or compare with another --out."""
 
 
-def result_paths(out, experiment="*", seed="*"):
-    """The JSON files of finished runs below a folder."""
+def finished_runs(out, experiment="*", seed="*"):
+    """The finished runs below a folder, a list of Run; one that was continued and is not at its end is left out."""
     name = f"{experiment}_seed{seed}.json"
     folders = [folder for folder in sorted(out.glob("seed*")) if folder.name.removeprefix("seed").isdecimal()]
-    return [path for folder in (*folders, out) for path in sorted((folder / "results").glob(name))]
+    paths = [path for folder in (*folders, out) for path in sorted((folder / "results").glob(name))]
+    return [run for run in map(Run.read, paths) if len(run.history) == run.metrics["epochs"]]
 
 
 def collect(args):
@@ -72,7 +75,7 @@ def collect(args):
 
     If there are none, and all runs in the folder have one setting, these.
     """
-    runs = [Run.read(path) for path in result_paths(args.out)]
+    runs = finished_runs(args.out)
     names = args.experiments
     runs = [run for run in runs if names is None or run.metrics["experiment"].removesuffix("_no_pretrained") in names]
     matching = [run for run in runs if run.matches(args)]
@@ -88,7 +91,7 @@ def collect(args):
 
 def no_match(args):
     """Why there is nothing to report, and what to do."""
-    runs = [Run.read(path) for path in result_paths(args.out)]
+    runs = finished_runs(args.out)
     settings = {run.setting for run in runs}
     if not runs:
         return "no finished run found: python compare.py --seeds 0 1 2 runs the experiments"
@@ -108,9 +111,13 @@ def command(args, script, seed):
             line += ["--" + name.replace("_", "-"), getattr(args, name)]
     if args.compile:
         line.append("--compile")
-    if not args.pretrained and "pretrained=True" in (ROOT / script).read_text(encoding="utf-8"):
+    if not args.pretrained and _has_pretrained_flag(ROOT / script):
         line.append("--no-pretrained")
     return list(map(str, line))
+
+
+def _has_pretrained_flag(script):
+    return re.search(r"cli\.arguments\([^)]*pretrained=True", importlib.util.decode_source(script.read_bytes()))
 
 
 def run_missing(args):
@@ -120,7 +127,7 @@ def run_missing(args):
         for name in args.experiments or EXPERIMENTS:
             line = command(args, f"{name}.py", seed)
             experiment = name + ("_no_pretrained" if "--no-pretrained" in line else "")
-            if any(Run.read(path).matches(args) for path in result_paths(args.out, experiment, seed)):
+            if any(run.matches(args) for run in finished_runs(args.out, experiment, seed)):
                 print(f"{name} seed {seed}: already done", flush=True)
                 continue
             print(f"\n$ python {shlex.join(line)}", flush=True)
@@ -253,17 +260,20 @@ def minutes_row(name, runs, mious):
 
 
 def changes_since(experiments):
-    """Rows about runs of other code than now, or of other data than the rest: a list of dicts from heading to cell."""
-    rows, first = [], {}  # input size to the first run of that size, with its name
+    """Rows about runs of other code than now, or of other data than most: a list of dicts from heading to cell."""
+    hashes = {}  # of the data, from input size to the hash of each run: masks of another size have another one
+    for run in (run for seeds in experiments.values() for run in seeds.values()):
+        if "data_sha256" in run.metrics:
+            hashes.setdefault(tuple(run.metrics["size"]), []).append(run.metrics["data_sha256"])
+    rows = []
     for name, seeds in experiments.items():
         for seed, run in seeds.items():
-            change = run.code_change(ROOT)
-            if "data_sha256" in run.metrics:  # masks of different sizes have different hashes
-                other, label = first.setdefault(tuple(run.metrics["size"]), (run, f"{name} with seed {seed}"))
-                if run.metrics["data_sha256"] != other.metrics["data_sha256"]:
-                    change = f"other image ids or masks than {label}"
-            if change:
-                rows.append({"experiment": name, "seed": seed, "change": change})
+            changes = [run.code_change(ROOT)]
+            if "data_sha256" in run.metrics:
+                usual = statistics.mode(hashes[tuple(run.metrics["size"])])
+                changes += ["other image ids or masks"] * (run.metrics["data_sha256"] != usual)
+            if any(changes):
+                rows.append({"experiment": name, "seed": seed, "change": "; ".join(filter(None, changes))})
     return rows
 
 

@@ -156,6 +156,8 @@ def read_classes(path, report=refuse):
     for index, name in enumerate(names[:VOID]):
         if not name:
             report(f"{path}: line {index + 1} is empty, but the line is the class's value plus 1: name it or remove it")
+        elif name.startswith("#"):
+            report(f"{path}: line {index + 1} begins with #, but each line is the name of a class: remove it")
         elif name in names[:index]:
             report(f"{path}: line {index + 1} repeats a class name ({name}): name each class once")
     return tuple(names) if 2 <= len(names) <= VOID else ()
@@ -192,7 +194,8 @@ def read_mask(path, num_classes, root, colours):
             first, other = colours.setdefault(colour, (value, path))
             if first != value:
                 problem = f"its palette has the colour {colour} at {value}, but that of {other} at {first}"
-                raise UserError(f"{path}: {problem}, as an image editor saves them: {convert}")
+                advice = f"if the colours are right, {convert}; if the values are, save the masks as greyscale"
+                raise UserError(f"{path}: {problem}: {advice}")
     invalid = values[(values >= num_classes) & (values != VOID)]
     if invalid.size:
         known = f"a class (0 .. {num_classes - 1}) nor void ({VOID})"
@@ -243,7 +246,10 @@ def warnings(splits, counts):
         texts.append(f"train has no pixel of {len(absent)} of {len(classes)} classes: {_shorten(absent)}")
     if only_val:
         texts.append(f"val, but not train, has pixels of {_shorten(only_val)}: these cannot be learned")
-    for split in splits[1:]:
+    for split, pixels in zip(splits[1:], counts[1:]):
+        present = [name for name, count in zip(classes, pixels) if count]
+        if len(present) == 1:
+            texts.append(f"{split.name} shows only {present[0]} and void ({VOID}): its scores say little")
         shared = set(train.all_ids) & set(split.all_ids)
         if shared:
             texts.append(f"{len(shared)} of the {len(split.all_ids)} ids of {split.name} are in train too")

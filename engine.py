@@ -140,10 +140,13 @@ def evaluate(model, loader, criterion, full_resolution=True):
             assignment's IoU: for reported metrics, in float32. Otherwise evaluate at the loader's size: faster, for
             validation during training.
 
-    Raises a UserError if the loader shuffles or augments.
+    Raises a UserError if the loader shuffles or augments, or has other classes than a TrainedModel.
     """
     if loader.training or loader.augment is not None:
         raise UserError("evaluate needs a loader without training=True and augment, such as voc.Loader(split, size, 8)")
+    if isinstance(model, checkpoint.TrainedModel) and model.classes != loader.classes:
+        problem = f"the model's classes are {', '.join(model.classes)}, but those of {loader.split.root} are other ones"
+        raise UserError(f"{problem}, or in another order: correct its classes.txt")
     model.eval()
     if isinstance(criterion, torch.nn.Module):
         criterion.eval()

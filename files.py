@@ -4,6 +4,7 @@ import ast
 import contextlib
 import errno
 import glob
+import importlib.util
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ except ImportError:  # Windows
 
 STALE_AFTER = 3600  # seconds after which an unfinished file belongs to a process that was killed
 # files that every script imports, directly or not: no part of the code that a run keeps
-SHARED = ("checkpoint", "cli", "engine", "imaging", "util", "voc")
+NOT_KEPT = ("checkpoint.py", "cli.py", "engine.py", "imaging.py", "util.py", "voc.py")
 PLOTS = ("curves", "iou", "confusion", "predictions", "augmentation")
 
 
@@ -116,24 +117,36 @@ def atomic_folder(folder):
 
 
 def read_code(script):
-    """The text of a script and of the files beside it that it imports, directly or through others, but for SHARED.
+    """The text of a script and of the files that it imports, directly or through others.
 
-    Returns a dict from file name to text; the script comes first.
+    These are files and packages in the script's folder, but for NOT_KEPT. Returns a dict from the path below that
+    folder to the text; the script comes first.
     """
-    texts, paths = {}, [script]
-    for path in paths:
-        if path.name in texts or path.stem in SHARED or not path.is_file():
+    folder = script.resolve().parent  # Python imports from beside the file that a link leads to
+    texts, paths = {}, [folder / script.name]
+    while paths:
+        path = paths.pop(0)
+        name = path.relative_to(folder).as_posix()
+        if name in texts or name in NOT_KEPT or not path.is_file():
             continue
-        texts[path.name] = path.read_text(encoding="utf-8")
-        names = []
+        texts[name] = importlib.util.decode_source(path.read_bytes())
         with contextlib.suppress(SyntaxError):  # a later edit of a file that was imported
-            for node in ast.walk(ast.parse(texts[path.name])):
-                if isinstance(node, ast.Import):
-                    names += [alias.name for alias in node.names]
-                elif isinstance(node, ast.ImportFrom):
-                    names.append(node.module)
-        paths += [script.with_name(f"{name}.py") for name in names]
+            paths += _imported(ast.parse(texts[name]), path, folder)
     return texts
+
+
+def _imported(tree, path, folder):
+    """The files that the module at ``path``, below ``folder``, may import from there: a list of Paths."""
+    modules = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules += [folder.joinpath(*alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = path.parents[node.level - 1] if node.level else folder
+            package = package.joinpath(*(node.module or "").split("."))
+            modules += [package, *(package / alias.name for alias in node.names)]
+    found = [file for module in modules for file in (module.with_name(f"{module.name}.py"), module / "__init__.py")]
+    return [file for file in found if file.is_relative_to(folder)]
 
 
 class RunFiles:

@@ -72,9 +72,12 @@ def open_photo(path, max_pixels=MAX_PIXELS):
     if image.mode in ("I", "F"):
         problem = f"is an image in mode {image.mode}, with 32 bits per pixel and an unknown range of values"
         raise UserError(f"{path}: {problem}: save it with 8 bits")
-    if image.mode.startswith("I") and 0 < (highest := np.asarray(image).max()) < 1 << 12:
-        problem = f"has 16 bits per pixel, but no value above {highest}, and would be read as nearly black"
-        raise UserError(f"{path}: {problem}: scale it to the range up to 65535, or to 8 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        lowest, highest = int(values.min()), int(values.max())
+        if highest > 0 and highest - lowest < 1 << 12:
+            problem = f"has 16 bits per pixel, but only values from {lowest} to {highest}, of which 8 bits keep little"
+            raise UserError(f"{path}: {problem}: scale them to 0 .. 65535, or save 8 bits")
     with contextlib.suppress(Exception):  # damaged EXIF data raises one of many types
         ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image)

@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim import lr_scheduler
 
@@ -31,7 +32,8 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
     with _stage(script, "the augmentation"):
         _check_augmentation(train)
         images, masks, _ = next(train.batches())
-        images, masks = images[:NUM_IMAGES], masks[:NUM_IMAGES]
+        smallest = len(train.split) * train.repeats // len(train)  # of batches of 2, the last may have one image
+        images, masks = images[: min(NUM_IMAGES, smallest)], masks[: min(NUM_IMAGES, smallest)]
         masks[0, 0, 0] = VOID
     network = f"the network {type(model).__name__}"
     with _restored_afterwards(model, criterion, optimizer):
@@ -40,8 +42,14 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
             _check_logits(logits, images, train.classes)
         with _stage(script, "the criterion (masks hold util.VOID for void)"):
             warnings = _check_criterion(criterion, logits.contiguous(), masks)
+        warnings += _check_batch_norm(model.train())
+        rates, numbers = _learning_rates(optimizer), _numbers(criterion)
         with _stage(script, "the training step"):
-            used = _try_training_step(training_step, model.train(), images, masks, criterion, optimizer)
+            used = _try_training_step(training_step, model, images, masks, criterion, optimizer)
+        if _learning_rates(optimizer) != rates:
+            warnings.append("training_step changes the learning rate, as --resume may not: pass engine.fit a scheduler")
+        if changed := [name for name, value in _numbers(criterion).items() if numbers.get(name) != value]:
+            warnings.append(f"no checkpoint holds {_some(changed)} of the criterion, which changes: register a buffer")
         with _stage(script, network), torch.no_grad():  # after the step, which may change more than the parameters
             _check_rebuilding(model, images, forward, metadata)
         with _stage(script, "saving the state of criterion, optimizer and scheduler"):
@@ -60,14 +68,17 @@ def check_types(script, train, val, test, parts):
             raise UserError(f"{script}: {name} is the class {part.__name__} itself: call it")
     if hasattr(parts["model"], "_orig_mod"):
         raise UserError(f"{script}: the network is compiled already: leave out torch.compile and pass --compile")
-    in_eval_mode = {name: module for name, module in parts["model"].named_modules() if not module.training}
-    parts["model"].train()
-    changed = [name for name, module in in_eval_mode.items() if module.training]
-    if changed:
-        raise UserError(
-            f"{script}: {_some(changed)} of the network is in eval mode, which training would end: override train() in "
-            "the network, or use torchvision's FrozenBatchNorm2d"
-        )
+    for name, part in (("network", parts["model"]), ("criterion", parts["criterion"])):
+        if not isinstance(part, torch.nn.Module) or (name == "criterion" and not part.training):  # an earlier run's
+            continue
+        in_eval_mode = {module_name: module for module_name, module in part.named_modules() if not module.training}
+        part.train()
+        changed = [module_name for module_name, module in in_eval_mode.items() if module.training]
+        if changed:
+            raise UserError(
+                f"{script}: {_some(changed)} of the {name} is in eval mode, which training would end: override train() "
+                f"in the {name}, or use torchvision's FrozenBatchNorm2d"
+            )
     if any(map(is_lazy, parts["model"].parameters())):
         raise UserError(f"{script}: the network has lazy layers: call it on a batch before the optimizer is made")
 
@@ -97,14 +108,28 @@ def _restored_afterwards(model, criterion, optimizer):
         return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
     before = [tensor.detach().clone() for tensor in tensors()]
-    optimizer_state = copy.deepcopy(optimizer.state_dict())
+    numbers = _numbers(criterion)
+    optimizer_state, groups = copy.deepcopy(optimizer.state_dict()), list(optimizer.param_groups)
     yield
     with torch.no_grad():
         for tensor, value in zip(tensors(), before, strict=True):
             tensor.copy_(value)
     optimizer.load_state_dict(optimizer_state)
+    for index, group in enumerate(groups):  # which the script may hold
+        group.update(optimizer.param_groups[index])
+        optimizer.param_groups[index] = group
     for tensor in tensors():
         tensor.grad = None
+    getattr(criterion, "__dict__", {}).update(numbers)
+
+
+def _numbers(criterion):
+    """The attributes of a criterion that are numbers, a dict."""
+    return {name: value for name, value in getattr(criterion, "__dict__", {}).items() if isinstance(value, int | float)}
+
+
+def _learning_rates(optimizer):
+    return [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def _check_scheduler(script, scheduler, optimizer, interval, epochs, num_batches):
@@ -122,6 +147,10 @@ def _check_scheduler(script, scheduler, optimizer, interval, epochs, num_batches
         return
     steps = epochs * num_batches if interval == "batch" else epochs
     for part, part_steps in _final_schedulers(scheduler, steps):
+        if part_steps <= 0:
+            problem = f"the last scheduler, a {type(part).__name__}, begins after step {steps - part_steps}"
+            advice = "begin it earlier" + (', or pass scheduler_interval="batch"' if interval == "epoch" else "")
+            raise UserError(f"{script}: {problem}, but the run has {steps} steps, one per {interval}: {advice}")
         argument = LENGTH_ARGUMENTS.get(type(part).__name__)
         length = getattr(part, argument) if argument else part_steps
         if length == part_steps:
@@ -206,21 +235,34 @@ def _check_rebuilding(model, images, forward, metadata):
 
 
 def _check_criterion(criterion, logits, masks):
-    """Check the criterion on a batch; return a warning, in a list, if it depends on the logits of void pixels."""
+    """Check the criterion on a batch; return a warning, in a list, if it has a gradient at void pixels."""
     if getattr(criterion, "ignore_index", VOID) != VOID:
         raise UserError("the criterion has to ignore void: pass ignore_index=util.VOID")
     if getattr(criterion, "reduction", "mean") == "sum":
         raise UserError('the criterion returns a sum, which grows with the batch: leave out reduction="sum"')
-    logits.requires_grad_()
-    loss = criterion(logits, masks.clone())  # some criteria write into the masks
+    logits = logits.clone().requires_grad_()  # a tensor of inference mode cannot require gradients
+    loss = criterion(logits.clone(), masks.clone())  # some criteria write into them
     if not isinstance(loss, torch.Tensor):
         raise UserError(f"the criterion returns a {type(loss).__name__}: it has to return a tensor with one value")
     if loss.ndim:
         raise UserError(f"the criterion returns a tensor of shape {list(loss.shape)}: take the mean over the pixels")
     (gradient,) = torch.autograd.grad(loss, logits, allow_unused=True) if loss.requires_grad else (None,)
     if gradient is not None and gradient.movedim(1, -1)[masks == VOID].any():
-        return ["the criterion also trains on void pixels: leave out those where masks == util.VOID"]
+        advice = "unless that is intended, leave out those where masks == util.VOID"
+        return [f"the criterion has a gradient at void pixels: {advice}"]
     return []
+
+
+def _check_batch_norm(model):
+    """Return a warning, in a list, if the statistics of frozen batch norm follow the batches."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+    following = [
+        name
+        for name, layer in layers.items()
+        if layer.training and layer.affine and layer.track_running_stats and not layer.weight.requires_grad
+    ]
+    advice = "use torchvision's FrozenBatchNorm2d, as resnet_fcn.py does, or override train() in the network"
+    return [f"frozen batch norm keeps following the batches ({_some(following)}): {advice}"] if following else []
 
 
 def _try_training_step(training_step, model, images, masks, criterion, optimizer):
@@ -258,7 +300,8 @@ def _check_parameters(model, criterion, optimizer, used):
     """Refuse parameters in the optimizer without a gradient; return a warning about others that are not in it."""
     parameters = dict(model.named_parameters())
     if isinstance(criterion, torch.nn.Module):
-        parameters |= {f"criterion.{name}": parameter for name, parameter in criterion.named_parameters()}
+        others = [item for item in criterion.named_parameters() if all(item[1] is not p for p in model.parameters())]
+        parameters |= {f"criterion.{name}": parameter for name, parameter in others}
     names = {id(parameter): name for name, parameter in parameters.items()}
     optimized = {id(parameter) for parameter in _optimized(optimizer)}
     if not optimized <= names.keys():

@@ -379,7 +379,8 @@ class Run:
             metrics = json.loads(path.read_text(encoding="utf-8"))
             with open(path.with_suffix(".csv"), newline="", encoding="utf-8") as file:
                 history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-            metrics["experiment"], metrics["val"]["miou"], metrics["flags"]["limit"], metrics["defaults"]
+            metrics["experiment"], metrics["epochs"], metrics["defaults"]
+            metrics["val"]["miou"], metrics["flags"]["limit"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: was not written by a run ({error!r}): delete it and run again") from None
         return cls(metrics, history, path)
@@ -411,12 +412,7 @@ class Run:
         return (self.metrics["dataset"], flags["limit"], *changed)
 
     def matches(self, args):
-        """Whether the run is what compare.py's flags ask for. A flag that was not given means the experiment's own.
-
-        A run that is being continued is none: its history is longer than the one that its metrics are of.
-        """
-        if len(self.history) != self.metrics["epochs"]:
-            return False
+        """Whether the run is what compare.py's flags ask for. A flag that was not given means the experiment's own."""
         flags, defaults = self.metrics["flags"], self.metrics["defaults"]
         wanted = {name: getattr(args, name) or defaults[name] for name in ("epochs", "batch_size")}
         return self.metrics["dataset"] == Path(args.data).resolve().name and flags == wanted | {"limit": args.limit}
@@ -435,7 +431,9 @@ class Run:
 
         None if it does not, if the folder lacks the script, or if the run is of a version that kept no code.
         """
-        script = folder / f"{self.metrics['experiment'].removesuffix('_no_pretrained')}.py"
-        if "code" not in self.metrics or not script.is_file():
+        name = self.metrics["experiment"]
+        scripts = [folder / f"{stem}.py" for stem in (name, name.removesuffix("_no_pretrained"))]
+        script = next((path for path in scripts if path.is_file()), None)
+        if "code" not in self.metrics or script is None:
             return None
         return checkpoint.code_change(self.metrics["code"], files.read_code(script))

@@ -37,7 +37,7 @@ CLASSES = (
 )  # fmt: skip
 
 DIGEST_LENGTH = 16  # characters of the digest in the name of a cache file
-DECODING = 3  # part of the digest: raise it when the same files give other pixels, so that no outdated cache is read
+DECODING = 4  # part of the digest: raise it when the same files give other pixels, so that no outdated cache is read
 
 
 class Split:
@@ -70,11 +70,11 @@ class Split:
         if like is None:
             self._photos = dataset.list_images(self.root / "JPEGImages", imaging.PHOTO_SUFFIXES)
             self._masks = dataset.list_images(self.root / "SegmentationClass", dataset.MASK_SUFFIXES)
+            self._colours = {}  # of the masks' palettes, see ``dataset.read_mask``
         else:
-            self._photos, self._masks = like._photos, like._masks
+            self._photos, self._masks, self._colours = like._photos, like._masks, like._colours
         self.all_ids, self.num_left_out = dataset.read_ids(path, self._photos.keys() | self._masks.keys(), report)
         self.ids = self.all_ids[:limit]
-        self._colours = {}  # of the masks' palettes, see ``dataset.read_mask``
         path = self.root / "classes.txt"
         self.classes = dataset.read_classes(path, report) if path.exists() else CLASSES
 
@@ -257,8 +257,8 @@ class Loader:
     Args:
         split: a Split.
         size: of the network's input in pixels: (height, width), or the side of a square.
-        batch_size: the largest batch, over all processes. Batches are of nearly equal size, so that none has a single
-            image, on which batch norm would learn noise.
+        batch_size: the largest batch, over all processes. Batches are of nearly equal size, so that from 3 on none has
+            a single image, on which batch norm would learn noise.
         training: shuffle in every epoch. Otherwise the images come in the order of the split.
         augment: None, an augmentation of single images as for PerImage, or an object that augments batches, such as
             ``transforms.Augmentation``: ``augment.draw(count, generator)`` returns random parameters, one row of a
@@ -293,8 +293,7 @@ class Loader:
             raise UserError(fault)
         smallest = len(split) * self.repeats // len(self)
         if training and smallest < processes.world_size():
-            count = processes.world_size()
-            raise UserError(f"{count} processes cannot share a batch of {smallest} images: raise --batch-size")
+            raise UserError(f"{processes.world_size()} processes cannot share {smallest} images: raise --batch-size")
         if self.device.type == "cuda" and self.data.nbytes < torch.cuda.mem_get_info(self.device)[0] / 4:
             self.data = self.data.to(self.device)
         self.images, self.masks = self.data[..., :3].permute(0, 3, 1, 2), self.data[..., 3]
@@ -401,7 +400,7 @@ def check(root):
     names = dataset.split_names(root)
     for name in names:
         try:
-            split = Split(root, name, report=faults.append)
+            split = Split(root, name, report=faults.append, like=next(iter(splits), None))
         except UserError as error:
             faults.append(str(error))
             continue

@@ -137,7 +137,17 @@ def test_runs_on_other_masks_are_named(tmp_path, monkeypatch):
         write_run(tmp_path, "train", seed, random_ious(seed), size=[32, 32], data_sha256=data)
     write_run(tmp_path, "train_6", 0, random_ious(0), size=[32, 48], data_sha256="c")  # another size, other hashes
     rows = [row for row in table_rows(run_compare(tmp_path, monkeypatch)) if "other image" in row[-1]]
-    assert rows == [["train", "1", "other image ids or masks than train with seed 0"]]
+    assert rows == [["train", "1", "other image ids or masks"]]
+
+
+def test_only_scripts_that_have_the_flag_get_no_pretrained(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x", "--no-pretrained"])
+    args = compare.cli.shared_flags("").parse_args()
+    calls = ("cli.arguments(__file__, __doc__,\n    epochs=2, pretrained=True)", "timm.create_model(pretrained=True)")
+    for name, call in zip(("with", "without"), calls):
+        (tmp_path / f"{name}.py").write_text(f"x = {call}\n")
+        assert ("--no-pretrained" in compare.command(args, f"{name}.py", 0)) == (name == "with")
 
 
 def test_a_copied_folder_is_not_taken_for_that_of_a_seed(tmp_path, monkeypatch):

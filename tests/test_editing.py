@@ -70,7 +70,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(basic_fcn, "FCN", TinyNet)
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a plot"))
     loaders = voc.loaders
-    small = {224: 32, (192, 256): (18, 24), (288, 384): 64}
+    small = {224: 32, (192, 256): (18, 24), 320: 32, (352, 480): 64}
     monkeypatch.setattr(
         voc, "loaders", lambda *args, size, **options: loaders(*args, size=small.get(size, size), **options)
     )
@@ -345,9 +345,16 @@ model = Net(len(train.classes))
 """
 
 
-def criterion(forward):
+CROSS_ENTROPY = "return torch.nn.functional.cross_entropy(logits, masks, ignore_index=util.VOID)"
+
+
+def criterion(forward, extra="pass"):
     return f"""
 class Loss(torch.nn.Module):
+    def __init__(self, **options):
+        super().__init__(**options)
+        {extra}
+
     def forward(self, logits, masks):
         {forward}
 
@@ -359,6 +366,10 @@ def scheduler(call, interval=""):
     return f"scheduler = torch.optim.lr_scheduler.{call}\n" + (interval and f"engine.fit(..., {interval})\n")
 
 
+WARM_UP = """    torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=500),
+    torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4),
+], milestones=[500])
+"""
 V2 = "from torchvision.transforms import v2\nfrom torchvision import tv_tensors\naugment = "
 STEP = "\nengine.fit(..., training_step=lambda *args, **position: engine.training_step(*args, **position)[0])"
 MISTAKES = {
@@ -404,13 +415,20 @@ MISTAKES = {
     "class in a function": (NESTED_NET, "Nested cannot be rebuilt .*: define the class at the top level of a file"),
     "wrong number of classes": (
         net(extra="self.layer = torch.nn.Conv2d(3, 10, 1)"),
-        r"logits have shape \[2, 10, 32, 32\]",
+        r"logits have shape \[1, 10, 32, 32\]",
     ),
     "a tuple": (net("return self.layer(images), None"), "has to return logits, or a dict with logits as out"),
     "no logits": (net("return self.layer(images).mean()"), r"logits have shape \[\]"),
     "error in the network": (
         net("return self.layer(images[:, :2])"),
         "the network Net fails .train-mine.py, line [0-9]+: Runt",
+    ),
+    "pooled batch norm": (  # the last of batches of two has one image
+        net(
+            "return self.layer(images) * self.norm(images.mean((2, 3), keepdim=True)).mean(1, keepdim=True)",
+            extra="self.norm = torch.nn.BatchNorm2d(3)",
+        ),
+        "the training step fails .train-mine.py, line .*Expected more than 1 value per channel",
     ),
     "unused parameter": (net(extra="self.unused = torch.nn.Linear(2, 2)"), "2 parameters that get no gradient .unused"),
     "frozen parameter": (
@@ -437,6 +455,10 @@ MISTAKES = {
         EDITS["cosine after warm-up"][1].replace("epochs - 1", "epochs"),
         "T_max 4, but is stepped 3 times",
     ),
+    "warm-up longer than the run": (
+        scheduler("SequentialLR(optimizer, [") + WARM_UP,
+        'a CosineAnnealingLR, begins after step 500, but the run has 4 steps, one per epoch: .*"batch"',
+    ),
     "chained": (
         "scheduler = torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.ConstantLR(optimizer), "
         "torch.optim.lr_scheduler.PolynomialLR(optimizer, 7)])",
@@ -453,7 +475,7 @@ MISTAKES = {
     ),
     "loss per pixel": (
         'criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID, reduction="none")',
-        r"shape \[2, 32, 32\]: take the",
+        r"shape \[1, 32, 32\]: take the",
     ),
     "void not ignored": ("criterion = torch.nn.CrossEntropyLoss()", "pass ignore_index=util.VOID"),
     "loss as a float": (criterion("return logits.mean().item()"), "the criterion returns a float"),
@@ -464,6 +486,10 @@ MISTAKES = {
     "loss without void": (
         criterion("return torch.nn.functional.cross_entropy(logits, masks)"),
         "the criterion .masks hold util.VOID for void. fails .*Target 255",
+    ),
+    "frozen network in the loss": (
+        criterion(CROSS_ENTROPY, "self.perceptual = torch.nn.BatchNorm2d(3).eval()"),
+        "perceptual of the criterion is in eval mode, .*override train.. in the criterion",
     ),
     "loss without gradient": (criterion("return logits.detach().mean()"), "the training step fails"),
     "result of the step": (STEP, "training_step has to return"),
@@ -516,11 +542,8 @@ def test_trainable_parameters_that_no_optimizer_holds_are_a_warning(project, cap
 
 
 def test_a_trainable_loss_that_no_optimizer_holds_is_a_warning(project, capsys):
-    changes = criterion("return super().forward(logits * self.scale, masks)").replace(
-        "class Loss(torch.nn.Module):",
-        "class Loss(torch.nn.CrossEntropyLoss):\n    def __init__(self):\n"
-        "        super().__init__(ignore_index=util.VOID)\n        self.scale = torch.nn.Parameter(torch.ones(()))\n",
-    )
+    forward = CROSS_ENTROPY.replace("(logits", "(logits * self.scale")
+    changes = criterion(forward, "self.scale = torch.nn.Parameter(torch.ones(()))")
     assert run(project, changes, "--epochs 1") == 0
     assert "warning: 1 trainable parameters are not in the optimizer and keep their values: criterion.scale" in (
         capsys.readouterr().out
@@ -538,8 +561,63 @@ def test_a_trainable_loss_that_no_optimizer_holds_is_a_warning(project, capsys):
 def test_a_loss_that_trains_on_void_is_a_warning(project, capsys, forward, warned):
     changes = criterion(forward).replace("torch.nn.Module", "torch.nn.CrossEntropyLoss")
     assert run(project, changes.replace("Loss()", "Loss(ignore_index=util.VOID)"), "--epochs 1") == 0
-    warning = "warning: the criterion also trains on void pixels: leave out those where masks == util.VOID"
+    warning = "warning: the criterion has a gradient at void pixels: unless that is intended, leave out those"
     assert (warning in capsys.readouterr().out) == warned
+
+
+RATE = """
+def training_step(network, images, masks, criterion, optimizer, index, count):
+    optimizer.param_groups[0]["lr"] = 1e-3 / (index + 1)
+    return engine.training_step(network, images, masks, criterion, optimizer, index, count)
+
+engine.fit(..., training_step=training_step)
+"""
+COUNTER = criterion("self.calls += 1; " + CROSS_ENTROPY, "self.calls = 0")
+FROZEN = net("return self.layer(self.norm(images))", extra="self.norm = torch.nn.BatchNorm2d(3).requires_grad_(False)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (RATE, "training_step changes the learning rate"),
+        (COUNTER, "no checkpoint holds calls of the criterion, which changes"),
+        (f"{FROZEN}optimizer = torch.optim.Adam(model.layer.parameters())", "frozen batch norm keeps following"),
+        (FROZEN.replace("BatchNorm2d(3)", "BatchNorm2d(3, affine=False)"), None),
+        (criterion("logits /= 2; " + CROSS_ENTROPY), None),  # in place
+    ],
+)
+def test_what_resuming_or_freezing_would_miss_is_a_warning(project, capsys, changes, warning):
+    base = "train_5_a" if "model = Net" in changes else "train"
+    assert run(project, changes, "--epochs 1", base=base) == 0
+    output = capsys.readouterr().out
+    found = [word for word in ("training_step changes", "no checkpoint holds", "frozen batch norm") if word in output]
+    assert found == ([warning[: len(found[0])]] if warning else []) and (warning or "") in output
+
+
+def test_a_script_may_hold_the_groups_of_its_optimizer(project):
+    """The checks before the first epoch leave them in place."""
+    step = RATE.replace('optimizer.param_groups[0]["lr"]', 'Held.group["lr"]')
+    changes = f"class Held:\n    group = None\n{step}\noptimizer = torch.optim.Adam(model.parameters(), lr=1e-2)\n"
+    keep = "    Held.group = optimizer.param_groups[0]\n    scheduler ="
+    assert run(project, changes, "--epochs 2", old="    scheduler =", new=keep) == 0
+    assert history(project, "", "learning_rate") == pytest.approx([1e-2, 1e-3 / 3])  # before the first of three steps
+
+
+def test_a_network_whose_imports_were_edited_since_its_training_loads_with_a_warning(project, capsys):
+    """The network stands in a file of its own, which imports another one."""
+    (project / "my_blocks.py").write_text("from torch import nn\n\nLayer = nn.Conv2d\n")
+    network = net().replace("torch.nn.Conv2d", "my_blocks.Layer").replace("\nmodel = Net(len(train.classes))\n", "")
+    (project / "my_net.py").write_text(f"import torch\nimport my_blocks\n{network}")
+    changes = "from my_net import Net\nmodel = Net(len(train.classes)).to(args.device)"
+    assert run(project, changes, "--epochs 1", base="train_5_a") == 0
+    for edit, warned in (("# mine\n", False), ("size = 1\n", True)):
+        with open(project / "my_blocks.py", "a") as file:
+            file.write(edit)
+        for name in ("my_net", "my_blocks"):
+            sys.modules.pop(name)
+        capsys.readouterr()
+        checkpoint.load(project / "best_train-mine.pt")
+        assert ("my_blocks.py has changed since ('+size = 1')" in capsys.readouterr().err) == warned
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_metadata_are_complete_and_hold_no_path(small):
     assert str(ROOT).encode() not in (small / "best.onnx").read_bytes()
 
 
-def test_logits_flag_gives_probabilities_at_the_size_of_the_network(small, capsys):
+def test_probabilities_flag_gives_probabilities_at_the_size_of_the_network(small, capsys):
     assert run_export(small, "best.pt", "--probabilities", "--out", "p.onnx") == 0
     photo = make_photo(36, 52)
     (result,) = onnxruntime.InferenceSession(small / "p.onnx").run(["probabilities"], {"photo": np.asarray(photo)})

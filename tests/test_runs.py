@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT, run_main
 
 import checkpoint
+import files
 import train
 
 pytestmark = pytest.mark.usefixtures("tiny_net")
@@ -41,6 +42,31 @@ def test_a_second_run_is_refused_and_changes_nothing(folder, capsys, flags):
     assert all(way in error for way in ("continue it with --resume", "--overwrite", "--out"))
     assert contents(folder) == before
     assert run(folder, f"{flags} --out elsewhere") == 0
+
+
+def test_the_code_of_a_run_is_that_of_its_script_and_of_what_it_imports(tmp_path):
+    texts = {
+        "script.py": "# -*- coding: latin-1 -*-\nimport a, util, torch\nfrom lib import losses\nx = '\u00f6'\n",
+        "a.py": "\ufeffimport lib.nets.blocks as blocks\n",
+        "lib/__init__.py": "",
+        "lib/losses.py": "from . import shared\nfrom .nets import heads\n",
+        "lib/shared.py": "from ..outside import x\n",
+        "lib/nets/__init__.py": "",
+        "lib/nets/blocks.py": "from ..shared import a\n",
+        "lib/nets/heads.py": "import broken\n",
+        "broken.py": "def",
+        "outside.py": "x = 1\n",
+    }
+    for name, text in {"unused.py": "", "util.py": "", **texts}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="latin-1" if name == "script.py" else "utf-8")
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "elsewhere" / "script.py"
+    link.symlink_to(tmp_path / "script.py")
+    expected = {name: text.removeprefix("\ufeff") for name, text in texts.items()}
+    for script in (tmp_path / "script.py", link):
+        code = files.read_code(script)
+        assert code == expected and next(iter(code)) == "script.py"
 
 
 def test_files_without_a_checkpoint_to_continue_are_not_overwritten_either(folder, capsys):

@@ -61,7 +61,8 @@ def test_experiment_writes_its_files_to_the_current_folder(tiny, tmp_path, monke
     assert {path.name for path in (tmp_path / "plots").iterdir()} == expected
     assert {path.name for path in tmp_path.glob("*.pt")} == {f"best_{name}.pt", f"last_{name}.pt"}
     model = checkpoint.load(tmp_path / f"best_{name}.pt")
-    assert (model.classes, model.size) == (voc.CLASSES, {"train_5_b": (320, 320), "train_6": (352, 480)}.get(script, (224, 224)))
+    sizes = {"train_5_b": (320, 320), "train_6": (352, 480)}
+    assert (model.classes, model.size) == (voc.CLASSES, sizes.get(script, (224, 224)))
     assert ("class weights of the loss: background " in output) == ("weight = None" not in code)
     assert ("an epoch shows each train image 3 times" in output) == (name in ("train_4_b", "train_4_c"))
 

@@ -600,6 +600,32 @@ def test_palettes_that_an_editor_has_reordered_for_each_mask_are_refused(tiny):
         split.mask(1)
 
 
+def test_palettes_are_compared_across_splits(tiny, capsys):
+    """Such as when train and val come from two sessions with an image editor."""
+    (tiny / "classes.txt").write_text("a\nb\nc\n")
+    colours = np.array([[200, 10, 10], [10, 200, 10], [10, 10, 200]], np.uint8)
+    for name, order in (("train", [0, 1, 2]), ("val", [0, 2, 1]), ("test", [0, 1, 2])):
+        split = voc.Split(tiny, name)
+        for index in range(len(split)):
+            with Image.open(split.photo_path(index)) as photo:
+                mask = np.arange(photo.width * photo.height, dtype=np.uint8).reshape(photo.height, photo.width) % 3
+            image = Image.fromarray(mask)
+            image.putpalette(colours[order].tobytes())
+            image.save(split.mask_path(index))
+    with pytest.raises(UserError):
+        voc.check(tiny)
+    error = capsys.readouterr().out
+    assert "its palette has the colour (10, 10, 200) at 1, but that of" in error
+    assert "if the values are, save the masks as greyscale" in error
+
+
+def test_a_split_that_shows_one_class_only_is_named(tiny, capsys):
+    split = voc.Split(tiny, "val")
+    for index in range(len(split)):
+        Image.fromarray(np.where(split.mask(index) > 0, util.VOID, 0).astype(np.uint8)).save(split.mask_path(index))
+    assert "warning: val shows only background and void (255): its scores say little" in printed_warnings(capsys, tiny)
+
+
 @pytest.mark.parametrize("first", [[[0, 0, 0]] * 3, [[value] * 3 for value in range(3)], imaging.PALETTE[:21].tolist()])
 def test_palettes_may_differ_if_no_colour_moves(tiny, first):
     """All black as some tools write it, grey, and VOC's, which has black at 0 as well."""
