@@ -42,10 +42,12 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
             _check_logits(logits, images, train.classes)
         with _stage(script, "the criterion (masks hold util.VOID for void)"):
             warnings = _check_criterion(criterion, logits.contiguous(), masks)
-        warnings += _check_batch_norm(model.train())
         rates, numbers = _learning_rates(optimizer), _numbers(criterion)
-        with _stage(script, "the training step"):
+        with _stage(script, "the training step"), _frozen_batch_norm(model.train()) as following:
             used = _try_training_step(training_step, model, images, masks, criterion, optimizer)
+        if following:
+            advice = "use torchvision's FrozenBatchNorm2d, as resnet_fcn.py does, or override train() in the network"
+            warnings.append(f"frozen batch norm keeps following the batches ({_some(following)}): {advice}")
         if _learning_rates(optimizer) != rates:
             warnings.append("training_step changes the learning rate, as --resume may not: pass engine.fit a scheduler")
         if changed := [name for name, value in _numbers(criterion).items() if numbers.get(name) != value]:
@@ -253,16 +255,21 @@ def _check_criterion(criterion, logits, masks):
     return []
 
 
-def _check_batch_norm(model):
-    """Return a warning, in a list, if the statistics of frozen batch norm follow the batches."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
-    following = [
-        name
-        for name, layer in layers.items()
-        if layer.training and layer.affine and layer.track_running_stats and not layer.weight.requires_grad
+@contextlib.contextmanager
+def _frozen_batch_norm(model):
+    """Yield a list for the names of frozen batch norm layers whose statistics follow the batches in the block."""
+    layers = {layer: name for name, layer in model.named_modules() if isinstance(layer, _BatchNorm) and layer.affine}
+    following = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, *_: following.append(layers[layer]) if layer.training else None)
+        for layer in layers
+        if layer.track_running_stats and not layer.weight.requires_grad
     ]
-    advice = "use torchvision's FrozenBatchNorm2d, as resnet_fcn.py does, or override train() in the network"
-    return [f"frozen batch norm keeps following the batches ({_some(following)}): {advice}"] if following else []
+    try:
+        yield following
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _try_training_step(training_step, model, images, masks, criterion, optimizer):

@@ -47,6 +47,7 @@ def test_experiment_writes_its_files_to_the_current_folder(tiny, tmp_path, monke
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a plot"))  # for speed
     assert run_main(tmp_path, importlib.import_module(script), flags) == 0
     output, error = capsys.readouterr()
+    assert "frozen batch norm" not in output
     assert error == ""  # no progress bar where there is no terminal
     lines = [line for line in output.splitlines() if not line.startswith("warning: ")]  # of the small set
     assert lines[0].startswith(f"{name}: Tiny") and sum(line.startswith("epoch 1/1 ") for line in lines) == 1
