@@ -144,13 +144,24 @@ def resume(run_files, metadata, annealed, **parts):
     try:
         _check_same_run(run_files, state, metadata, annealed)
         for name, part in parts.items():
-            if hasattr(part, "load_state_dict"):
+            if isinstance(part, torch.optim.Optimizer):
+                load_optimizer(part, state[name])
+            elif hasattr(part, "load_state_dict"):
                 part.load_state_dict(state[name])
         return list(state["history"])
     except UserError:
         raise
     except Exception as error:  # a missing or wrong entry raises one of many types
         raise UserError(f"{run_files.last}: fits another model or optimizer ({reason(error)}): {ADVICE}") from None
+
+
+def load_optimizer(optimizer, state):
+    """Load the state of an optimizer, but keep the dicts of its parameter groups, which a script may hold."""
+    groups = list(optimizer.param_groups)
+    optimizer.load_state_dict(state)
+    for index, group in enumerate(groups):
+        group.update(optimizer.param_groups[index])
+        optimizer.param_groups[index] = group
 
 
 def _check_same_run(run_files, state, metadata, annealed):

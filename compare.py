@@ -10,9 +10,8 @@ Writes OUT/RESULTS.md, the same as OUT/RESULTS.html with links to the reports of
 comparison.png, classes.png and curves.png.
 """
 
-import importlib.util
+import ast
 import math
-import re
 import shlex
 import statistics
 import subprocess
@@ -59,7 +58,7 @@ difference is clear if it excludes 0. The classes are the three that change most
 
 CHANGED = """\
 The code of these runs has changed since, or their image ids or masks differ from those of most runs. To repeat one,
-call its script with its seed, its --out and --overwrite; or compare with another --out."""
+call its script with the same flags, also --seed and --out, and with --overwrite; or compare with another --out."""
 
 
 def finished_runs(out, experiment="*", seed="*"):
@@ -76,8 +75,9 @@ def collect(args):
     If there are none, and all runs in the folder have one setting, these.
     """
     runs = finished_runs(args.out)
-    names = args.experiments
-    runs = [run for run in runs if names is None or run.metrics["experiment"].removesuffix("_no_pretrained") in names]
+    if args.experiments is not None:
+        names = {f"{name}{suffix}" for name in args.experiments for suffix in ("", "_no_pretrained")}
+        runs = [run for run in runs if run.metrics["experiment"] in names]
     matching = [run for run in runs if run.matches(args)]
     given = (args.limit, args.epochs, args.batch_size, args.seeds or None)
     if not matching and given == (None,) * 4 and len({run.setting for run in runs}) == 1:
@@ -117,7 +117,9 @@ def command(args, script, seed):
 
 
 def _has_pretrained_flag(script):
-    return re.search(r"cli\.arguments\([^)]*pretrained=True", importlib.util.decode_source(script.read_bytes()))
+    calls = (node for node in ast.walk(ast.parse(script.read_bytes())) if isinstance(node, ast.Call))
+    calls = (call for call in calls if ast.unparse(call.func) == "cli.arguments")
+    return any(keyword.arg == "pretrained" for call in calls for keyword in call.keywords)
 
 
 def run_missing(args):

@@ -249,7 +249,7 @@ def warnings(splits, counts):
     for split, pixels in zip(splits[1:], counts[1:]):
         present = [name for name, count in zip(classes, pixels) if count]
         if len(present) == 1:
-            texts.append(f"{split.name} shows only {present[0]} and void ({VOID}): its scores say little")
+            texts.append(f"{split.name} shows no class but {present[0]}: its scores say little")
         shared = set(train.all_ids) & set(split.all_ids)
         if shared:
             texts.append(f"{len(shared)} of the {len(split.all_ids)} ids of {split.name} are in train too")

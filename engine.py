@@ -145,8 +145,8 @@ def evaluate(model, loader, criterion, full_resolution=True):
     if loader.training or loader.augment is not None:
         raise UserError("evaluate needs a loader without training=True and augment, such as voc.Loader(split, size, 8)")
     if isinstance(model, checkpoint.TrainedModel) and model.classes != loader.classes:
-        problem = f"the model's classes are {', '.join(model.classes)}, but those of {loader.split.root} are other ones"
-        raise UserError(f"{problem}, or in another order: correct its classes.txt")
+        problem = f"{loader.split.root} has other classes, or in another order, than the model"
+        raise UserError(f"{problem} ({', '.join(model.classes)}): score it on data with the same classes.txt")
     model.eval()
     if isinstance(criterion, torch.nn.Module):
         criterion.eval()

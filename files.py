@@ -122,15 +122,15 @@ def read_code(script):
     These are files and packages in the script's folder, but for NOT_KEPT. Returns a dict from the path below that
     folder to the text; the script comes first.
     """
-    folder = script.resolve().parent  # Python imports from beside the file that a link leads to
-    texts, paths = {}, [folder / script.name]
+    script = script.resolve()  # Python imports from beside the file that a link leads to
+    folder, texts, paths = script.parent, {}, [script]
     while paths:
         path = paths.pop(0)
         name = path.relative_to(folder).as_posix()
         if name in texts or name in NOT_KEPT or not path.is_file():
             continue
-        texts[name] = importlib.util.decode_source(path.read_bytes())
-        with contextlib.suppress(SyntaxError):  # a later edit of a file that was imported
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # such as a file that is being edited
+            texts[name] = importlib.util.decode_source(path.read_bytes())
             paths += _imported(ast.parse(texts[name]), path, folder)
     return texts
 
@@ -145,8 +145,9 @@ def _imported(tree, path, folder):
             package = path.parents[node.level - 1] if node.level else folder
             package = package.joinpath(*(node.module or "").split("."))
             modules += [package, *(package / alias.name for alias in node.names)]
-    found = [file for module in modules for file in (module.with_name(f"{module.name}.py"), module / "__init__.py")]
-    return [file for file in found if file.is_relative_to(folder)]
+    found = [module.with_name(f"{module.name}.py") for module in modules]
+    found += [package / "__init__.py" for module in modules for package in (module, *module.parents)]
+    return [file for file in found if file.is_relative_to(folder) and file != folder / "__init__.py"]
 
 
 class RunFiles:

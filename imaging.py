@@ -75,7 +75,7 @@ def open_photo(path, max_pixels=MAX_PIXELS):
     if image.mode.startswith("I"):
         values = np.asarray(image)
         lowest, highest = int(values.min()), int(values.max())
-        if highest > 0 and highest - lowest < 1 << 12:
+        if 0 < highest < 1 << 12 or 0 < highest - lowest < 1 << 10:
             problem = f"has 16 bits per pixel, but only values from {lowest} to {highest}, of which 8 bits keep little"
             raise UserError(f"{path}: {problem}: scale them to 0 .. 65535, or save 8 bits")
     with contextlib.suppress(Exception):  # damaged EXIF data raises one of many types

@@ -6,7 +6,8 @@ import traceback
 from pathlib import Path
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 from torch.optim import lr_scheduler
 
@@ -46,12 +47,14 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
         with _stage(script, "the training step"), _frozen_batch_norm(model.train()) as following:
             used = _try_training_step(training_step, model, images, masks, criterion, optimizer)
         if following:
-            advice = "use torchvision's FrozenBatchNorm2d, as resnet_fcn.py does, or override train() in the network"
+            advice = "unless that is intended, use torchvision's FrozenBatchNorm2d or override train() in the network"
             warnings.append(f"frozen batch norm keeps following the batches ({_some(following)}): {advice}")
         if _learning_rates(optimizer) != rates:
-            warnings.append("training_step changes the learning rate, as --resume may not: pass engine.fit a scheduler")
-        if changed := [name for name, value in _numbers(criterion).items() if numbers.get(name) != value]:
-            warnings.append(f"no checkpoint holds {_some(changed)} of the criterion, which changes: register a buffer")
+            advice = "unless that depends on index and count only, pass a scheduler to engine.fit"
+            warnings.append(f"training_step changes the learning rate, and --resume may not restore it: {advice}")
+        if changed := [name for attributes, name, value in numbers if repr(attributes.get(name)) != repr(value)]:
+            advice = "if the loss depends on it, register it as a buffer"
+            warnings.append(f"the criterion changes its {_some(changed)}, which --resume does not restore: {advice}")
         with _stage(script, network), torch.no_grad():  # after the step, which may change more than the parameters
             _check_rebuilding(model, images, forward, metadata)
         with _stage(script, "saving the state of criterion, optimizer and scheduler"):
@@ -70,19 +73,23 @@ def check_types(script, train, val, test, parts):
             raise UserError(f"{script}: {name} is the class {part.__name__} itself: call it")
     if hasattr(parts["model"], "_orig_mod"):
         raise UserError(f"{script}: the network is compiled already: leave out torch.compile and pass --compile")
-    for name, part in (("network", parts["model"]), ("criterion", parts["criterion"])):
-        if not isinstance(part, torch.nn.Module) or (name == "criterion" and not part.training):  # an earlier run's
-            continue
-        in_eval_mode = {module_name: module for module_name, module in part.named_modules() if not module.training}
-        part.train()
-        changed = [module_name for module_name, module in in_eval_mode.items() if module.training]
-        if changed:
-            raise UserError(
-                f"{script}: {_some(changed)} of the {name} is in eval mode, which training would end: override train() "
-                f"in the {name}, or use torchvision's FrozenBatchNorm2d"
-            )
+    _check_modes(script, "network", parts["model"], torch.nn.Module)
+    if getattr(parts["criterion"], "training", False):  # not left in eval mode by an earlier run
+        _check_modes(script, "criterion", parts["criterion"], (_NormBase, _DropoutNd))  # other layers have no modes
     if any(map(is_lazy, parts["model"].parameters())):
         raise UserError(f"{script}: the network has lazy layers: call it on a batch before the optimizer is made")
+
+
+def _check_modes(script, name, module, types):
+    """Put a module into training mode; refuse one whose parts of these types have been put into eval mode before."""
+    in_eval_mode = {part_name: part for part_name, part in module.named_modules() if not part.training}
+    module.train()
+    changed = [part_name for part_name, part in in_eval_mode.items() if part.training and isinstance(part, types)]
+    if changed:
+        raise UserError(
+            f"{script}: {_some(changed)} of the {name} is in eval mode, which training would end: override train() in "
+            f"the {name}, or use torchvision's FrozenBatchNorm2d"
+        )
 
 
 @contextlib.contextmanager
@@ -111,23 +118,29 @@ def _restored_afterwards(model, criterion, optimizer):
 
     before = [tensor.detach().clone() for tensor in tensors()]
     numbers = _numbers(criterion)
-    optimizer_state, groups = copy.deepcopy(optimizer.state_dict()), list(optimizer.param_groups)
+    optimizer_state = copy.deepcopy(optimizer.state_dict())
     yield
     with torch.no_grad():
         for tensor, value in zip(tensors(), before, strict=True):
             tensor.copy_(value)
-    optimizer.load_state_dict(optimizer_state)
-    for index, group in enumerate(groups):  # which the script may hold
-        group.update(optimizer.param_groups[index])
-        optimizer.param_groups[index] = group
+    checkpoint.load_optimizer(optimizer, optimizer_state)
     for tensor in tensors():
         tensor.grad = None
-    getattr(criterion, "__dict__", {}).update(numbers)
+    for attributes, name, value in numbers:
+        attributes[name] = value
 
 
 def _numbers(criterion):
-    """The attributes of a criterion that are numbers, a dict."""
-    return {name: value for name, value in getattr(criterion, "__dict__", {}).items() if isinstance(value, int | float)}
+    """The attributes of a criterion and its modules that are numbers: a list of (dict of the attributes, name, number).
+
+    Those that a checkpoint holds are left out.
+    """
+    if isinstance(criterion, torch.nn.Module):
+        parts = [part for part in criterion.modules() if type(part).get_extra_state is torch.nn.Module.get_extra_state]
+    else:
+        parts = [] if hasattr(criterion, "state_dict") else [criterion]
+    found = [(vars(part), *item) for part in parts if hasattr(part, "__dict__") for item in vars(part).items()]
+    return [(attributes, name, value) for attributes, name, value in found if isinstance(value, int | float)]
 
 
 def _learning_rates(optimizer):
@@ -149,11 +162,12 @@ def _check_scheduler(script, scheduler, optimizer, interval, epochs, num_batches
         return
     steps = epochs * num_batches if interval == "batch" else epochs
     for part, part_steps in _final_schedulers(scheduler, steps):
-        if part_steps <= 0:
-            problem = f"the last scheduler, a {type(part).__name__}, begins after step {steps - part_steps}"
-            advice = "begin it earlier" + (', or pass scheduler_interval="batch"' if interval == "epoch" else "")
-            raise UserError(f"{script}: {problem}, but the run has {steps} steps, one per {interval}: {advice}")
         argument = LENGTH_ARGUMENTS.get(type(part).__name__)
+        if argument and part_steps <= 0:
+            problem = f"the last scheduler, a {type(part).__name__}, begins after step {steps - part_steps} of {steps}"
+            advice = "begin it earlier, or raise --epochs"
+            advice += ', or pass scheduler_interval="batch" to engine.fit' if interval == "epoch" else ""
+            raise UserError(f"{script}: {problem}, once per {interval}: {advice}")
         length = getattr(part, argument) if argument else part_steps
         if length == part_steps:
             continue

@@ -70,11 +70,11 @@ class Split:
         if like is None:
             self._photos = dataset.list_images(self.root / "JPEGImages", imaging.PHOTO_SUFFIXES)
             self._masks = dataset.list_images(self.root / "SegmentationClass", dataset.MASK_SUFFIXES)
-            self._colours = {}  # of the masks' palettes, see ``dataset.read_mask``
         else:
-            self._photos, self._masks, self._colours = like._photos, like._masks, like._colours
+            self._photos, self._masks = like._photos, like._masks
         self.all_ids, self.num_left_out = dataset.read_ids(path, self._photos.keys() | self._masks.keys(), report)
         self.ids = self.all_ids[:limit]
+        self._colours = {}  # of the masks' palettes, see ``dataset.read_mask``
         path = self.root / "classes.txt"
         self.classes = dataset.read_classes(path, report) if path.exists() else CLASSES
 
@@ -293,7 +293,7 @@ class Loader:
             raise UserError(fault)
         smallest = len(split) * self.repeats // len(self)
         if training and smallest < processes.world_size():
-            raise UserError(f"{processes.world_size()} processes cannot share {smallest} images: raise --batch-size")
+            raise UserError(f"{smallest} images are too few for {processes.world_size()} processes: raise --batch-size")
         if self.device.type == "cuda" and self.data.nbytes < torch.cuda.mem_get_info(self.device)[0] / 4:
             self.data = self.data.to(self.device)
         self.images, self.masks = self.data[..., :3].permute(0, 3, 1, 2), self.data[..., 3]
@@ -396,14 +396,15 @@ def check(root):
     Raises a UserError if there are faults. Of a kind, the first 20 are printed.
     """
     root = dataset.find_root(root)
-    faults, splits, counts = [], [], []
+    faults, splits, counts, colours = [], [], [], {}
     names = dataset.split_names(root)
     for name in names:
         try:
-            split = Split(root, name, report=faults.append, like=next(iter(splits), None))
+            split = Split(root, name, report=faults.append)
         except UserError as error:
             faults.append(str(error))
             continue
+        split._colours = colours  # to compare the palettes of all splits
         results = dataset.map_images(split.check, range(len(split)), name)
         faults += [message for messages, _ in results for message in messages]
         values = [values for _, values in results]

@@ -46,7 +46,7 @@ def test_a_second_run_is_refused_and_changes_nothing(folder, capsys, flags):
 
 def test_the_code_of_a_run_is_that_of_its_script_and_of_what_it_imports(tmp_path):
     texts = {
-        "script.py": "# -*- coding: latin-1 -*-\nimport a, util, torch\nfrom lib import losses\nx = '\u00f6'\n",
+        "script.py": "# coding: latin-1\nimport a, util, torch\nimport p.q.r\nfrom lib import losses\nx = '\u00f6'\n",
         "a.py": "\ufeffimport lib.nets.blocks as blocks\n",
         "lib/__init__.py": "",
         "lib/losses.py": "from . import shared\nfrom .nets import heads\n",
@@ -54,6 +54,9 @@ def test_the_code_of_a_run_is_that_of_its_script_and_of_what_it_imports(tmp_path
         "lib/nets/__init__.py": "",
         "lib/nets/blocks.py": "from ..shared import a\n",
         "lib/nets/heads.py": "import broken\n",
+        "p/__init__.py": "",
+        "p/q/__init__.py": "",
+        "p/q/r.py": "import binary\n",
         "broken.py": "def",
         "outside.py": "x = 1\n",
     }
@@ -61,7 +64,8 @@ def test_the_code_of_a_run_is_that_of_its_script_and_of_what_it_imports(tmp_path
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text, encoding="latin-1" if name == "script.py" else "utf-8")
     (tmp_path / "elsewhere").mkdir()
-    link = tmp_path / "elsewhere" / "script.py"
+    (tmp_path / "binary.py").write_bytes(b"\xff")
+    link = tmp_path / "elsewhere" / "link.py"
     link.symlink_to(tmp_path / "script.py")
     expected = {name: text.removeprefix("\ufeff") for name, text in texts.items()}
     for script in (tmp_path / "script.py", link):
