@@ -318,7 +318,7 @@ Mean ± standard deviation over the seeds, at full resolution, void excluded; va
     found.append(Section("Classes", plot=("classes", f"IoU of each class on {splits[-1]}")))
     found.append(Section("Epochs", plot=("curves", "loss and mean IoU over the epochs")))
     best = max(row["val_miou"] for run in runs for row in run.history)
-    mious = [tenth / 10 for tenth in range(1, 10) if tenth / 10 <= best][-3:]
+    mious = [tenth / 10 for tenth in range(1, 10) if tenth / 10 <= best][-4:]
     minutes = [minutes_row(name, list(seeds.values()), mious) for name, seeds in experiments.items()]
     found.append(Section("Minutes", MINUTES, minutes))
     if changes := changes_since(experiments):

@@ -186,8 +186,9 @@ def test_report_says_how_long_a_run_takes_to_reach_a_mean_iou(tmp_path, monkeypa
         options = {"epoch_seconds": epoch_seconds, "mious": mious}
         write_run(tmp_path / f"seed{seed}", name, seed, random_ious(seed), **options)
     rows = table_rows(run_compare(tmp_path, monkeypatch))
-    assert rows[-4] == ["experiment", "0.30", "0.40", "0.50", "end"]
-    assert rows[-2:] == [["train", "1.2", "2.2", "3.0 (1 of 2)", "4.0"], ["train_4_a", "0.3", "-", "-", "0.3"]]
+    assert rows[-4] == ["experiment", "0.20", "0.30", "0.40", "0.50", "end"]
+    expected = [["train", "1.2", "1.2", "2.2", "3.0 (1 of 2)", "4.0"], ["train_4_a", "0.2", "0.3", "-", "-", "0.3"]]
+    assert rows[-2:] == expected
 
 
 def test_tables_and_plots_name_the_idea_and_plots_the_loss_of_each_experiment(tmp_path, monkeypatch):
