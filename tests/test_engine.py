@@ -437,7 +437,7 @@ class Scaled(CrossEntropyLoss):
 
     def __init__(self, factor, gradient_only=False):
         super().__init__(ignore_index=util.VOID)
-        self.step, self.factor, self.gradient_only = -2, factor, gradient_only  # two calls are checks
+        self.step, self.factor, self.gradient_only = 0, factor, gradient_only
 
     def forward(self, logits, masks):
         loss = super().forward(logits, masks)
