@@ -50,7 +50,7 @@ MIN_SEEDS = 3  # fewer seeds give no useful interval
 
 MINUTES = """\
 Minutes of training and validation until mean IoU on val, at the input's size, first reaches a value, and until the end.
-Means are over the seeds that reach it; "2 of 3" says how many do."""
+Means are over the seeds on the same device that reach it; "2 of 3" says how many do."""
 
 DIFFERENCES = f"""\
 Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is that of the paired t-test over seeds; a
@@ -251,9 +251,10 @@ def result_row(name, runs, splits):
     return row
 
 
-def minutes_row(name, runs, mious):
-    """A row on how long an experiment takes to reach each of some mean IoUs: a dict from heading to cell."""
-    row = {"experiment": full_name(name, runs)}
+def minutes_row(name, runs, device, mious):
+    """A row on how long an experiment takes on a device to reach some mean IoUs: a dict from heading to cell."""
+    row = {"experiment": full_name(name, runs), "device": device}
+    runs = [run for run in runs if run.metrics["device"] == device]
     for miou in mious:
         minutes = [value for value in (run.minutes_until(miou) for run in runs) if not math.isnan(value)]
         cell = f"{statistics.mean(minutes):.1f}" if minutes else "-"
@@ -319,7 +320,11 @@ Mean ± standard deviation over the seeds, at full resolution, void excluded; va
     found.append(Section("Epochs", plot=("curves", "loss and mean IoU over the epochs")))
     best = max(row["val_miou"] for run in runs for row in run.history)
     mious = [tenth / 10 for tenth in range(1, 10) if tenth / 10 <= best][-4:]
-    minutes = [minutes_row(name, list(seeds.values()), mious) for name, seeds in experiments.items()]
+    minutes = [
+        minutes_row(name, list(seeds.values()), device, mious)
+        for name, seeds in experiments.items()
+        for device in sorted({run.metrics["device"] for run in seeds.values()})
+    ]
     found.append(Section("Minutes", MINUTES, minutes))
     if changes := changes_since(experiments):
         found.append(Section("Changed since", CHANGED, changes))

@@ -30,7 +30,7 @@ def write_run(out, experiment, seed, ious, limit=None, epochs=3, batch_size=16, 
     split["iou"] = {name: None if math.isnan(iou) else float(iou) for name, iou in zip(classes, ious)}
     split["background"] = {"pixel_accuracy": 0.7, "miou": 0.3}
     metrics = {"experiment": experiment, "dataset": "Made", "seed": seed, "device": "cpu", "epochs": len(mious)}
-    optional = ("dataset", "idea", "loss", "size", "data_sha256", "code")
+    optional = ("dataset", "device", "idea", "loss", "size", "data_sha256", "code")
     metrics |= {name: options[name] for name in optional if options.get(name)}
     metrics |= {"parameters": 1_500_000, "multiply_adds": 2_000_000_000}
     metrics |= {"seconds": sum(epoch_seconds), "epoch_seconds": epoch_seconds}
@@ -181,14 +181,20 @@ def test_report_says_how_long_a_run_takes_to_reach_a_mean_iou(tmp_path, monkeypa
         ("train", 0): ((60, 120, 30), (0.3, 0.55, 0.45)),
         ("train", 1): ((90, 90, 90), (0.4, 0.45, 0.49)),
         ("train_4_a", 0): ((6, 6, 6), (0.1, 0.2, 0.39)),
+        ("train_4_a", 1): ((6, 12, 12), (0.1, 0.2, 0.39)),
+        ("train_4_a", 2): ((600, 600, 600), (0.1, 0.2, 0.39)),
     }
     for (name, seed), (epoch_seconds, mious) in runs.items():
-        options = {"epoch_seconds": epoch_seconds, "mious": mious}
+        options = {"epoch_seconds": epoch_seconds, "mious": mious, "device": "laptop" if seed == 2 else "cpu"}
         write_run(tmp_path / f"seed{seed}", name, seed, random_ious(seed), **options)
     rows = table_rows(run_compare(tmp_path, monkeypatch))
-    assert rows[-4] == ["experiment", "0.20", "0.30", "0.40", "0.50", "end"]
-    expected = [["train", "1.2", "1.2", "2.2", "3.0 (1 of 2)", "4.0"], ["train_4_a", "0.2", "0.3", "-", "-", "0.3"]]
-    assert rows[-2:] == expected
+    assert rows[-5:] == [
+        ["experiment", "device", "0.20", "0.30", "0.40", "0.50", "end"],
+        ["---"] * 7,
+        ["train", "cpu", "1.2", "1.2", "2.2", "3.0 (1 of 2)", "4.0"],
+        ["train_4_a", "cpu", "0.2", "0.4", "-", "-", "0.4"],
+        ["train_4_a", "laptop", "20.0", "30.0", "-", "-", "30.0"],
+    ]
 
 
 def test_tables_and_plots_name_the_idea_and_plots_the_loss_of_each_experiment(tmp_path, monkeypatch):
