@@ -1,4 +1,4 @@
-"""The assignment's baseline: a fully convolutional network that halves an image five times and doubles it again."""
+"""The assignment's baseline: a fully convolutional network with five downsampling and five upsampling layers."""
 
 from torch import nn
 from torch.nn import functional

@@ -203,7 +203,7 @@ def check_new_run(run_files, resume):
 def code_change(before, now, without=None):
     """The first difference between two results of ``files.read_code``, as text; None if there is none.
 
-    Comments and a file's docstring do not count, nor does the function called ``without``.
+    Comments and a module's docstring do not count, nor does the function called ``without``.
     """
     for name in {**before, **now}:
         old, new = (_lines(code.get(name, ""), without) for code in (before, now))

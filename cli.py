@@ -75,7 +75,7 @@ def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):
     parser.add_argument("--device", type=parse_device, default="auto", help="auto (default), cpu, cuda, cuda:N or mps")
     parser.add_argument("--out", type=Path, default=".", metavar="DIR", help="output folder (default: this folder)")
     parser.add_argument("--limit", type=integer(1), metavar="N", help="use only the first N images of each split")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the network in the first epoch")
+    parser.add_argument("--compile", action="store_true", help="compile the network during the first epoch")
     if pretrained:
         text = "start ResNet-18 from random weights, to try the script; file names get _no_pretrained"
         parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help=text)

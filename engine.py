@@ -51,8 +51,8 @@ def _at_size(value, shape):
 def batch_loss(criterion, logits, masks):
     """Compute the criterion on a batch in float32; return it with the weight of the batch in a mean over batches.
 
-    The weight is the number of labelled pixels, or with class weights in the cross-entropy the sum of theirs. It is 0
-    for a batch without labelled pixels, whose loss is finite but means nothing.
+    The weight is the number of labelled pixels, or for a cross-entropy with class weights the sum of their weights.
+    It is 0 for a batch without labelled pixels, whose loss is finite but means nothing.
     """
     class_weights = util.class_weights(criterion)
     if class_weights is not None:
@@ -85,8 +85,8 @@ def _mean_loss(losses, device=None):
 def predict_strips(logits, shape):
     """Upsample logits bilinearly and take the argmax, strip by strip, so that memory stays bounded.
 
-    The result is exactly that of a single ``interpolate``, which also computes the horizontal mean first: here it is
-    computed for all columns at the logits' height, then the vertical one per strip. Of equal logits, the first wins.
+    The result is exactly that of a single ``interpolate``, which also interpolates horizontally first: here that is
+    done for all columns at the logits' height, then the vertical step per strip. Of equal logits, the first wins.
 
     Args:
         logits: [C, h, w], contiguous. shape: (H, W) of the mask.
@@ -170,7 +170,7 @@ def evaluate(model, loader, criterion, full_resolution=True):
                 mask, before = torch.from_numpy(mask).to(device), matrix.clone()
                 for columns, prediction in predict_strips(image_logits, mask.shape):
                     matrix += util.confusion_matrix(mask[:, columns], prediction, num_classes)
-                image_ious[index] = util.mean_iou(matrix - before)
+                image_ious[index] = util.mean_iou((matrix - before).cpu())  # Apple GPUs lack float64
     loss = _mean_loss(torch.stack(losses).cpu(), device)
     matrix = processes.all_reduce(matrix, device).cpu()
     if not full_resolution:

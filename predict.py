@@ -264,7 +264,7 @@ def main():
         names = ", ".join(path.name for path in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
         has_subfolders = not args.recursive and any(path.is_dir() for path in skipped)
         advice = "; --recursive takes subfolders" if has_subfolders else ""
-        reporting.log(f"skipped {len(skipped)} that are hidden, no photos or earlier results ({names}){advice}")
+        reporting.log(f"skipped {len(skipped)}: hidden, not photos, or earlier results ({names}){advice}")
     reporting.log(f"masks are computed at {reporting.size_text(model.size)} and upsampled to each photo's size")
 
     rows, errors = [], []

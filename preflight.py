@@ -48,7 +48,7 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
             used = _try_training_step(training_step, model, images, masks, criterion, optimizer)
         if following:
             advice = "unless that is intended, use torchvision's FrozenBatchNorm2d or override train() in the network"
-            warnings.append(f"frozen batch norm keeps following the batches ({_some(following)}): {advice}")
+            warnings.append(f"frozen batch norm still updates its running statistics ({_some(following)}): {advice}")
         if _learning_rates(optimizer) != rates:
             advice = "unless that depends on index and count only, pass a scheduler to engine.fit"
             warnings.append(f"training_step changes the learning rate, and --resume may not restore it: {advice}")

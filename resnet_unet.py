@@ -1,4 +1,4 @@
-"""A U-Net whose contracting path is an ImageNet ResNet-18, and the running average of its weights."""
+"""A U-Net whose contracting path is an ImageNet ResNet-18, and the exponential moving average of its weights."""
 
 import torch
 from torch import nn

@@ -58,7 +58,10 @@ class ImageDataset(Dataset):
         transforms = [v2.RandomHorizontalFlip(augmentation.flip)]
         if augmentation.degrees:
             transforms.append(v2.RandomRotation(augmentation.degrees, v2.InterpolationMode.BILINEAR, fill=fill))
+        if augmentation.scale != (1.0, 1.0):
             transforms.append(v2.RandomResizedCrop(size, scale=(augmentation.scale[0] ** 2, 1), ratio=(1, 1)))
+        if any(augmentation.colour):
+            transforms.append(v2.ColorJitter(*augmentation.colour))
         self.transform = v2.Compose([*transforms, v2.ToDtype(dtypes, scale=True), v2.Normalize(MEAN, STD)])
 
     def __len__(self):

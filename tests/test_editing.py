@@ -596,7 +596,7 @@ FROZEN = net("return self.layer(self.norm(images))", extra="self.norm = torch.nn
         (RATE, "training_step changes the learning rate"),
         (COUNTER, "the criterion changes its calls, which"),
         (COUNTER.replace("    def forward", f"{EXTRA_STATE}\n    def forward"), None),
-        (f"{FROZEN}{LAYER_ONLY}", "frozen batch norm keeps following the batches (norm)"),
+        (f"{FROZEN}{LAYER_ONLY}", "frozen batch norm still updates its running statistics (norm)"),
         (FROZEN.replace("    def forward", f"{CONSTANT_NORM}\n    def forward") + LAYER_ONLY, None),
         (FROZEN.replace("BatchNorm2d(3)", "BatchNorm2d(3, affine=False)"), None),
         (criterion("logits /= 2; " + CROSS_ENTROPY), None),  # in place
