@@ -63,7 +63,7 @@ def metadata(args, model, loaders):
             f"{args.script.name}: the network {type(model).__name__} cannot be rebuilt from a checkpoint: keep the "
             "keyword arguments of its constructor in a dict, self.arguments"
         )
-    module, loader = type(model).__module__, loaders[0]
+    module, loader = type(model).__module__, loaders[1]
     flags = {name: getattr(args, name) for name in ("epochs", "batch_size", "limit", "compile")}
     return {
         "experiment": args.experiment,
@@ -115,7 +115,7 @@ def save_last(path, metadata, history, **parts):
 
 
 def training_state(**parts):
-    """The state of each part of a training; None for one that has no state."""
+    """The state of each part of a training; None for a criterion or scheduler that has none."""
     return {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in parts.items()}
 
 

@@ -264,17 +264,22 @@ def minutes_row(name, runs, device, mious):
 
 def changes_since(experiments):
     """Rows about runs of other code than now, or of other data than most: a list of dicts from heading to cell."""
+    runs = [run for seeds in experiments.values() for run in seeds.values()]
     hashes = {}  # of the data, from input size to the hash of each run: masks of another size have another one
-    for run in (run for seeds in experiments.values() for run in seeds.values()):
+    for run in runs:
         if "data_sha256" in run.metrics:
             hashes.setdefault(tuple(run.metrics["size"]), []).append(run.metrics["data_sha256"])
+    baselines = [[run.metrics[split]["background"] for split in run.splits] for run in runs]  # from masks at their size
+    usual_baseline = max(baselines, key=baselines.count)
     rows = []
     for name, seeds in experiments.items():
         for seed, run in seeds.items():
             changes = [run.code_change(ROOT)]
+            others = [run.metrics[split]["background"] for split in run.splits] != usual_baseline
             if "data_sha256" in run.metrics:
                 usual = statistics.mode(hashes[tuple(run.metrics["size"])])
-                changes += ["other image ids or masks"] * (run.metrics["data_sha256"] != usual)
+                others = others or run.metrics["data_sha256"] != usual
+            changes += ["other image ids or masks"] * others
             if any(changes):
                 rows.append({"experiment": name, "seed": seed, "change": "; ".join(filter(None, changes))})
     return rows

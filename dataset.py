@@ -7,6 +7,7 @@ import glob
 import os
 import re
 import shlex
+import stat
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,30 @@ def check_exists(path, is_mask):
         if other != path:
             raise UserError(f"{other}: is in a format that is not read here: convert it to JPEG or PNG")
     raise UserError(f"{path}: no such file, but a split lists it: add the file or remove its id")
+
+
+def check_sizes(photo_path, mask_path, photo_size, mask_size):
+    """Raise a UserError if a photo and its mask differ in size, (width, height), that of the photo being upright."""
+    if photo_size == mask_size:
+        return
+    size, upright = ("{}x{}".format(*size) for size in (mask_size, photo_size))
+    if imaging.open_image(photo_path).size == mask_size:
+        problem = f"fits its photo only without the photo's EXIF orientation ({size}, but upright {upright})"
+        advice = f"rotate the mask, or remove the orientation from {photo_path.name}"
+        raise UserError(f"{mask_path}: {problem}: {advice}")
+    raise UserError(f"{mask_path}: is {size}, but its photo is {upright}: a mask needs the size of its photo")
+
+
+def write_cache(path, pixels):
+    """Save an array in ``.cache``, with the permissions of the data's folder: others who share it share the cache."""
+    folder = path.parent
+    mode = stat.S_IMODE(folder.parent.stat().st_mode)
+    if not folder.exists():
+        folder.mkdir()
+        folder.chmod(mode)
+    with files.atomic_write(path) as file:
+        np.save(file, pixels)
+    path.chmod(mode & 0o666)
 
 
 def _read_lines(path, hint):

@@ -140,13 +140,12 @@ def evaluate(model, loader, criterion, full_resolution=True):
             assignment's IoU: for reported metrics, in float32. Otherwise evaluate at the loader's size: faster, for
             validation during training.
 
-    Raises a UserError if the loader shuffles or augments, or has other classes than a TrainedModel.
+    Raises a UserError if the loader shuffles or augments, or has other classes or another normalisation than a
+    TrainedModel.
     """
     if loader.training or loader.augment is not None:
         raise UserError("evaluate needs a loader without training=True and augment, such as voc.Loader(split, size, 8)")
-    if isinstance(model, checkpoint.TrainedModel) and model.classes != loader.classes:
-        problem = f"{loader.split.root} has other classes, or in another order, than the model"
-        raise UserError(f"{problem} ({', '.join(model.classes)}): score it on data with the same classes.txt")
+    _check_loader(model, loader)
     model.eval()
     if isinstance(criterion, torch.nn.Module):
         criterion.eval()
@@ -177,6 +176,18 @@ def evaluate(model, loader, criterion, full_resolution=True):
         return Scores(loss, matrix, loader.classes)
     image_ious, assignment_ious = processes.all_reduce(torch.stack((image_ious, assignment_ious)), device).cpu()
     return Scores(loss, matrix, loader.classes, image_ious, assignment_ious.mean().item())
+
+
+def _check_loader(model, loader):
+    """Raise a UserError if a TrainedModel was trained with other classes or another normalisation than a loader's."""
+    if not isinstance(model, checkpoint.TrainedModel):
+        return
+    if model.classes != loader.classes:
+        problem = f"{loader.split.root} has other classes, or in another order, than the model"
+        raise UserError(f"{problem} ({', '.join(model.classes)}): score it on data with the same classes.txt")
+    if (*model.mean, *model.std) != (*loader.mean, *loader.std):
+        problem = "the loader normalises otherwise than the one with which the model was trained"
+        raise UserError(f"{problem}: set loader.mean, loader.std = model.mean, model.std")
 
 
 def backward(network, loss, weight):
@@ -300,19 +311,24 @@ def fit(
             its end: with any other scheduler than ReduceLROnPlateau, patience has no effect. None: never stop early.
         training_step: takes the place of ``engine.training_step``.
     """
+    finished = getattr(args, "finished", ())  # by earlier calls of this function in the same script
+    if args.experiment in finished:
+        problem = f"{args.script.name}: engine.fit is called twice for {args.experiment}"
+        raise UserError(f"{problem}: set args.experiment to a name of its own before each call")
     run_files = files.RunFiles(args.out, args.experiment, args.seed)
     annealed = not (scheduler is None or isinstance(scheduler, ReduceLROnPlateau))
     stops_early = not annealed and patience is not None
     parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
-    preflight.check_types(args.script.name, train, val, test, parts)
+    preflight.check_types(args, train, val, test, parts)
     with run_files.locked() if processes.is_main() else contextlib.nullcontext():
         resuming = args.resume and run_files.last.exists()
         if not (resuming or args.overwrite):
             checkpoint.check_new_run(run_files, args.resume)
         processes.set_malloc_options(args.device)
         model.to(memory_format=processes.memory_format(args.device))
-        if isinstance(criterion, torch.nn.Module):
-            criterion.to(args.device)
+        modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
+        for module in modules:
+            module.to(args.device)
         loaders = [loader for loader in (train, val, test) if loader is not None]
         metadata = checkpoint.metadata(args, model, loaders)
         warnings = preflight.check(args, metadata, train, forward, training_step, scheduler_interval, **parts)
@@ -331,7 +347,8 @@ def fit(
             train_scores, learning_rates = train_epoch(
                 parallel, train, epoch, criterion, optimizer, training_step, batch_scheduler
             )
-            processes.broadcast(model.buffers())  # each process has its own statistics of batch norm
+            for module in modules:
+                processes.broadcast(module.buffers())  # each process has its own statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
             if not math.isfinite(scores.loss):
                 raise UserError(f"the val loss is {scores.loss} in epoch {epoch}: lower the learning rate")
@@ -358,8 +375,10 @@ def fit(
                 report.epoch(history, best_epoch(history))
             with processes.main_process_first():  # it has written the file
                 best_model = checkpoint.load(run_files.best, args.device)
-            results = {loader.split.name: evaluate(best_model, loader, criterion) for loader in loaders[1:]}
+            scored = zip(("val", "test"), loaders[1:])
+            results = {name: evaluate(best_model, loader, criterion) for name, loader in scored}
             report.finish(metadata, best_model, history, best_epoch(history), results)
+            args.finished = {*finished, args.experiment}
         except BaseException:
             report.stop(history)
             raise
@@ -394,6 +413,7 @@ def epochs_without_progress(history, baseline_miou):
 
 @torch.inference_mode()
 def predict_index(model, loader, index, shape):
-    """The prediction for one image of a loader at ``shape`` [H, W]: uint8 array [H, W]."""
+    """The prediction for one image of a loader at ``shape`` [H, W]: uint8 array [H, W]; errors as in ``evaluate``."""
+    _check_loader(model, loader)
     logits = forward(model, loader.normalise(loader.images[index : index + 1]), full_precision=True)["out"][0]
     return predict_mask(logits, shape).cpu().numpy()

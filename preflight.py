@@ -12,8 +12,10 @@ from torch.nn.parameter import is_lazy
 from torch.optim import lr_scheduler
 
 import checkpoint
+import imaging
 import processes
 from util import VOID, UserError, is_out_of_memory, reason
+from voc import Split
 
 # files in which a user's mistake may surface
 SHARED = ("preflight", "engine", "voc", "imaging", "checkpoint", "processes", "util")
@@ -29,9 +31,9 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
     ``engine.fit``. Returns a list of warnings; raises a UserError for the first fault.
     """
     script = args.script.name
-    _check_scheduler(script, scheduler, optimizer, scheduler_interval, args.epochs, len(train))
+    warnings = _check_scheduler(script, scheduler, optimizer, scheduler_interval, args.epochs, len(train))
     with _stage(script, "the augmentation"):
-        _check_augmentation(train)
+        warnings += _check_augmentation(train)
         images, masks, _ = next(train.batches())
         smallest = len(train.split) * train.repeats // len(train)  # of batches of 2, the last may have one image
         images, masks = images[: min(NUM_IMAGES, smallest)], masks[: min(NUM_IMAGES, smallest)]
@@ -42,7 +44,7 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
             logits = forward(model.eval(), images)["out"]
             _check_logits(logits, images, train.classes)
         with _stage(script, "the criterion (masks hold util.VOID for void)"):
-            warnings = _check_criterion(criterion, logits.contiguous(), masks)
+            warnings += _check_criterion(criterion, logits.contiguous(), masks)
         rates, numbers = _learning_rates(optimizer), _numbers(criterion)
         with _stage(script, "the training step"), _frozen_batch_norm(model.train()) as following:
             used = _try_training_step(training_step, model, images, masks, criterion, optimizer)
@@ -64,10 +66,13 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
             return warnings + _check_parameters(model, criterion, optimizer, used)
 
 
-def check_types(script, train, val, test, parts):
-    """Check what ``fit`` gets before anything uses it: the order of the loaders, and types and modes of the others."""
-    if not train.training or any(loader.training for loader in (val, test) if loader is not None):
+def check_types(args, train, val, test, parts):
+    """Check what ``fit`` gets before anything uses it: the loaders, and types and modes of the others."""
+    script = args.script.name
+    others = [loader for loader in (val, test) if loader is not None]
+    if not train.training or any(loader.training for loader in others):
         raise UserError(f"{script}: engine.fit takes the loaders train, val and test in this order")
+    _check_loaders(args, train, others)
     for name, part in parts.items():
         if isinstance(part, type):
             raise UserError(f"{script}: {name} is the class {part.__name__} itself: call it")
@@ -78,6 +83,32 @@ def check_types(script, train, val, test, parts):
         _check_modes(script, "criterion", parts["criterion"], (_NormBase, _DropoutNd))  # other layers have no modes
     if any(map(is_lazy, parts["model"].parameters())):
         raise UserError(f"{script}: the network has lazy layers: call it on a batch before the optimizer is made")
+
+
+def _check_loaders(args, train, others):
+    """Check that what is trained on and scored is what the loaders and their flags say."""
+    script = args.script.name
+    if train.batch_size != args.batch_size:
+        advice = f"pass args.batch_size to voc.loaders, and set batch_size={train.batch_size} in cli.arguments"
+        raise UserError(f"{script}: train has batches of {train.batch_size}, not of {args.batch_size}: {advice}")
+    if len({loader.size for loader in others}) > 1:
+        raise UserError(f"{script}: val and test differ in size: a model has one input size, that of val")
+    for loader in (train, *others):
+        if (*loader.mean, *loader.std) != (*train.mean, *train.std):
+            raise UserError(f"{script}: the loaders differ in mean or std: set them in each, before engine.fit")
+        images = loader.images[:1]
+        normalised = imaging.normalise(images, loader.device, loader.mean, loader.std)
+        if not torch.equal(loader.normalise(images), normalised):
+            advice = "set its mean and std, or change the images in the network's forward"
+            raise UserError(f"{script}: the loader has its own normalise, which predict.py would not use: {advice}")
+        own = [name for name in ("photo", "resized") if getattr(type(loader.split), name) is not getattr(Split, name)]
+        if own:
+            advice = "change the images in the network's forward, or their files"
+            raise UserError(f"{script}: the split has its own {own[0]}, which predict.py would not use: {advice}")
+    for loader in others:
+        if not torch.equal(loader.count(), loader.counts):
+            problem = f"the masks of {loader.split.name} were changed, but final scores are computed from their files"
+            raise UserError(f"{script}: {problem}: change them in the method mask of a subclass of voc.Split")
 
 
 def _check_modes(script, name, module, types):
@@ -148,18 +179,21 @@ def _learning_rates(optimizer):
 
 
 def _check_scheduler(script, scheduler, optimizer, interval, epochs, num_batches):
-    """Check what the scheduler belongs to, when it is stepped, and how long it is."""
+    """Check what the scheduler belongs to, when it is stepped, and how long it is; return a list of warnings."""
     if interval not in ("epoch", "batch"):
         raise UserError(f'{script}: scheduler_interval={interval!r}: pass "epoch" or "batch"')
     if scheduler is None:
-        return
+        return []
     name = type(scheduler).__name__
+    if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
+        advice = "derive it from torch.optim.lr_scheduler.LRScheduler, or use LambdaLR"
+        raise UserError(f"{script}: {name} has no state_dict and load_state_dict, and cannot resume: {advice}")
     if getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise UserError(f"{script}: the {name} was made for another optimizer: make it with the one that fit gets")
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         if interval == "batch":
             raise UserError(f"{script}: {name} is stepped after each epoch: leave out scheduler_interval")
-        return
+        return []
     steps = epochs * num_batches if interval == "batch" else epochs
     for part, part_steps in _final_schedulers(scheduler, steps):
         argument = LENGTH_ARGUMENTS.get(type(part).__name__)
@@ -177,6 +211,25 @@ def _check_scheduler(script, scheduler, optimizer, interval, epochs, num_batches
             advice = "derive it from args.epochs" + (" and len(train)" if interval == "batch" else "")
         problem = f"{type(part).__name__} has {argument} {length}"
         raise UserError(f"{script}: {problem}, but is stepped {part_steps} times, once per {interval}: {advice}")
+    lengths = [(type(part).__name__, *argument) for part in _all_schedulers(scheduler) for argument in _lengths(part)]
+    advice = ': pass scheduler_interval="batch" to engine.fit if it counts batches' if interval == "epoch" else ""
+    return [
+        f"{name} has {argument} {length}, but is stepped {steps} times, once per {interval}{advice}"
+        for name, argument, length in lengths
+        if length > steps
+    ]
+
+
+def _all_schedulers(scheduler):
+    """A scheduler and those within it."""
+    return [scheduler, *(part for inner in getattr(scheduler, "_schedulers", ()) for part in _all_schedulers(inner))]
+
+
+def _lengths(scheduler):
+    """The arguments of a scheduler that are numbers of steps, each with its value, the smallest of several."""
+    for argument in ("total_iters", "step_size", "milestones", "_milestones", "T_0", "total_size"):
+        if value := getattr(scheduler, argument, None):
+            yield argument.strip("_"), value if isinstance(value, int | float) else min(value)
 
 
 def _final_schedulers(scheduler, steps):
@@ -189,19 +242,36 @@ def _final_schedulers(scheduler, steps):
 
 
 def _check_augmentation(train):
-    """Check that an augmentation makes no new labels: not by filling with 0, scaling or interpolating masks."""
+    """Check that an augmentation makes no new labels: not by filling with 0, scaling or interpolating masks.
+
+    Returns a list of warnings, if it moves masks otherwise than images, or draws random numbers that are not seeded.
+    """
     if train.augment is None:
-        return
+        return []
+    height, width = train.size
     images, masks = train.take(torch.arange(NUM_PROBES) % len(train.split))
-    masks = torch.ones_like(masks)
+    images, masks = torch.full_like(images, 50), torch.full_like(masks, 1)
+    images[:, :, : height // 2, : width // 2], masks[:, : height // 2, : width // 2] = 200, 3  # a bright corner
     params = train.augment.draw(NUM_PROBES, torch.Generator().manual_seed(0))
-    _, masks = train.augmented(images, masks, params)
-    wrong = set(masks.unique().tolist()) - {1, VOID}
+    before = images.clone(), masks.clone()  # some augmentations write into them
+    images, masks = train.augmented(images, masks, params)
+    wrong = set(masks.unique().tolist()) - {1, 3, VOID}
     if wrong:
         raise UserError(
-            f"augment turns a mask of class 1 into one with the label {min(wrong)}: keep labels, and fill what lies "
-            f"outside the photo with void, such as fill={{tv_tensors.Image: 0, tv_tensors.Mask: {VOID}}}"
+            f"augment turns a mask of classes 1 and 3 into one with the label {min(wrong)}: keep labels, and fill what "
+            f"lies outside the photo with void, such as fill={{tv_tensors.Image: 0, tv_tensors.Mask: {VOID}}}"
         )
+    warnings = []
+    again = train.augmented(*before, params)
+    if not (torch.equal(images, again[0]) and torch.equal(masks, again[1])):
+        advice = "draw from Python's, NumPy's or PyTorch's global random numbers, or in draw"
+        warnings.append(f"augment gives other results for the same random numbers, and no run repeats: {advice}")
+    corner, rest = (
+        (images.float().mean(1) * (masks == label)).sum((1, 2)) / (masks == label).sum((1, 2)) for label in (3, 1)
+    )
+    if (corner < rest).sum() > NUM_PROBES / 8:  # more than by erasing parts; NaN where a label is not in sight
+        warnings.append("augment moves masks otherwise than their images: pass both to the transform in one call")
+    return warnings
 
 
 def _check_logits(logits, images, classes):

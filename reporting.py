@@ -121,8 +121,9 @@ class Report:
         images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
         if train.repeats > 1:
             images += f" (an epoch shows each train image {train.repeats} times)"
-        size = size_text(train.size)
-        log(f"{self.files.experiment}: {train.split.dataset}, {images} images at {size}, {len(train.classes)} classes")
+        sizes = dict.fromkeys(size_text(loader.size) for loader in (train, val))
+        images += f" images at {' and '.join(sizes)}"
+        log(f"{self.files.experiment}: {train.split.dataset}, {images}, {len(train.classes)} classes")
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         network = f"{type(model).__name__}, {num_parameters(model):,} parameters ({trained:,} of them trained)"
         log(f"{network}, batch {args.batch_size}, seed {args.seed}, device {processes.device_name(args.device)}")
@@ -131,6 +132,7 @@ class Report:
             log(f"class weights of the loss: {', '.join(f'{name} {weight:.2f}' for name, weight in weights)}")
         name, baseline = util.baseline_name(val.classes), val.baseline
         log(f"{name} on val: pixel accuracy {baseline.pixel_accuracy:.4f}, mean IoU {baseline.miou:.4f}")
+        size = size_text(val.size)
         log(f"val is evaluated at {size} after each epoch, and at full resolution at the end; {stopping}")
         if test is None:
             log(f"{train.split.root} has no test.txt: the results are on val, which also selects the best epoch")

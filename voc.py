@@ -15,8 +15,8 @@ import functools
 import hashlib
 import math
 import os
-import stat
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -25,7 +25,6 @@ from PIL import Image
 
 import cli
 import dataset
-import files
 import imaging
 import processes
 import util
@@ -37,7 +36,7 @@ CLASSES = (
 )  # fmt: skip
 
 DIGEST_LENGTH = 16  # characters of the digest in the name of a cache file
-DECODING = 4  # part of the digest: raise it when the same files give other pixels, so that no outdated cache is read
+DECODING = ("voc.py", "dataset.py", "imaging.py")  # the files on which the pixels of an image depend
 
 
 class Split:
@@ -110,19 +109,8 @@ class Split:
         them is invalid, or if they differ in size.
         """
         photo, mask = self.photo(index), Image.fromarray(self.mask(index))
-        self._check_size(index, photo, mask)
+        dataset.check_sizes(self.photo_path(index), self.mask_path(index), photo.size, mask.size)
         return np.dstack((imaging.resize(photo, size), imaging.resize(mask, size, Image.Resampling.NEAREST)))
-
-    def _check_size(self, index, photo, mask):
-        if photo.size == mask.size:
-            return
-        photo_path, mask_path = self.photo_path(index), self.mask_path(index)
-        size, upright = (f"{image.width}x{image.height}" for image in (mask, photo))
-        if imaging.open_image(photo_path).size == mask.size:
-            problem = f"fits its photo only without the photo's EXIF orientation ({size}, but upright {upright})"
-            advice = f"rotate the mask, or remove the orientation from {photo_path.name}"
-            raise UserError(f"{mask_path}: {problem}: {advice}")
-        raise UserError(f"{mask_path}: is {size}, but its photo is {upright}: a mask needs the size of its photo")
 
     def check(self, index):
         """Check a photo and its mask as ``resized`` does.
@@ -139,12 +127,18 @@ class Split:
 
         photo, mask = attempt(self.photo, index), attempt(self.mask, index)
         if not faults:
-            attempt(self._check_size, index, photo, Image.fromarray(mask))
+            paths = self.photo_path(index), self.mask_path(index)
+            attempt(dataset.check_sizes, *paths, photo.size, mask.shape[::-1])
         return faults, None if mask is None else np.bincount(mask.ravel(), minlength=VOID + 1)
+
+    def is_unchanged(self):
+        """Whether images and order are those of the list, up to the limit, and this class reads them, no subclass."""
+        return type(self) is __class__ and self.ids == self.all_ids[: len(self)]
 
     def digest(self, size):
         """A short hash of all that ``resized`` depends on for any image of the list, whatever the limit."""
-        state = [DECODING, size, len(self.classes), PIL.__version__]
+        state = [size, len(self.classes), PIL.__version__]
+        state += [Path(__file__).with_name(name).read_bytes() for name in DECODING]
         for image_id in self.all_ids:
             for images in (self._photos, self._masks):
                 for path in images.get(image_id, []):
@@ -186,14 +180,14 @@ def load_resized(split, size):
 
     They are decoded and checked once, and cached as a ``.npy`` file in ``.cache`` in the data's folder, which later
     runs map into memory. Its name holds ``Split.digest``, so that a change of any file is noticed. Nothing is cached if
-    the folder cannot be written, for a subclass of Split, whose pixels may be others, and with a limit; with a limit,
-    the first rows of the complete split's file are used if there is one.
+    the folder cannot be written, for a subclass of Split or a Split whose ids were changed, and with a limit; with a
+    limit, the first rows of the complete split's file are used if there is one.
     """
     height, width = size
     folder, name = split.root / ".cache", f"{split.name}_{height}x{width}"
     path = folder / f"{name}_{split.digest(size)}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
-        if type(split) is Split:
+        if split.is_unchanged():
             return torch.from_numpy(np.load(path, mmap_mode="c")[: len(split)])
 
     pixels = np.empty((len(split), height, width, 4), np.uint8)
@@ -204,25 +198,13 @@ def load_resized(split, size):
     with _naming_check(split.root), ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in pool.map(read, range(len(split))):  # raises the error of the first image that has one
             pass
-    if type(split) is Split and len(split) == len(split.all_ids):
+    if split.is_unchanged() and len(split) == len(split.all_ids):
         with contextlib.suppress(OSError, UserError):
-            _write_cache(path, pixels)
+            dataset.write_cache(path, pixels)
             for outdated in folder.glob(f"{name}_{'?' * DIGEST_LENGTH}.npy"):
                 if outdated != path:
                     outdated.unlink(missing_ok=True)
     return torch.from_numpy(pixels)
-
-
-def _write_cache(path, pixels):
-    """Save an array in ``.cache``, with the permissions of the data's folder: others who share it share the cache."""
-    folder = path.parent
-    mode = stat.S_IMODE(folder.parent.stat().st_mode)
-    if not folder.exists():
-        folder.mkdir()
-        folder.chmod(mode)
-    with files.atomic_write(path) as file:
-        np.save(file, pixels)
-    path.chmod(mode & 0o666)
 
 
 class PerImage:
@@ -273,7 +255,7 @@ class Loader:
         size: (height, width).
         images, masks: the whole split, uint8 [N, 3, H, W] and [N, H, W], on the GPU if it takes less than a quarter of
             its free memory, else on the CPU.
-        counts: the pixels of each class over all masks at this size, int64 [C] on the CPU.
+        counts: the result of ``count`` at the start.
         mean, std: of ``normalise``, tuples of three floats.
     """
 
@@ -282,13 +264,10 @@ class Loader:
     def __init__(self, split, size, batch_size, training=False, augment=None, seed=0, device="cpu"):
         self.split, self.size, self.classes = split, imaging.height_width(size), split.classes
         self.batch_size, self.training, self.seed, self.device = batch_size, training, seed, torch.device(device)
-        self.augment = augment if augment is None or hasattr(augment, "draw") else PerImage(augment)
-        self.unchanged = 1 if augment is None else getattr(augment, "unchanged", 0)
-        self.repeats = self.unchanged + (0 if augment is None else getattr(augment, "augmented", 1))
+        self.augment = augment
         with processes.main_process_first():
             self.data = load_resized(split, self.size)
-        counts = sum(torch.bincount(mask.flatten(), minlength=VOID + 1) for mask in self.data[..., 3])
-        self.counts = counts[: len(self.classes)]
+        self.counts = self.count()
         if fault := dataset.label_fault(split, self.counts.numpy(), training):
             raise UserError(fault)
         smallest = len(split) * self.repeats // len(self)
@@ -296,11 +275,32 @@ class Loader:
             raise UserError(f"{smallest} images are too few for {processes.world_size()} processes: raise --batch-size")
         if self.device.type == "cuda" and self.data.nbytes < torch.cuda.mem_get_info(self.device)[0] / 4:
             self.data = self.data.to(self.device)
-        self.images, self.masks = self.data[..., :3].permute(0, 3, 1, 2), self.data[..., 3]
+
+    @property
+    def augment(self):
+        return self._augment
+
+    @augment.setter
+    def augment(self, augment):
+        self._augment = augment if augment is None or hasattr(augment, "draw") else PerImage(augment)
+        self.unchanged = 1 if augment is None else getattr(augment, "unchanged", 0)
+        self.repeats = self.unchanged + (0 if augment is None else getattr(augment, "augmented", 1))
+
+    @property
+    def images(self):
+        return self.data[..., :3].permute(0, 3, 1, 2)
+
+    @property
+    def masks(self):
+        return self.data[..., 3]
 
     def __len__(self):
         """The number of batches per epoch, over all processes."""
         return math.ceil(len(self.split) * self.repeats / self.batch_size)
+
+    def count(self):
+        """Count the pixels of each class over all masks at this size: int64 [C] on the CPU."""
+        return sum(torch.bincount(mask.flatten(), minlength=VOID + 1) for mask in self.masks)[: len(self.classes)].cpu()
 
     @functools.cached_property
     def baseline(self):

@@ -28,7 +28,7 @@ def write_run(out, experiment, seed, ious, limit=None, epochs=3, batch_size=16, 
     has_test, classes, mious, epoch_seconds = (options.get(name, default) for name, default in OPTIONS.items())
     split = {"pixel_accuracy": 0.8, "miou": float(np.nanmean(ious)), "assignment_iou": 0.1}
     split["iou"] = {name: None if math.isnan(iou) else float(iou) for name, iou in zip(classes, ious)}
-    split["background"] = {"pixel_accuracy": 0.7, "miou": 0.3}
+    split["background"] = {"pixel_accuracy": options.get("background", 0.7), "miou": 0.3}
     metrics = {"experiment": experiment, "dataset": "Made", "seed": seed, "device": "cpu", "epochs": len(mious)}
     optional = ("dataset", "device", "idea", "loss", "size", "data_sha256", "code")
     metrics |= {name: options[name] for name in optional if options.get(name)}
@@ -136,8 +136,9 @@ def test_runs_on_other_masks_are_named(tmp_path, monkeypatch):
     for seed, data in enumerate(("a", "b", "a")):
         write_run(tmp_path, "train", seed, random_ious(seed), size=[32, 32], data_sha256=data)
     write_run(tmp_path, "train_6", 0, random_ious(0), size=[32, 48], data_sha256="c")  # another size, other hashes
+    write_run(tmp_path, "train_5_b", 1, random_ious(1), size=[64, 64], data_sha256="d", background=0.8)
     rows = [row for row in table_rows(run_compare(tmp_path, monkeypatch)) if "other image" in row[-1]]
-    assert rows == [["train", "1", "other image ids or masks"]]
+    assert rows == [[name, "1", "other image ids or masks"] for name in ("train", "train_5_b")]
 
 
 def test_only_scripts_that_have_the_flag_get_no_pretrained(tmp_path, monkeypatch):

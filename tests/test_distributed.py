@@ -30,7 +30,7 @@ def main():
     augment = transforms.Augmentation(flip=0.5, degrees=20, scale=(0.5, 1.2), unchanged=1, augmented=1)
     # 14 samples in batches of 4, 4, 3 and 3: the processes get batches of unequal size
     train, val, test = voc.loaders(args.data, args.batch_size, size=32, augment=augment, seed=args.seed)
-    criterion = torch.nn.CrossEntropyLoss(voc.class_weights(train.split), ignore_index=util.VOID)
+    criterion = AveragedLoss(voc.class_weights(train.split), ignore_index=util.VOID)
 
     # 5 val images are 2 batches, one per process; 3 test images are 1 batch, and the second process has none
     model = new_model()
@@ -44,6 +44,23 @@ def main():
         flags = Namespace(**vars(args) | {"out": args.out / name, "compile": name == "compiled"})
         experiment = {"criterion": criterion, "optimizer": optimizer, "scheduler": None, "patience": 100_000}
         engine.fit(flags, model, train, val, test, **experiment, training_step=logged_step)
+
+
+    torch.save(criterion.mean, args.out / f"loss_{processes.rank()}.pt")
+
+
+class AveragedLoss(torch.nn.CrossEntropyLoss):
+    """Keeps a running mean of the loss, which differs between the processes during an epoch."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, logits, masks):
+        loss = super().forward(logits, masks)
+        if self.training:
+            self.mean.lerp_(loss.detach(), 0.5)
+        return loss
 
 
 def logged_step(*args, **position):
@@ -97,6 +114,11 @@ def test_two_processes_take_the_same_steps_as_one(runs, name):
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     untrained = new_model().state_dict()
     assert not any(torch.equal(one["model"][key], untrained[key]) for key in untrained)
+
+
+def test_buffers_of_a_loss_are_the_same_in_all_processes(runs):
+    first, second = (torch.load(runs / "2" / f"loss_{rank}.pt", weights_only=True) for rank in range(2))
+    assert first == second != 0
 
 
 def test_only_the_main_process_prints(runs):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import shutil
 import sys
@@ -493,6 +494,20 @@ MISTAKES = {
     ),
     "loss without gradient": (criterion("return logits.detach().mean()"), "the training step fails"),
     "result of the step": (STEP, "training_step has to return"),
+    "own schedule": (
+        """
+class Poly:
+    def step(self):
+        pass
+
+scheduler = Poly()
+""",
+        "Poly has no state_dict and load_state_dict",
+    ),
+    "other batches than the flag says": (
+        "train, val, test = voc.loaders(args.data, 3, size=32, limit=args.limit)",
+        "train has batches of 3, not of 2: pass args.batch_size .* batch_size=3 in cli.arguments",
+    ),
     "filled with background": (f"{V2}v2.RandomRotation((30, 40))", "into one with the label 0: keep labels, and fill"),
     "scaled masks": (
         f"{V2}v2.ToDtype({{tv_tensors.Image: torch.uint8, tv_tensors.Mask: torch.float32}}, scale=True)",
@@ -591,6 +606,53 @@ FROZEN = net("return self.layer(self.norm(images))", extra="self.norm = torch.nn
 
 
 @pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ("StepLR(optimizer, 5)", True),
+        ("StepLR(optimizer, 4)", False),
+        ("MultiStepLR(optimizer, [300, 400])", True),
+        ("CosineAnnealingWarmRestarts(optimizer, 500)", True),
+        ("LinearLR(optimizer, total_iters=60)", True),
+        ("CyclicLR(optimizer, 1e-4, 1e-3, step_size_up=200, cycle_momentum=False)", True),
+    ],
+)
+def test_a_schedule_that_counts_more_steps_than_the_run_has_is_a_warning(project, capsys, changes, warned):
+    assert run(project, scheduler(changes), "--epochs 4") == 0
+    warning = re.search('warning: .*, but is stepped 4 times, once per epoch: .*"batch"', capsys.readouterr().out)
+    assert bool(warning) == warned
+
+
+OWN_RANDOM = """
+class Darker(torch.nn.Module):
+    generator = torch.Generator()
+
+    def forward(self, image, mask):
+        return image // (1 + torch.randint(9, (), generator=self.generator).to(torch.uint8)), mask
+
+augment = Darker()
+"""
+SEPARATE = f"{V2}v2.RandomHorizontalFlip()".replace(
+    "augment = ", "flip = "
+) + "\naugment = lambda image, mask: (flip(image), flip(mask))"
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (OWN_RANDOM, "gives other results for the same random numbers"),
+        (OWN_RANDOM.replace(", generator=self.generator", ""), None),
+        (SEPARATE, "moves masks otherwise than their images"),
+        (f"{V2}v2.Compose([v2.RandomVerticalFlip(), v2.RandomHorizontalFlip()])", None),
+        (f"{V2}v2.RandomRotation(45, fill={{tv_tensors.Mask: 255, 'others': 0}})", None),
+    ],
+)
+def test_an_augmentation_that_is_not_what_it_seems_is_a_warning(project, capsys, changes, warning):
+    assert run(project, changes, "--epochs 1") == 0
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: augment")]
+    assert len(found) == bool(warning) and (not warning or warning in found[0])
+
+
+@pytest.mark.parametrize(
     ("changes", "warning"),
     [
         (RATE, "training_step changes the learning rate"),
@@ -686,6 +748,68 @@ def test_several_processes_do_not_train_parameters_of_the_loss(monkeypatch):
 def test_without_patience_a_run_goes_to_its_end(project, capsys):
     assert run(project, "", old="patience=10", new="patience=None") == 0
     assert "all 4 epochs are run" in capsys.readouterr().out
+
+
+SQUARE = """
+class Square(voc.Split):
+    def resized(self, index, size):
+        return super().resized(index, size)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("test = voc.Loader(test.split, 48, 2)", "val and test differ in size"),
+        ("train.mean = (0.5, 0.5, 0.5)", "the loaders differ in mean or std"),
+        ("val.normalise = lambda images: images / 255", "the loader has its own normalise, which predict.py would not"),
+        ("val = voc.Loader(Square(args.data, 'val'), 32, 2)", "the split has its own resized, which predict.py would"),
+        ("val.masks[:] = util.VOID", "the masks of val were changed, .* in the method mask of a subclass of voc.Split"),
+    ],
+)
+def test_loaders_that_would_be_scored_otherwise_than_predicted_are_refused(project, capsys, code, message):
+    assert run(project, SQUARE, old="    model = ", new=f"    {code}\n    model = ") == 2
+    assert re.match(f"error: train-mine.py: {message}", capsys.readouterr().err)
+
+
+def test_masks_can_be_changed_in_a_subclass_of_split_and_train_in_memory(project):
+    """The scores of val are those of the changed masks, in training and at the end."""
+    merged = SQUARE.replace("resized(self, index, size)", "mask(self, index)").replace(
+        "super().resized(index, size)", "super().mask(index) // 255 * 255"
+    )
+    code = "val = voc.Loader(Square(args.data, 'val'), 32, 2); train.masks[:, :4] = util.VOID"
+    assert run(project, merged, "--epochs 1", old="    model = ", new=f"    {code}\n    model = ") == 0
+    metrics = json.loads((project / "results" / "train-mine_seed0.json").read_text())
+    assert set(metrics["val"]["iou"].values()) - {None, 0} == {metrics["val"]["iou"]["background"]}
+
+
+def test_a_model_has_the_size_at_which_it_is_scored(project, capsys):
+    code = "val, test = (voc.Loader(loader.split, (24, 40), 2) for loader in (val, test))"
+    assert run(project, "", "--epochs 1", old="    model = ", new=f"    {code}\n    model = ") == 0
+    output = capsys.readouterr().out
+    assert "images at 32x32 and 40x24, 21 classes" in output and "val is evaluated at 40x24 after each" in output
+    assert checkpoint.load(project / "best_train-mine.pt").size == (24, 40)
+
+
+def test_results_of_lists_with_other_names_are_those_of_val_and_test(project):
+    (project / "Tiny/ImageSets/Segmentation/val.txt").rename(project / "Tiny/ImageSets/Segmentation/fold0.txt")
+    code = "val = voc.Loader(voc.Split(args.data, 'fold0'), 32, 2)"
+    shutil.copy(project / "Tiny/ImageSets/Segmentation/fold0.txt", project / "Tiny/ImageSets/Segmentation/val.txt")
+    assert run(project, "", "--epochs 1", old="    model = ", new=f"    {code}\n    model = ") == 0
+    metrics = json.loads((project / "results" / "train-mine_seed0.json").read_text())
+    assert metrics["val"] and metrics["test"]
+
+
+def test_training_in_two_phases_needs_a_name_for_each(project, capsys):
+    script = (ROOT / "train.py").read_text(encoding="utf-8")
+    second = script[script.index("    engine.fit(") : script.index("\n\nif __name__")].rstrip() + "\n\n\nif __name__"
+    again = "    model.train()\n" + second
+    assert run(project, "", "--epochs 1 --out one", old="\n\nif __name__", new=again) == 2
+    assert "engine.fit is called twice for train-mine: set args.experiment to a name" in capsys.readouterr().err
+    again = '    args.experiment = "second"\n' + again
+    for flags in ("--epochs 1", "--epochs 1 --resume"):
+        assert run(project, "", f"{flags} --out two", old="\n\nif __name__", new=again) == 0
+    assert (project / "two" / "best_second.pt").exists()
 
 
 def test_loaders_in_another_order_are_refused(project, capsys):

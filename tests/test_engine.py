@@ -399,6 +399,18 @@ def test_a_model_is_not_scored_on_data_with_other_classes(tiny):
     engine.evaluate(model, loader, CrossEntropyLoss(ignore_index=util.VOID))
 
 
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_model_is_not_used_with_another_normalisation(tiny, name):
+    loader = voc.Loader(voc.Split(tiny, "val"), 32, 2)
+    model = checkpoint.TrainedModel(TinyNet(21), loader.classes, (32, 32), loader.mean, loader.std)
+    for use in (engine.evaluate, lambda *args: engine.predict_index(*args[:2], 0, (9, 9))):
+        setattr(loader, name, (0.5, 0.5, 0.5))
+        with pytest.raises(UserError, match="set loader.mean, loader.std = model.mean, model.std"):
+            use(model, loader, CRITERION)
+        setattr(loader, name, list(getattr(model, name)))
+        use(model, loader, CRITERION)
+
+
 def test_a_loss_is_in_eval_mode_when_val_is_evaluated(tiny, tmp_path):
     class Counting(CrossEntropyLoss):
         def forward(self, logits, masks):

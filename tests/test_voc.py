@@ -18,6 +18,7 @@ from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 import dataset
 import imaging
+import transforms
 import util
 import voc
 from util import UserError
@@ -336,6 +337,16 @@ def test_only_train_is_augmented_with_new_params_in_every_epoch(tiny):
     assert torch.equal(images[6], originals[0].images[1].flip(-1)) and len(images) == len(masks) == 7
 
 
+def test_an_augmentation_that_is_set_later_is_applied_as_often_as_it_says(tiny):
+    augment = transforms.Augmentation(flip=1.0, unchanged=1, augmented=2)
+    expected = voc.loaders(tiny, size=16, batch_size=8, augment=augment)[0]
+    train = voc.loaders(tiny, size=16, batch_size=8)[0]
+    train.augment = augment
+    assert (train.repeats, len(train)) == (3, 2)
+    for batch, expected_batch in zip(train.batches(1), expected.batches(1), strict=True):
+        assert all(map(torch.equal, batch, expected_batch))
+
+
 def test_batches_are_on_the_device_of_the_loader(tiny):
     """A stand-in for a GPU of which the data would fill too much; the data stays on the CPU."""
     loader = voc.Loader(voc.Split(tiny, "train"), size=16, batch_size=4, device="meta")
@@ -422,7 +433,7 @@ def test_only_complete_splits_are_cached_one_file_per_size_and_a_limit_reads_the
 
 
 def test_the_cache_is_not_used_if_images_are_decoded_in_another_way(tiny, opened, monkeypatch):
-    monkeypatch.setattr(voc, "DECODING", voc.DECODING - 1)
+    monkeypatch.setattr(voc, "DECODING", voc.DECODING[1:])
     load(tiny)
     monkeypatch.undo()
     voc.load_resized(voc.Split(tiny, "train"), (16, 16))
@@ -453,6 +464,30 @@ def test_a_split_of_ones_own_does_not_share_the_cache(tiny):
     shutil.rmtree(tiny / ".cache")
     voc.load_resized(Inverted(tiny, "train"), (16, 16))
     assert torch.equal(load(tiny), ours)
+
+
+def test_a_class_that_takes_the_place_of_split_does_not_share_the_cache(tiny, monkeypatch):
+    class Inverted(voc.Split):
+        def mask(self, index):
+            return np.where(super().mask(index) == 0, 20, 0).astype(np.uint8)
+
+    ours = load(tiny)
+    monkeypatch.setattr(voc, "Split", Inverted)
+    assert torch.equal(load(tiny)[..., 3] == 20, ours[..., 3] == 0)
+    monkeypatch.undo()
+    assert torch.equal(load(tiny), ours)
+
+
+def test_a_split_with_other_ids_or_another_order_does_not_share_the_cache(tiny):
+    def chosen():
+        split = voc.Split(tiny, "train")
+        split.ids = [split.ids[index] for index in (3, 0, 1, 2, 4)][:count]
+        return voc.load_resized(split, (16, 16))
+
+    for count in (5, 2):
+        before = chosen()
+        ours = load(tiny)
+        assert torch.equal(before, ours[[3, 0, 1, 2, 4]][:count]) and torch.equal(chosen(), before)
 
 
 @pytest.mark.parametrize("length", [0, 1000])
