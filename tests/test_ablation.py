@@ -77,4 +77,5 @@ def test_a_variant_of_the_recipe_changes_what_its_name_says(tiny, tmp_path, monk
     if name == "without fine-tuning":
         assert after["rates"] == [0.0, before["rates"][1]]
     if name == "square input":
-        assert after["size"][0] * after["size"][1] == pytest.approx(before["size"][0] * before["size"][1], rel=0.03)  # a side that 32 divides
+        areas = [width * height for height, width in (before["size"], after["size"])]
+        assert areas[1] == pytest.approx(areas[0], rel=0.03)  # as far as 32 divides the side

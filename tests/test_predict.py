@@ -175,7 +175,7 @@ def test_a_folder_gives_the_photos_of_all_formats_and_says_what_it_skips(best, t
     assert [line for line in lines if "skipped" in line] == [lines[0]]
     assert lines[0].startswith("skipped 5: ") and lines[0].endswith("--recursive takes subfolders")
     assert run_predict(tmp_path, folder, "--recursive", "--overwrite", "--masks-only") == 0
-    assert set(masks(tmp_path)) == set("abcdf") and "skipped 4 " in capsys.readouterr().out
+    assert set(masks(tmp_path)) == set("abcdf") and "skipped 4: " in capsys.readouterr().out
 
 
 def test_its_own_results_are_never_its_input(best, tmp_path, capsys):
