@@ -262,6 +262,11 @@ def minutes_row(name, runs, device, mious):
     return row | {"end": f"{statistics.mean(run.metrics['seconds'] for run in runs) / 60:.1f}"}
 
 
+def background_shares(run):
+    """The baseline's pixel accuracy on each split, which depends on its masks at full resolution only."""
+    return [run.metrics[split]["background"]["pixel_accuracy"] for split in run.splits]
+
+
 def changes_since(experiments):
     """Rows about runs of other code than now, or of other data than most: a list of dicts from heading to cell."""
     runs = [run for seeds in experiments.values() for run in seeds.values()]
@@ -269,17 +274,17 @@ def changes_since(experiments):
     for run in runs:
         if "data_sha256" in run.metrics:
             hashes.setdefault(tuple(run.metrics["size"]), []).append(run.metrics["data_sha256"])
-    baselines = [[run.metrics[split]["background"] for split in run.splits] for run in runs]  # from masks at their size
-    usual_baseline = max(baselines, key=baselines.count)
+    shares = [background_shares(run) for run in runs]
+    usual_shares = max(shares, key=shares.count)
     rows = []
     for name, seeds in experiments.items():
         for seed, run in seeds.items():
             changes = [run.code_change(ROOT)]
-            others = [run.metrics[split]["background"] for split in run.splits] != usual_baseline
+            other_data = background_shares(run) != usual_shares
             if "data_sha256" in run.metrics:
                 usual = statistics.mode(hashes[tuple(run.metrics["size"])])
-                others = others or run.metrics["data_sha256"] != usual
-            changes += ["other image ids or masks"] * others
+                other_data = other_data or run.metrics["data_sha256"] != usual
+            changes += ["other image ids or masks"] * other_data
             if any(changes):
                 rows.append({"experiment": name, "seed": seed, "change": "; ".join(filter(None, changes))})
     return rows

@@ -300,7 +300,7 @@ def fit(
 
     Args:
         args: from ``cli.arguments``.
-        model: on ``args.device``; ``model.arguments`` holds the keyword arguments of its constructor. See ``forward``.
+        model: ``model.arguments`` holds the keyword arguments of its constructor. See ``forward``.
         train, val, test: voc.Loaders; test may be None.
         criterion: maps logits, float32 [B, C, H, W], and masks, int64 [B, H, W] with VOID, to a scalar: a mean over the
             labelled pixels.
@@ -379,6 +379,7 @@ def fit(
             results = {name: evaluate(best_model, loader, criterion) for name, loader in scored}
             report.finish(metadata, best_model, history, best_epoch(history), results)
             args.finished = {*finished, args.experiment}
+            model.train()  # as it was
         except BaseException:
             report.stop(history)
             raise

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 import checkpoint
 import imaging
 import processes
-from util import VOID, UserError, is_out_of_memory, reason
+from util import VOID, UserError, is_out_of_memory, reason, seed_everything
 from voc import Split
 
 # files in which a user's mistake may surface
@@ -43,6 +43,8 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
         with _stage(script, network), torch.no_grad():
             logits = forward(model.eval(), images)["out"]
             _check_logits(logits, images, train.classes)
+            val_images = images.new_zeros(1, 3, *metadata["size"])
+            _check_logits(forward(model, val_images)["out"], val_images, train.classes)
         with _stage(script, "the criterion (masks hold util.VOID for void)"):
             warnings += _check_criterion(criterion, logits.contiguous(), masks)
         rates, numbers = _learning_rates(optimizer), _numbers(criterion)
@@ -86,28 +88,32 @@ def check_types(args, train, val, test, parts):
 
 
 def _check_loaders(args, train, others):
-    """Check that what is trained on and scored is what the loaders and their flags say."""
+    """Check that flags, final scores and predict.py use what the loaders use."""
     script = args.script.name
     if train.batch_size != args.batch_size:
         advice = f"pass args.batch_size to voc.loaders, and set batch_size={train.batch_size} in cli.arguments"
         raise UserError(f"{script}: train has batches of {train.batch_size}, not of {args.batch_size}: {advice}")
     if len({loader.size for loader in others}) > 1:
-        raise UserError(f"{script}: val and test differ in size: a model has one input size, that of val")
+        raise UserError(f"{script}: val and test differ in size: make both with the same size")
     for loader in (train, *others):
+        if loader.classes != train.classes:
+            problem = f"{loader.split.name} has other classes than train, or in another order"
+            raise UserError(f"{script}: {problem}: use the same classes.txt")
         if (*loader.mean, *loader.std) != (*train.mean, *train.std):
             raise UserError(f"{script}: the loaders differ in mean or std: set them in each, before engine.fit")
         images = loader.images[:1]
         normalised = imaging.normalise(images, loader.device, loader.mean, loader.std)
-        if not torch.equal(loader.normalise(images), normalised):
+        if not torch.equal(loader.normalise(images).to(loader.device), normalised):
             advice = "set its mean and std, or change the images in the network's forward"
             raise UserError(f"{script}: the loader has its own normalise, which predict.py would not use: {advice}")
+    for loader in others:
+        name = loader.split.name
         own = [name for name in ("photo", "resized") if getattr(type(loader.split), name) is not getattr(Split, name)]
         if own:
             advice = "change the images in the network's forward, or their files"
-            raise UserError(f"{script}: the split has its own {own[0]}, which predict.py would not use: {advice}")
-    for loader in others:
+            raise UserError(f"{script}: {name} has its own {own[0]}, which predict.py would not use: {advice}")
         if not torch.equal(loader.count(), loader.counts):
-            problem = f"the masks of {loader.split.name} were changed, but final scores are computed from their files"
+            problem = f"the masks of {name} were changed, but final scores are computed from their files"
             raise UserError(f"{script}: {problem}: change them in the method mask of a subclass of voc.Split")
 
 
@@ -226,7 +232,9 @@ def _all_schedulers(scheduler):
 
 
 def _lengths(scheduler):
-    """The arguments of a scheduler that are numbers of steps, each with its value, the smallest of several."""
+    """The attributes of a PyTorch scheduler that are numbers of steps, with their values, the smallest of several."""
+    if not type(scheduler).__module__.startswith("torch.optim"):
+        return
     for argument in ("total_iters", "step_size", "milestones", "_milestones", "T_0", "total_size"):
         if value := getattr(scheduler, argument, None):
             yield argument.strip("_"), value if isinstance(value, int | float) else min(value)
@@ -250,27 +258,32 @@ def _check_augmentation(train):
         return []
     height, width = train.size
     images, masks = train.take(torch.arange(NUM_PROBES) % len(train.split))
-    images, masks = torch.full_like(images, 50), torch.full_like(masks, 1)
-    images[:, :, : height // 2, : width // 2], masks[:, : height // 2, : width // 2] = 200, 3  # a bright corner
+    corner, rest = (3, 1) if len(train.classes) > 3 else (1, VOID)  # labels
+    images, masks = torch.full_like(images, 50), torch.full_like(masks, rest)
+    images[:, :, : height // 2, : width // 2], masks[:, : height // 2, : width // 2] = 200, corner
     params = train.augment.draw(NUM_PROBES, torch.Generator().manual_seed(0))
     before = images.clone(), masks.clone()  # some augmentations write into them
+    seed_everything(0)
     images, masks = train.augmented(images, masks, params)
-    wrong = set(masks.unique().tolist()) - {1, 3, VOID}
+    wrong = set(masks.unique().tolist()) - {corner, rest, VOID}
     if wrong:
         raise UserError(
-            f"augment turns a mask of classes 1 and 3 into one with the label {min(wrong)}: keep labels, and fill what "
-            f"lies outside the photo with void, such as fill={{tv_tensors.Image: 0, tv_tensors.Mask: {VOID}}}"
+            f"augment gives masks a new label, {min(wrong)}: keep labels, and fill what lies outside "
+            f"the photo with void, such as fill={{tv_tensors.Image: 0, tv_tensors.Mask: {VOID}}}"
         )
     warnings = []
+    seed_everything(0)
     again = train.augmented(*before, params)
     if not (torch.equal(images, again[0]) and torch.equal(masks, again[1])):
-        advice = "draw from Python's, NumPy's or PyTorch's global random numbers, or in draw"
-        warnings.append(f"augment gives other results for the same random numbers, and no run repeats: {advice}")
-    corner, rest = (
-        (images.float().mean(1) * (masks == label)).sum((1, 2)) / (masks == label).sum((1, 2)) for label in (3, 1)
+        advice = "draw from Python's, NumPy's or PyTorch's global random numbers, or in draw from its generator"
+        warnings.append(f"augment gives other results with the same seed: {advice}")
+    bright, dark = (
+        (images.float().mean(1) * (masks == label)).sum((1, 2)) / (masks == label).sum((1, 2))
+        for label in (corner, rest)
     )
-    if (corner < rest).sum() > NUM_PROBES / 8:  # more than by erasing parts; NaN where a label is not in sight
-        warnings.append("augment moves masks otherwise than their images: pass both to the transform in one call")
+    if (bright < dark).sum() > NUM_PROBES / 8:  # more than by erasing parts; NaN where a label is not in sight
+        advice = "unless it inverts colours, pass both to the transform in one call"
+        warnings.append(f"augment seems to move masks otherwise than their images: {advice}")
     return warnings
 
 

@@ -36,7 +36,8 @@ CLASSES = (
 )  # fmt: skip
 
 DIGEST_LENGTH = 16  # characters of the digest in the name of a cache file
-DECODING = ("voc.py", "dataset.py", "imaging.py")  # the files on which the pixels of an image depend
+# The code on which the pixels of an image depend.
+DECODING = [Path(__file__).with_name(name).read_bytes() for name in ("voc.py", "dataset.py", "imaging.py")]
 
 
 class Split:
@@ -137,8 +138,7 @@ class Split:
 
     def digest(self, size):
         """A short hash of all that ``resized`` depends on for any image of the list, whatever the limit."""
-        state = [size, len(self.classes), PIL.__version__]
-        state += [Path(__file__).with_name(name).read_bytes() for name in DECODING]
+        state = [DECODING, size, len(self.classes), PIL.__version__]
         for image_id in self.all_ids:
             for images in (self._photos, self._masks):
                 for path in images.get(image_id, []):

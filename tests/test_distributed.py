@@ -44,8 +44,6 @@ def main():
         flags = Namespace(**vars(args) | {"out": args.out / name, "compile": name == "compiled"})
         experiment = {"criterion": criterion, "optimizer": optimizer, "scheduler": None, "patience": 100_000}
         engine.fit(flags, model, train, val, test, **experiment, training_step=logged_step)
-
-
     torch.save(criterion.mean, args.out / f"loss_{processes.rank()}.pt")
 
 

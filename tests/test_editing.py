@@ -508,7 +508,7 @@ scheduler = Poly()
         "train, val, test = voc.loaders(args.data, 3, size=32, limit=args.limit)",
         "train has batches of 3, not of 2: pass args.batch_size .* batch_size=3 in cli.arguments",
     ),
-    "filled with background": (f"{V2}v2.RandomRotation((30, 40))", "into one with the label 0: keep labels, and fill"),
+    "filled with background": (f"{V2}v2.RandomRotation((30, 40))", "gives masks a new label, 0: keep labels, and fill"),
     "scaled masks": (
         f"{V2}v2.ToDtype({{tv_tensors.Image: torch.uint8, tv_tensors.Mask: torch.float32}}, scale=True)",
         r"masks of torch.float32 \[64, 32, 32\], not torch.uint8",
@@ -622,6 +622,21 @@ def test_a_schedule_that_counts_more_steps_than_the_run_has_is_a_warning(project
     assert bool(warning) == warned
 
 
+@pytest.mark.parametrize("num_classes", [2, 3, 4])
+def test_an_augmentation_is_tried_on_labels_that_the_data_may_have(tiny, num_classes):
+    class Remapping:
+        def draw(self, count, generator):
+            return torch.zeros(count)
+
+        def __call__(self, images, masks, params):
+            table = torch.arange(num_classes, dtype=torch.uint8)
+            return images, torch.where(masks == util.VOID, masks, table[masks.long() % util.VOID])
+
+    train = voc.loaders(tiny, 2, size=32, augment=Remapping())[0]
+    train.classes = train.classes[:num_classes]
+    assert preflight._check_augmentation(train) == []
+
+
 OWN_RANDOM = """
 class Darker(torch.nn.Module):
     generator = torch.Generator()
@@ -631,6 +646,16 @@ class Darker(torch.nn.Module):
 
 augment = Darker()
 """
+BATCH_RANDOM = """
+class Noise:
+    def draw(self, count, generator):
+        return torch.zeros(count)
+
+    def __call__(self, images, masks, params):
+        return images + torch.randint(9, images.shape).to(torch.uint8), masks
+
+augment = Noise()
+"""
 SEPARATE = f"{V2}v2.RandomHorizontalFlip()".replace(
     "augment = ", "flip = "
 ) + "\naugment = lambda image, mask: (flip(image), flip(mask))"
@@ -639,9 +664,11 @@ SEPARATE = f"{V2}v2.RandomHorizontalFlip()".replace(
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
-        (OWN_RANDOM, "gives other results for the same random numbers"),
+        (OWN_RANDOM, "gives other results with the same seed"),
         (OWN_RANDOM.replace(", generator=self.generator", ""), None),
-        (SEPARATE, "moves masks otherwise than their images"),
+        (BATCH_RANDOM, None),
+        (SEPARATE.replace("flip(mask)", "mask"), "seems to move masks otherwise than their images"),
+        (SEPARATE, "seems to move masks otherwise than their images"),
         (f"{V2}v2.Compose([v2.RandomVerticalFlip(), v2.RandomHorizontalFlip()])", None),
         (f"{V2}v2.RandomRotation(45, fill={{tv_tensors.Mask: 255, 'others': 0}})", None),
     ],
@@ -750,8 +777,8 @@ def test_without_patience_a_run_goes_to_its_end(project, capsys):
     assert "all 4 epochs are run" in capsys.readouterr().out
 
 
-SQUARE = """
-class Square(voc.Split):
+OWN_PIXELS = """
+class OwnPixels(voc.Split):
     def resized(self, index, size):
         return super().resized(index, size)
 """
@@ -761,26 +788,31 @@ class Square(voc.Split):
     ("code", "message"),
     [
         ("test = voc.Loader(test.split, 48, 2)", "val and test differ in size"),
+        ("val.classes = val.classes[::-1]", "val has other classes than train, or in another order"),
         ("train.mean = (0.5, 0.5, 0.5)", "the loaders differ in mean or std"),
         ("val.normalise = lambda images: images / 255", "the loader has its own normalise, which predict.py would not"),
-        ("val = voc.Loader(Square(args.data, 'val'), 32, 2)", "the split has its own resized, which predict.py would"),
+        ("val = voc.Loader(OwnPixels(args.data, 'val'), 32, 2)", "val has its own resized, which predict.py would"),
         ("val.masks[:] = util.VOID", "the masks of val were changed, .* in the method mask of a subclass of voc.Split"),
     ],
 )
 def test_loaders_that_would_be_scored_otherwise_than_predicted_are_refused(project, capsys, code, message):
-    assert run(project, SQUARE, old="    model = ", new=f"    {code}\n    model = ") == 2
+    assert run(project, OWN_PIXELS, old="    model = ", new=f"    {code}\n    model = ") == 2
     assert re.match(f"error: train-mine.py: {message}", capsys.readouterr().err)
 
 
+MERGED = """
+class Merged(voc.Split):
+    def mask(self, index):
+        return super().mask(index) // util.VOID * util.VOID
+"""
+
+
 def test_masks_can_be_changed_in_a_subclass_of_split_and_train_in_memory(project):
-    """The scores of val are those of the changed masks, in training and at the end."""
-    merged = SQUARE.replace("resized(self, index, size)", "mask(self, index)").replace(
-        "super().resized(index, size)", "super().mask(index) // 255 * 255"
-    )
-    code = "val = voc.Loader(Square(args.data, 'val'), 32, 2); train.masks[:, :4] = util.VOID"
-    assert run(project, merged, "--epochs 1", old="    model = ", new=f"    {code}\n    model = ") == 0
+    """Of val, the scores at the end are those of the changed masks, which show background only."""
+    code = "val = voc.Loader(Merged(args.data, 'val'), 32, 2); train.masks[:, :4] = util.VOID"
+    assert run(project, MERGED, "--epochs 1", old="    model = ", new=f"    {code}\n    model = ") == 0
     metrics = json.loads((project / "results" / "train-mine_seed0.json").read_text())
-    assert set(metrics["val"]["iou"].values()) - {None, 0} == {metrics["val"]["iou"]["background"]}
+    assert metrics["val"]["background"]["pixel_accuracy"] == 1
 
 
 def test_a_model_has_the_size_at_which_it_is_scored(project, capsys):
@@ -792,9 +824,9 @@ def test_a_model_has_the_size_at_which_it_is_scored(project, capsys):
 
 
 def test_results_of_lists_with_other_names_are_those_of_val_and_test(project):
-    (project / "Tiny/ImageSets/Segmentation/val.txt").rename(project / "Tiny/ImageSets/Segmentation/fold0.txt")
+    lists = project / "Tiny/ImageSets/Segmentation"
+    shutil.copy(lists / "val.txt", lists / "fold0.txt")
     code = "val = voc.Loader(voc.Split(args.data, 'fold0'), 32, 2)"
-    shutil.copy(project / "Tiny/ImageSets/Segmentation/fold0.txt", project / "Tiny/ImageSets/Segmentation/val.txt")
     assert run(project, "", "--epochs 1", old="    model = ", new=f"    {code}\n    model = ") == 0
     metrics = json.loads((project / "results" / "train-mine_seed0.json").read_text())
     assert metrics["val"] and metrics["test"]
@@ -802,13 +834,13 @@ def test_results_of_lists_with_other_names_are_those_of_val_and_test(project):
 
 def test_training_in_two_phases_needs_a_name_for_each(project, capsys):
     script = (ROOT / "train.py").read_text(encoding="utf-8")
-    second = script[script.index("    engine.fit(") : script.index("\n\nif __name__")].rstrip() + "\n\n\nif __name__"
-    again = "    model.train()\n" + second
-    assert run(project, "", "--epochs 1 --out one", old="\n\nif __name__", new=again) == 2
+    end = "\n\nif __name__"
+    call = script[script.index("    engine.fit(") : script.index(end)].rstrip()
+    assert run(project, "", "--epochs 1 --out one", old=end, new=f"{call}\n\n{end}") == 2
     assert "engine.fit is called twice for train-mine: set args.experiment to a name" in capsys.readouterr().err
-    again = '    args.experiment = "second"\n' + again
     for flags in ("--epochs 1", "--epochs 1 --resume"):
-        assert run(project, "", f"{flags} --out two", old="\n\nif __name__", new=again) == 0
+        new = f'    args.experiment = "second"\n{call}\n\n{end}'
+        assert run(project, "", f"{flags} --out two", old=end, new=new) == 0
     assert (project / "two" / "best_second.pt").exists()
 
 
