@@ -5,6 +5,7 @@ Differs from train_4_a.py only in the augmentation.
     python train_4_b.py
 
 Writes best_train_4_b.pt, last_train_4_b.pt, plots/train_4_b_*.png and results/train_4_b_seed*.csv and .json.
+Val mean IoU on CamVid: 0.5569 (1 seed, 24 epochs, CPU, PyTorch 2.14; REPORT.md).
 """
 
 import torch
