@@ -115,7 +115,7 @@ def save_last(path, metadata, history, **parts):
 
 
 def training_state(**parts):
-    """The state of each part of a training; None for a criterion or scheduler that has none."""
+    """The state of each part of a training; None for one that has no state."""
     return {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in parts.items()}
 
 

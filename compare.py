@@ -263,8 +263,8 @@ def minutes_row(name, runs, device, mious):
 
 
 def background_shares(run):
-    """The baseline's pixel accuracy on each split, which depends on its masks at full resolution only."""
-    return [run.metrics[split]["background"]["pixel_accuracy"] for split in run.splits]
+    """The baseline's pixel accuracy on each split, which depends on its masks at full resolution only: a tuple."""
+    return tuple(run.metrics[split]["background"]["pixel_accuracy"] for split in run.splits)
 
 
 def changes_since(experiments):
@@ -274,8 +274,7 @@ def changes_since(experiments):
     for run in runs:
         if "data_sha256" in run.metrics:
             hashes.setdefault(tuple(run.metrics["size"]), []).append(run.metrics["data_sha256"])
-    shares = [background_shares(run) for run in runs]
-    usual_shares = max(shares, key=shares.count)
+    usual_shares = statistics.mode(map(background_shares, runs))
     rows = []
     for name, seeds in experiments.items():
         for seed, run in seeds.items():

@@ -90,12 +90,11 @@ def check_exists(path, is_mask):
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder: put the {'masks' if is_mask else 'photos'} there")
     for other in sorted(path.parent.glob(f"{glob.escape(path.stem)}.*")):
-        if other.stem != path.stem:
+        if other == path or other.stem != path.stem:
             continue
-        if is_mask and other != path:
+        if is_mask:
             raise UserError(f"{other}: is not a PNG, and JPEG changes the values of a mask: export the mask as PNG")
-        if other != path:
-            raise UserError(f"{other}: is in a format that is not read here: convert it to JPEG or PNG")
+        raise UserError(f"{other}: is in a format that is not read here: convert it to JPEG or PNG")
     raise UserError(f"{path}: no such file, but a split lists it: add the file or remove its id")
 
 

@@ -108,10 +108,10 @@ def _check_loaders(args, train, others):
             raise UserError(f"{script}: the loader has its own normalise, which predict.py would not use: {advice}")
     for loader in others:
         name = loader.split.name
-        own = [name for name in ("photo", "resized") if getattr(type(loader.split), name) is not getattr(Split, name)]
-        if own:
-            advice = "change the images in the network's forward, or their files"
-            raise UserError(f"{script}: {name} has its own {own[0]}, which predict.py would not use: {advice}")
+        for method in ("photo", "resized"):
+            if getattr(type(loader.split), method) is not getattr(Split, method):
+                advice = "change the images in the network's forward, or their files"
+                raise UserError(f"{script}: {name} has its own {method}, which predict.py would not use: {advice}")
         if not torch.equal(loader.count(), loader.counts):
             problem = f"the masks of {name} were changed, but final scores are computed from their files"
             raise UserError(f"{script}: {problem}: change them in the method mask of a subclass of voc.Split")

@@ -777,6 +777,11 @@ def test_without_patience_a_run_goes_to_its_end(project, capsys):
     assert "all 4 epochs are run" in capsys.readouterr().out
 
 
+def after_loaders(code):
+    """The arguments with which ``run`` inserts a line after the loaders are made."""
+    return {"old": "    model = ", "new": f"    {code}\n    model = "}
+
+
 OWN_PIXELS = """
 class OwnPixels(voc.Split):
     def resized(self, index, size):
@@ -796,7 +801,7 @@ class OwnPixels(voc.Split):
     ],
 )
 def test_loaders_that_would_be_scored_otherwise_than_predicted_are_refused(project, capsys, code, message):
-    assert run(project, OWN_PIXELS, old="    model = ", new=f"    {code}\n    model = ") == 2
+    assert run(project, OWN_PIXELS, **after_loaders(code)) == 2
     assert re.match(f"error: train-mine.py: {message}", capsys.readouterr().err)
 
 
@@ -810,14 +815,14 @@ class Merged(voc.Split):
 def test_masks_can_be_changed_in_a_subclass_of_split_and_train_in_memory(project):
     """Of val, the scores at the end are those of the changed masks, which show background only."""
     code = "val = voc.Loader(Merged(args.data, 'val'), 32, 2); train.masks[:, :4] = util.VOID"
-    assert run(project, MERGED, "--epochs 1", old="    model = ", new=f"    {code}\n    model = ") == 0
+    assert run(project, MERGED, "--epochs 1", **after_loaders(code)) == 0
     metrics = json.loads((project / "results" / "train-mine_seed0.json").read_text())
     assert metrics["val"]["background"]["pixel_accuracy"] == 1
 
 
 def test_a_model_has_the_size_at_which_it_is_scored(project, capsys):
     code = "val, test = (voc.Loader(loader.split, (24, 40), 2) for loader in (val, test))"
-    assert run(project, "", "--epochs 1", old="    model = ", new=f"    {code}\n    model = ") == 0
+    assert run(project, "", "--epochs 1", **after_loaders(code)) == 0
     output = capsys.readouterr().out
     assert "images at 32x32 and 40x24, 21 classes" in output and "val is evaluated at 40x24 after each" in output
     assert checkpoint.load(project / "best_train-mine.pt").size == (24, 40)
@@ -827,7 +832,7 @@ def test_results_of_lists_with_other_names_are_those_of_val_and_test(project):
     lists = project / "Tiny/ImageSets/Segmentation"
     shutil.copy(lists / "val.txt", lists / "fold0.txt")
     code = "val = voc.Loader(voc.Split(args.data, 'fold0'), 32, 2)"
-    assert run(project, "", "--epochs 1", old="    model = ", new=f"    {code}\n    model = ") == 0
+    assert run(project, "", "--epochs 1", **after_loaders(code)) == 0
     metrics = json.loads((project / "results" / "train-mine_seed0.json").read_text())
     assert metrics["val"] and metrics["test"]
 

@@ -454,11 +454,12 @@ def test_the_cache_has_the_permissions_of_the_data(tiny, mode):
     assert [stat.S_IMODE(one.stat().st_mode) for one in (path.parent, path)] == [mode, mode & 0o666]
 
 
-def test_a_split_of_ones_own_does_not_share_the_cache(tiny):
-    class Inverted(voc.Split):
-        def mask(self, index):
-            return np.where(super().mask(index) == 0, 20, 0).astype(np.uint8)
+class Inverted(voc.Split):
+    def mask(self, index):
+        return np.where(super().mask(index) == 0, 20, 0).astype(np.uint8)
 
+
+def test_a_split_of_ones_own_does_not_share_the_cache(tiny):
     ours, theirs = load(tiny), voc.load_resized(Inverted(tiny, "train"), (16, 16))
     assert torch.equal(theirs[..., 3] == 20, ours[..., 3] == 0)
     shutil.rmtree(tiny / ".cache")
@@ -467,10 +468,6 @@ def test_a_split_of_ones_own_does_not_share_the_cache(tiny):
 
 
 def test_a_class_that_takes_the_place_of_split_does_not_share_the_cache(tiny, monkeypatch):
-    class Inverted(voc.Split):
-        def mask(self, index):
-            return np.where(super().mask(index) == 0, 20, 0).astype(np.uint8)
-
     ours = load(tiny)
     monkeypatch.setattr(voc, "Split", Inverted)
     assert torch.equal(load(tiny)[..., 3] == 20, ours[..., 3] == 0)
