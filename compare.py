@@ -32,7 +32,7 @@ from util import UserError
 
 ROOT = Path(__file__).resolve().parent
 
-# Each experiment: the one it builds on, and its published IoU (one run, the assignment's metric, VOC2007), if any.
+# Each experiment: the one it builds on, and its published IoU (one run, VOC2007, metric unknown: REPORT.md), if any.
 EXPERIMENTS = {
     "train": (None, 0.055),
     "train_4_a": ("train", 0.0613),
@@ -85,6 +85,10 @@ def collect(args):
     experiments = {}
     for run in matching:
         experiments.setdefault(run.metrics["experiment"], {}).setdefault(run.metrics["seed"], run)
+    for run in matching:
+        if (run.splits, [*run.metrics["val"]["iou"]]) != (matching[0].splits, [*matching[0].metrics["val"]["iou"]]):
+            problem = f"{run.path}: differs from {matching[0].path} in the names of the classes or the splits"
+            raise UserError(f"{problem}: repeat one of the runs with --overwrite, or compare with another --out")
     names = [name for name in EXPERIMENTS if name in experiments] + sorted(experiments.keys() - EXPERIMENTS.keys())
     return {name: experiments[name] for name in names}
 
@@ -245,7 +249,7 @@ def result_row(name, runs, splits):
     final = splits[-1]
     row[f"{final}, the assignment's IoU"] = mean_and_std([run.score(final, "assignment_iou") for run in runs])
     if first["dataset"] == "VOC2007":
-        row["published, the assignment's IoU"] = EXPERIMENTS.get(name, (None, None))[1] or ""
+        row["published IoU"] = EXPERIMENTS.get(name, (None, None))[1] or ""
     row["parameters"] = f"{first['parameters'] / 1e6:.2f} M"
     row["multiply-adds"] = f"{first['multiply_adds'] / 1e9:.2f} G"
     return row

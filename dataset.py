@@ -4,6 +4,7 @@ What a run reads is in voc.py. docs/DATA.md describes the formats.
 """
 
 import glob
+import itertools
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ import stat
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from tqdm import tqdm
@@ -75,9 +76,8 @@ def list_images(folder, suffixes):
     return images
 
 
-def find_image(images, image_id, default):
-    """The Path of an image in the result of ``list_images``, or ``default``; UserError if several files have its id."""
-    paths = images.get(image_id, [default])
+def single(paths):
+    """The only Path of a list of those with one id; UserError if there are several."""
     if len(paths) > 1:
         raise UserError(f"{paths[0]}: is not the only file with its id (also {paths[1].name}): keep one of them")
     return paths[0]
@@ -147,7 +147,7 @@ def read_ids(path, known, report=refuse):
     hint = "write one image id per line into it"
     ids, num_left_out = [], 0
     for line in filter(None, _read_lines(path, hint)):
-        image_id = unicodedata.normalize("NFC", line)
+        image_id = PurePosixPath(unicodedata.normalize("NFC", line)).as_posix()  # ./a is a
         if image_id not in known:
             labelled = LABELLED.fullmatch(image_id)
             image_id = labelled[1] if labelled else image_id
@@ -264,7 +264,7 @@ def warnings(splits, counts):
     """
     texts = [f"{split.name}: left out {_count(split.num_left_out, 'line')} with -1 at the end" for split in splits]
     texts = [text for text, split in zip(texts, splits) if split.num_left_out]
-    train, classes = splits[0], splits[0].classes
+    classes = splits[0].classes
     texts += named_like_void(classes)
     absent = [name for name, count in zip(classes, counts[0]) if not count]
     only_val = [name for name, *pixels in zip(classes, *counts[:2]) if not pixels[0] and pixels[1]]
@@ -276,9 +276,10 @@ def warnings(splits, counts):
         present = [name for name, count in zip(classes, pixels) if count]
         if len(present) == 1:
             texts.append(f"{split.name} shows no class but {present[0]}: its scores say little")
-        shared = set(train.all_ids) & set(split.all_ids)
+    for first, second in itertools.combinations(splits, 2):
+        shared = set(first.all_ids) & set(second.all_ids)
         if shared:
-            texts.append(f"{len(shared)} of the {len(split.all_ids)} ids of {split.name} are in train too")
+            texts.append(f"{len(shared)} of the {len(second.all_ids)} ids of {second.name} are in {first.name} too")
     return texts
 
 
@@ -410,7 +411,7 @@ def from_colours(root, colours_path):
     def convert(image_id):
         target = unfinished / f"{image_id}.png"
         try:
-            mask = _indices(find_image(images, image_id, None), table, colours_path)
+            mask = _indices(single(images[image_id]), table, colours_path)
         except UserError as error:
             return str(error)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -166,7 +166,7 @@ def evaluate(model, loader, criterion, full_resolution=True):
             full_masks = pool.map(loader.split.mask, indices.tolist())
             # upsampling one image of a channels_last batch is far slower than of a contiguous one
             for index, image_logits, mask in zip(indices.tolist(), logits.contiguous(), full_masks):
-                mask, before = torch.from_numpy(mask).to(device), matrix.clone()
+                mask, before = torch.from_numpy(mask.astype("uint8", order="C")).to(device), matrix.clone()
                 for columns, prediction in predict_strips(image_logits, mask.shape):
                     matrix += util.confusion_matrix(mask[:, columns], prediction, num_classes)
                 image_ious[index] = util.mean_iou((matrix - before).cpu())  # Apple GPUs lack float64

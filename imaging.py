@@ -136,6 +136,6 @@ def scale_and_shift(device, mean, std):
 
 def normalise(images, device, mean=MEAN, std=STD):
     """Move uint8 images [B, 3, H, W] to a device and map 0..1 to ``(value - mean) / std``: float32."""
-    scale, shift = scale_and_shift(device, tuple(mean), tuple(std))
+    scale, shift = scale_and_shift(device, tuple(map(float, mean)), tuple(map(float, std)))
     images = images.to(device, torch.float32, memory_format=processes.memory_format(device))
     return images.mul_(scale).sub_(shift)  # in place: the conversion to float32 has made a copy

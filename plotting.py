@@ -130,10 +130,10 @@ def curves(path, title, history, best_epoch, baseline, weighted):
     losses = [row[f"{split}_loss"] for row in history for split in ("train", "val")]
     if min(losses) > 0 and max(losses) > 20 * np.median(losses):
         loss.set_yscale("log")  # a single epoch would flatten the others
-        linear = (accuracy, miou)
+        from_zero = (accuracy, miou)
     else:
-        linear = (loss, accuracy, miou)
-    for axis in linear:
+        from_zero = (loss, accuracy, miou) if min(losses) >= 0 else (accuracy, miou)
+    for axis in from_zero:
         axis.update_datalim([(0, 0)])  # include 0 before the margin at the top is computed
         axis.autoscale_view(scalex=False)
         axis.set_ylim(bottom=0)
@@ -319,6 +319,8 @@ def histories(path, title, runs, losses, baseline):
     columns = math.ceil(len(runs) / num_rows)
     figure = _figure(max(5, 2 * columns + 0.6), 4.4 * num_rows + 0.8, title)
     keys, shared = [losses[name] or name for name in runs], {}
+    rows = [row for seeds in runs.values() for history in seeds for row in history]
+    positive = min(row[f"{split}_loss"] for row in rows for split in ("train", "val")) > 0
     for index, (name, seeds) in enumerate(runs.items()):
         column = index % columns
         place = 2 * (index - column) + column + 1
@@ -331,8 +333,10 @@ def histories(path, title, runs, losses, baseline):
             for axis, key, style, colour in lines:
                 axis.plot(epochs, [epoch[key] for epoch in history], style, color=colour, marker=marker, linewidth=1)
         miou.axhline(baseline[1], color=GREY, linestyle=":")
-        loss.set_yscale("log")  # one diverging epoch would flatten the others
-        loss.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
+        if positive:
+            loss.set_yscale("log")  # one diverging epoch would flatten the others
+            locator = LogLocator(subs=(1, 2, 5))
+            loss.yaxis.set(major_locator=locator, major_formatter="{x:g}", minor_locator=NullLocator())
         loss_lines = textwrap.wrap(losses[name] or "unknown loss", 24) if len(set(losses.values())) > 1 else []
         loss.set_title("\n".join((_experiment(name), *loss_lines)), fontsize=9)
         loss.set_ylabel("loss" if column == 0 else "")

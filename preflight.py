@@ -95,10 +95,18 @@ def _check_loaders(args, train, others):
         raise UserError(f"{script}: train has batches of {train.batch_size}, not of {args.batch_size}: {advice}")
     if len({loader.size for loader in others}) > 1:
         raise UserError(f"{script}: val and test differ in size: make both with the same size")
+    if train.seed != args.seed:
+        raise UserError(f"{script}: train has seed {train.seed}, not {args.seed}: pass seed=args.seed to its loader")
     for loader in (train, *others):
+        name = loader.split.name
+        if loader.device.type != args.device.type:
+            raise UserError(f"{script}: {name} is on the device {loader.device}: pass device=args.device to its loader")
+        if args.limit and len(set(loader.ids)) > args.limit:
+            raise UserError(f"{script}: {name} is larger than --limit {args.limit}: pass limit=args.limit to voc.Split")
+        if tuple(loader.split.ids) != loader.ids:
+            raise UserError(f"{script}: the ids of {name} were changed after loading: change them before voc.Loader")
         if loader.classes != train.classes:
-            problem = f"{loader.split.name} has other classes than train, or in another order"
-            raise UserError(f"{script}: {problem}: use the same classes.txt")
+            raise UserError(f"{script}: train and {name} differ in classes or their order: use the same classes.txt")
         if (*loader.mean, *loader.std) != (*train.mean, *train.std):
             raise UserError(f"{script}: the loaders differ in mean or std: set them in each, before engine.fit")
         images = loader.images[:1]
@@ -108,6 +116,8 @@ def _check_loaders(args, train, others):
             raise UserError(f"{script}: the loader has its own normalise, which predict.py would not use: {advice}")
     for loader in others:
         name = loader.split.name
+        if loader.augment is not None:
+            raise UserError(f"{script}: {name} is augmented: leave out augment for val and test")
         for method in ("photo", "resized"):
             if getattr(type(loader.split), method) is not getattr(Split, method):
                 advice = "change the images in the network's forward, or their files"

@@ -83,13 +83,16 @@ class Split:
 
     def photo_path(self, index):
         """The path of a photo; that of a JPEG if there is none. Raises a UserError if two photos have the id."""
-        image_id = self.ids[index]
-        return dataset.find_image(self._photos, image_id, self.root / "JPEGImages" / f"{image_id}.jpg")
+        return dataset.single(self._paths(self.ids[index])[0])
 
     def mask_path(self, index):
         """The path of a mask, whether or not it exists. Raises a UserError if two masks have the id."""
-        image_id = self.ids[index]
-        return dataset.find_image(self._masks, image_id, self.root / "SegmentationClass" / f"{image_id}.png")
+        return dataset.single(self._paths(self.ids[index])[1])
+
+    def _paths(self, image_id):
+        """The paths of the photos and of the masks with an id, two lists; if one is missing, that of a JPEG or PNG."""
+        missing = self.root / "JPEGImages" / f"{image_id}.jpg", self.root / "SegmentationClass" / f"{image_id}.png"
+        return [known.get(image_id, [path]) for known, path in zip((self._photos, self._masks), missing)]
 
     def photo(self, index):
         """The photo as a PIL image in RGB, upright. Raises a UserError if it is missing or unreadable."""
@@ -140,19 +143,17 @@ class Split:
         """A short hash of all that ``resized`` depends on for any image of the list, whatever the limit."""
         state = [DECODING, size, len(self.classes), PIL.__version__]
         for image_id in self.all_ids:
-            for images in (self._photos, self._masks):
-                for path in images.get(image_id, []):
-                    found = path.stat() if path.exists() else None  # a missing file is reported when it is opened
-                    state.append((image_id, path.name, found and (found.st_size, found.st_mtime_ns, found.st_ctime_ns)))
+            for path in sum(self._paths(image_id), []):
+                found = path.stat() if path.exists() else None  # a missing file is reported when it is opened
+                state.append((image_id, path.name, found and (found.st_size, found.st_mtime_ns, found.st_ctime_ns)))
         return hashlib.sha256(repr(state).encode()).hexdigest()[:DIGEST_LENGTH]
 
 
 def class_counts(split):
     """Count the pixels of each class over all masks of a Split, and the images that show it: two int64 arrays [C]."""
-    num_classes = len(split.classes)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         per_image = pool.map(lambda index: np.bincount(split.mask(index).ravel(), minlength=256), range(len(split)))
-        counts = np.stack([count[:num_classes] for count in per_image])
+        counts = np.stack([count[: len(split.classes)] for count in per_image])
     return counts.sum(0), (counts > 0).sum(0)
 
 
@@ -196,8 +197,7 @@ def load_resized(split, size):
         pixels[index] = split.resized(index, size)
 
     with _naming_check(split.root), ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(read, range(len(split))):  # raises the error of the first image that has one
-            pass
+        list(pool.map(read, range(len(split))))  # raises the error of the first image that has one
     if split.is_unchanged() and len(split) == len(split.all_ids):
         with contextlib.suppress(OSError, UserError):
             dataset.write_cache(path, pixels)
@@ -255,7 +255,7 @@ class Loader:
         size: (height, width).
         images, masks: the whole split, uint8 [N, 3, H, W] and [N, H, W], on the GPU if it takes less than a quarter of
             its free memory, else on the CPU.
-        counts: the result of ``count`` at the start.
+        counts: the result of ``count`` at the start. ids: those of the split then.
         mean, std: of ``normalise``, tuples of three floats.
     """
 
@@ -264,7 +264,7 @@ class Loader:
     def __init__(self, split, size, batch_size, training=False, augment=None, seed=0, device="cpu"):
         self.split, self.size, self.classes = split, imaging.height_width(size), split.classes
         self.batch_size, self.training, self.seed, self.device = batch_size, training, seed, torch.device(device)
-        self.augment = augment
+        self.augment, self.ids = augment, tuple(split.ids)
         with processes.main_process_first():
             self.data = load_resized(split, self.size)
         self.counts = self.count()

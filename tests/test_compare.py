@@ -141,6 +141,14 @@ def test_runs_on_other_masks_are_named(tmp_path, monkeypatch):
     assert rows == [[name, "1", "other image ids or masks"] for name in ("train", "train_5_b")]
 
 
+@pytest.mark.parametrize("other", [{"classes": ("background", "dog", "cat")}, {"has_test": False}])
+def test_runs_with_other_classes_or_splits_are_refused(other, tmp_path, monkeypatch):
+    write_run(tmp_path, "train", 0, random_ious(0))
+    write_run(tmp_path, "train_4_a", 0, random_ious(0), **other)
+    with pytest.raises(util.UserError, match="seed0.json: differs from .* in the names of the classes or the splits: repeat"):
+        run_compare(tmp_path, monkeypatch)
+
+
 def test_only_scripts_that_have_the_flag_get_no_pretrained(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "argv", ["x", "--no-pretrained"])
@@ -173,7 +181,7 @@ def test_published_results_stand_beside_those_on_the_same_data_only(dataset, tmp
         write_run(tmp_path, name, 0, random_ious(0), dataset=dataset)
     rows = table_rows(run_compare(tmp_path, monkeypatch, "--data", dataset))
     results = [dict(zip(rows[0], row)) for row in rows[3:6]]
-    column = "published, the assignment's IoU"
+    column = "published IoU"
     assert [row.get(column) for row in results] == (["0.055", "0.0613", ""] if dataset == "VOC2007" else [None] * 3)
 
 

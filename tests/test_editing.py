@@ -793,14 +793,19 @@ class OwnPixels(voc.Split):
     ("code", "message"),
     [
         ("test = voc.Loader(test.split, 48, 2)", "val and test differ in size"),
-        ("val.classes = val.classes[::-1]", "val has other classes than train, or in another order"),
+        ("val.classes = val.classes[::-1]", "train and val differ in classes or their order"),
+        ("val = voc.Loader(val.split, 32, 2, device='meta')", "val is on the device meta: pass device=args.device"),
+        ("train = voc.Loader(train.split, 32, 2, True, seed=7)", "train has seed 7, not 0: pass seed=args.seed"),
+        ("args.limit = 2", "train is larger than --limit 2: pass limit=args.limit to voc.Split"),
+        ("val.split.ids = val.split.ids[1:]", "the ids of val were changed after loading"),
+        ("test.augment = lambda image, mask: (image, mask)", "test is augmented: leave out augment for val and test"),
         ("train.mean = (0.5, 0.5, 0.5)", "the loaders differ in mean or std"),
         ("val.normalise = lambda images: images / 255", "the loader has its own normalise, which predict.py would not"),
         ("val = voc.Loader(OwnPixels(args.data, 'val'), 32, 2)", "val has its own resized, which predict.py would"),
         ("val.masks[:] = util.VOID", "the masks of val were changed, .* in the method mask of a subclass of voc.Split"),
     ],
 )
-def test_loaders_that_would_be_scored_otherwise_than_predicted_are_refused(project, capsys, code, message):
+def test_loaders_with_which_the_results_would_not_be_what_they_seem_are_refused(project, capsys, code, message):
     assert run(project, OWN_PIXELS, **after_loaders(code)) == 2
     assert re.match(f"error: train-mine.py: {message}", capsys.readouterr().err)
 
@@ -808,7 +813,7 @@ def test_loaders_that_would_be_scored_otherwise_than_predicted_are_refused(proje
 MERGED = """
 class Merged(voc.Split):
     def mask(self, index):
-        return super().mask(index) // util.VOID * util.VOID
+        return (super().mask(index) // util.VOID * util.VOID)[::-1]
 """
 
 
@@ -818,6 +823,13 @@ def test_masks_can_be_changed_in_a_subclass_of_split_and_train_in_memory(project
     assert run(project, MERGED, "--epochs 1", **after_loaders(code)) == 0
     metrics = json.loads((project / "results" / "train-mine_seed0.json").read_text())
     assert metrics["val"]["background"]["pixel_accuracy"] == 1
+
+
+@pytest.mark.parametrize("kind", ["numpy.array", "torch.tensor"])
+def test_mean_and_std_may_be_arrays(project, kind):
+    code = f"import numpy; train.mean = val.mean = test.mean = {kind}([0.25, 0.5, 0.75])"
+    assert run(project, "", "--epochs 1", **after_loaders(code)) == 0
+    assert checkpoint.load(project / "best_train-mine.pt").mean == (0.25, 0.5, 0.75)
 
 
 def test_a_model_has_the_size_at_which_it_is_scored(project, capsys):

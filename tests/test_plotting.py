@@ -82,6 +82,18 @@ def test_a_spike_of_the_loss_does_not_flatten_the_other_epochs(tmp_path, figures
     assert [figure.axes[0].get_yscale() for figure in figures] == ["linear", "log"]
 
 
+def test_a_negative_loss_is_in_sight(tmp_path, figures):
+    others = {f"{split}_{name}": 0.5 for split in ("train", "val") for name in ("miou", "pixel_accuracy")}
+    others["batch_learning_rates"] = [[0.1]]
+    rows = [row | others | {"train_loss": -row["train_loss"]} for row in history(1)]
+    plotting.curves(tmp_path / "a.png", "title", rows, 2, Scores(math.nan, torch.eye(2).long(), ("a", "b")), False)
+    plotting.histories(tmp_path / "a.png", "title", {"a": [rows]}, {"a": "Loss"}, ("baseline", 0.05))
+    for figure in figures:
+        bottom, top = figure.axes[0].get_ylim()
+        values = [value for line in figure.axes[0].lines[:2] for value in line.get_ydata()]
+        assert len(values) == 4 and all(bottom < value < top for value in values)
+
+
 def test_a_small_group_of_a_schedule_that_ends_near_zero_stays_visible():
     rates = [[1e-5, 1e-2], [5e-6, 5e-3], [1e-11, 1e-8], [0.0, 0.0]]
     axis = plotting._figure(5, 5).subplots()

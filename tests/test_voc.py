@@ -209,12 +209,15 @@ def test_suspicious_data_is_reported_in_one_line_for_each_kind(tiny, capsys):
         file.write("000000\n000001\n")
     with open(lists / "train.txt", "a") as file:
         file.write("000009 -1\n")
+    with open(lists / "test.txt", "a") as file:
+        file.write("000005\n")
     lines = printed_warnings(capsys, tiny)
     assert [line.split(":")[1].strip() for line in lines] == [
         "train",
         "train has no pixel of 16 of 21 classes",
         "val, but not train, has pixels of tvmonitor",
         "2 of the 6 ids of val are in train too",
+        "1 of the 4 ids of test are in val too",
     ]
     assert "left out 1 line with -1" in lines[0] and "bird" not in lines[1] and "boat, bottle" in lines[1]
 
@@ -410,6 +413,20 @@ def test_changed_files_are_decoded_again(tiny, opened, change):
     after = load(tiny)
     assert len(opened) == 20 and not torch.equal(before, after)
     assert len(list((tiny / ".cache").iterdir())) == 1  # the outdated file is gone
+
+
+def test_changed_files_are_noticed_under_an_id_that_the_folder_does_not_list(tiny):
+    for path in tiny.rglob("000003.*"):
+        path.rename(path.with_stem(".hidden"))
+    write_split(tiny, "train", ["000000", ".hidden"])
+    before = load(tiny)
+    repaint(tiny / "SegmentationClass" / ".hidden.png", 2)
+    assert not torch.equal(before, load(tiny))
+
+
+def test_an_id_may_be_written_as_any_path(tiny):
+    write_split(tiny, "train", ["./000000", ".//000003.jpg"])
+    assert voc.Split(tiny, "train").ids == ["000000", "000003"]
 
 
 def test_a_cached_mask_is_checked_again_if_the_classes_change(tiny):
