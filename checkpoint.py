@@ -25,7 +25,7 @@ import processes
 from util import UserError, reason
 
 ROOT = Path(__file__).resolve().parent  # where ``load`` looks for the files of networks
-ADVICE = "resume with the same, or start again with --overwrite"
+ADVICE = "resume with the original, or start again with --overwrite"
 _loaded = {}  # by file name: the code of each network that ``load`` has imported, see ``files.read_code``
 
 
@@ -152,7 +152,7 @@ def resume(run_files, metadata, annealed, **parts):
     except UserError:
         raise
     except Exception as error:  # a missing or wrong entry raises one of many types
-        raise UserError(f"{run_files.last}: fits another model or optimizer ({reason(error)}): {ADVICE}") from None
+        raise UserError(f"{run_files.last}: does not fit the model or optimizer ({reason(error)}): {ADVICE}") from None
 
 
 def load_optimizer(optimizer, state):
@@ -259,7 +259,7 @@ def load(path, device="cpu"):
     try:
         model = build(state)
         if change := _network_change(state):
-            print(f"warning: {path}: {change}: it may predict otherwise than in its training", file=sys.stderr)
+            print(f"warning: {path}: {change}: it may predict differently than in its training", file=sys.stderr)
     except MissingNetworkError:
         raise UserError(f"{path}: its network {name} of {module}.py is not in {ROOT}: put the file there") from None
     except Exception as error:  # a missing or wrong entry raises one of many types

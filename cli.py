@@ -98,7 +98,7 @@ def parse_device(text):
     if text == "auto":
         text = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:N, mps")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if text == "cuda" and torch.cuda.is_available():
         return torch.device(text)  # using it here would occupy the first GPU for every process
     try:
@@ -131,7 +131,7 @@ def run(main):
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            print(f"error: out of memory ({reason(error)}): lower --batch-size, or size in the script", file=sys.stderr)
+            print(f"error: out of memory ({reason(error)}): lower --batch-size or the size", file=sys.stderr)
             sys.exit(2)
         if not processes.is_connection_lost(error):
             raise

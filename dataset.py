@@ -160,7 +160,7 @@ def read_ids(path, known, report=refuse):
                 num_left_out += 1
                 continue
         if not image_id.isprintable() or Path(image_id).is_absolute() or ".." in Path(image_id).parts:
-            report(f"{path}: lists what is not the name of a file in this folder ({line!r}): correct the line")
+            report(f"{path}: lists an invalid id ({line!r}): write the path of a photo below JPEGImages")
             continue
         ids.append(image_id)
     counts = Counter(ids)
@@ -181,7 +181,7 @@ def read_classes(path, report=refuse):
         report(f"{path}: needs 2 to {VOID} different class names, one per line; it has {len(names)}")
     for index, name in enumerate(names[:VOID]):
         if not name:
-            report(f"{path}: line {index + 1} is empty, but the line is the class's value plus 1: name it or remove it")
+            report(f"{path}: line {index + 1} is empty, but names the class of value {index}: fill or remove it")
         elif name.startswith("#"):
             report(f"{path}: line {index + 1} begins with #, but each line is the name of a class: remove it")
         elif name in names[:index]:
@@ -400,7 +400,7 @@ def from_colours(root, colours_path):
     names, table = _read_colours(Path(colours_path))
     masks, originals, classes = root / "SegmentationClass", root / "SegmentationClass_colours", root / "classes.txt"
     if originals.exists():
-        advice = f"to convert them again, replace {masks} by it"
+        advice = f"to convert them again, delete {masks} and rename this folder to {masks.name}"
         raise UserError(f"{originals}: exists, so the masks have been converted: {advice}")
     if classes.exists() and read_classes(classes) != tuple(names):
         raise UserError(f"{classes}: names other classes than {colours_path}: correct one of them, or move it away")

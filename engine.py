@@ -183,10 +183,10 @@ def _check_loader(model, loader):
     if not isinstance(model, checkpoint.TrainedModel):
         return
     if model.classes != loader.classes:
-        problem = f"{loader.split.root} has other classes, or in another order, than the model"
+        problem = f"the classes of {loader.split.root} or their order differ from the model's"
         raise UserError(f"{problem} ({', '.join(model.classes)}): score it on data with the same classes.txt")
     if (*model.mean, *model.std) != (*loader.mean, *loader.std):
-        problem = "the loader normalises otherwise than the one with which the model was trained"
+        problem = "the loader's mean or std differs from that with which the model was trained"
         raise UserError(f"{problem}: set loader.mean, loader.std = model.mean, model.std")
 
 

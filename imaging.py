@@ -76,7 +76,7 @@ def open_photo(path, max_pixels=MAX_PIXELS):
         values = np.asarray(image)
         lowest, highest = int(values.min()), int(values.max())
         if 0 < highest < 1 << 12 or 0 < highest - lowest < 1 << 10:
-            problem = f"has 16 bits per pixel, but only values from {lowest} to {highest}, of which 8 bits keep little"
+            problem = f"has 16 bits per pixel, but only values from {lowest} to {highest}, too few for 8 bits"
             raise UserError(f"{path}: {problem}: scale them to 0 .. 65535, or save 8 bits")
     with contextlib.suppress(Exception):  # damaged EXIF data raises one of many types
         ImageOps.exif_transpose(image, in_place=True)

@@ -77,7 +77,7 @@ def check_types(args, train, val, test, parts):
     _check_loaders(args, train, others)
     for name, part in parts.items():
         if isinstance(part, type):
-            raise UserError(f"{script}: {name} is the class {part.__name__} itself: call it")
+            raise UserError(f"{script}: {name} is the class {part.__name__}, not an instance of it: call it")
     if hasattr(parts["model"], "_orig_mod"):
         raise UserError(f"{script}: the network is compiled already: leave out torch.compile and pass --compile")
     _check_modes(script, "network", parts["model"], torch.nn.Module)
@@ -262,7 +262,7 @@ def _final_schedulers(scheduler, steps):
 def _check_augmentation(train):
     """Check that an augmentation makes no new labels: not by filling with 0, scaling or interpolating masks.
 
-    Returns a list of warnings, if it moves masks otherwise than images, or draws random numbers that are not seeded.
+    Returns a list of warnings, if it moves masks differently than images, or draws random numbers that are not seeded.
     """
     if train.augment is None:
         return []
@@ -294,7 +294,7 @@ def _check_augmentation(train):
     )
     if (bright < dark).sum() > NUM_PROBES / 8:  # more than by erasing parts; NaN where a label is not in sight
         advice = "unless it inverts colours, pass both to the transform in one call"
-        warnings.append(f"augment seems to move masks otherwise than their images: {advice}")
+        warnings.append(f"augment seems to move masks differently than their images: {advice}")
     return warnings
 
 

@@ -125,7 +125,7 @@ class Report:
         images += f" images at {' and '.join(sizes)}"
         log(f"{self.files.experiment}: {train.split.dataset}, {images}, {len(train.classes)} classes")
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        network = f"{type(model).__name__}, {num_parameters(model):,} parameters ({trained:,} of them trained)"
+        network = f"{type(model).__name__}, {num_parameters(model):,} parameters ({trained:,} trainable)"
         log(f"{network}, batch {args.batch_size}, seed {args.seed}, device {processes.device_name(args.device)}")
         if util.class_weights(self.criterion) is not None:
             weights = zip(train.classes, self.criterion.weight.tolist())
@@ -181,7 +181,8 @@ class Report:
         except Exception as error:  # the reason for the stop, such as a full disk, matters more
             log(util.reason(error))
         kept = [str(path) for path in (self.files.best, self.files.last) if path.exists()]
-        advice = ": the same command with --resume continues" if len(kept) == 2 else ""
+        resume = "--resume instead of --overwrite" if self.args.overwrite else "--resume"
+        advice = f": the same command with {resume} continues" if len(kept) == 2 else ""
         text = " and ".join(kept) or "nothing"
         log(f"{self.files.experiment}: stopped after epoch {len(history)}; kept {text}{plots}{advice}")
 

@@ -144,7 +144,7 @@ class Split:
         state = [DECODING, size, len(self.classes), PIL.__version__]
         for image_id in self.all_ids:
             for path in sum(self._paths(image_id), []):
-                found = path.stat() if path.exists() else None  # a missing file is reported when it is opened
+                found = path.stat() if os.path.exists(path) else None  # a missing file is reported when it is opened
                 state.append((image_id, path.name, found and (found.st_size, found.st_mtime_ns, found.st_ctime_ns)))
         return hashlib.sha256(repr(state).encode()).hexdigest()[:DIGEST_LENGTH]
 

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoint
 import cli
 import compare
+import engine
 import imaging
 import util
 import voc
@@ -36,7 +37,7 @@ def mean_ious(pairs, num_classes):
         "mean IoU": util.mean_iou(sum(matrices)),
         "void as background": util.mean_iou(sum(void_as_background)),
         "mean over images": np.mean([util.mean_iou(matrix) for matrix in matrices]),
-        "and absent classes as 0": np.mean([util.iou(matrix).nan_to_num(0).mean() for matrix in matrices]),
+        "mean over images, absent as 0": np.mean([util.iou(matrix).nan_to_num(0).mean() for matrix in matrices]),
         "the assignment's: all three": np.mean(assignment),
     }
     return {metric: f"{score:.4f}" for metric, score in scores.items()}
@@ -48,7 +49,8 @@ def predict(path, split):
     model = checkpoint.load(path)
     for index in range(len(split)):
         photo = torch.tensor(imaging.resize(split.photo(index), (SIZE, SIZE))).permute(2, 0, 1)
-        yield model(imaging.normalise(photo[None], "cpu", model.mean, model.std))[0].argmax(0)
+        images = imaging.normalise(photo[None], "cpu", model.mean, model.std)
+        yield engine.forward(model, images, full_precision=True)["out"][0].argmax(0)
 
 
 def main():
@@ -61,7 +63,7 @@ def main():
     split = voc.Split(args.data, args.split, args.limit)
     images = (Image.fromarray(split.mask(index)) for index in range(len(split)))
     masks = [torch.tensor(imaging.resize(image, (SIZE, SIZE), Image.Resampling.NEAREST)) for image in images]
-    predictions = {f"{split.classes[0]} everywhere": [torch.zeros_like(mask) for mask in masks]}
+    predictions = {f"all {split.classes[0]}": [torch.zeros_like(mask) for mask in masks]}
     predictions["the ground truth itself"] = [mask % util.VOID for mask in masks]
     predictions |= {f"`{path.name}`": predict(path, split) for path in args.checkpoints}
     scores = {name: mean_ious(zip(masks, predicted), len(split.classes)) for name, predicted in predictions.items()}

@@ -145,7 +145,7 @@ def test_runs_on_other_masks_are_named(tmp_path, monkeypatch):
 def test_runs_with_other_classes_or_splits_are_refused(other, tmp_path, monkeypatch):
     write_run(tmp_path, "train", 0, random_ious(0))
     write_run(tmp_path, "train_4_a", 0, random_ious(0), **other)
-    with pytest.raises(util.UserError, match="seed0.json: differs from .* in the names of the classes or the splits: repeat"):
+    with pytest.raises(util.UserError, match="seed0.json: differs from .* in the names of the classes or the split"):
         run_compare(tmp_path, monkeypatch)
 
 
