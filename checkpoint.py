@@ -116,7 +116,16 @@ def save_last(path, metadata, history, **parts):
 
 def training_state(**parts):
     """The state of each part of a training; None for one that has no state."""
-    return {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in parts.items()}
+    return {name: _plain(part.state_dict()) if hasattr(part, "state_dict") else None for name, part in parts.items()}
+
+
+def _plain(value):
+    """A state with Python's numbers for NumPy's, such as those of a LambdaLR, which ``weights_only`` refuses."""
+    if type(value) is dict:
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def serialise(state):
@@ -156,12 +165,22 @@ def resume(run_files, metadata, annealed, **parts):
 
 
 def load_optimizer(optimizer, state):
-    """Load the state of an optimizer, but keep the dicts of its parameter groups, which a script may hold."""
-    groups = list(optimizer.param_groups)
+    """Load the state of an optimizer, but keep the dicts of its parameter groups, which a script may hold.
+
+    So may an optimizer around another one, whose groups the scheduler changes.
+    """
+    optimizers = [optimizer, *inner_optimizers(optimizer)]
+    groups = [list(each.param_groups) for each in optimizers]
     optimizer.load_state_dict(state)
-    for index, group in enumerate(groups):
-        group.update(optimizer.param_groups[index])
-        optimizer.param_groups[index] = group
+    for each, before in zip(optimizers, groups):
+        for index, group in enumerate(before):
+            group.update(each.param_groups[index])
+            each.param_groups[index] = group
+
+
+def inner_optimizers(optimizer):
+    """The optimizers that an optimizer holds, such as that which it wraps."""
+    return [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
 
 
 def _check_same_run(run_files, state, metadata, annealed):
@@ -264,7 +283,8 @@ def load(path, device="cpu"):
         raise UserError(f"{path}: its network {name} of {module}.py is not in {ROOT}: put the file there") from None
     except Exception as error:  # a missing or wrong entry raises one of many types
         raise UserError(f"{path}: does not fit the {name} in {module}.py ({reason(error)}): has it changed?") from None
-    return model.eval().to(device, memory_format=processes.memory_format(device))
+    processes.set_memory_format(model, device)
+    return model.eval().to(device)
 
 
 def _network_change(state):

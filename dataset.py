@@ -32,6 +32,7 @@ FOLDER = "(?:/?(?:JPEGImages|SegmentationClass)/)?"
 FILE_NAMES = re.compile(  # of a photo, or of a photo and its mask
     rf"{FOLDER}(.+?)({SUFFIXES})(?:[\s,]+{FOLDER}(.+)({SUFFIXES}))?", re.IGNORECASE
 )
+CONTROL = {chr(code) for code in (*range(32), *range(127, 160))}  # characters that no file name should have
 COLOUR = re.compile(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\S.*)")
 
 
@@ -94,6 +95,8 @@ def check_exists(path, is_mask):
             continue
         if is_mask:
             raise UserError(f"{other}: is not a PNG, and JPEG changes the values of a mask: export the mask as PNG")
+        if other.suffix.lower() in imaging.PHOTO_SUFFIXES:
+            raise UserError(f"{other}: its folder is linked twice: list it with the name of the other link in its id")
         raise UserError(f"{other}: is in a format that is not read here: convert it to JPEG or PNG")
     raise UserError(f"{path}: no such file, but a split lists it: add the file or remove its id")
 
@@ -159,7 +162,7 @@ def read_ids(path, known, report=refuse):
             if labelled and labelled[2] == "-1":
                 num_left_out += 1
                 continue
-        if not image_id.isprintable() or Path(image_id).is_absolute() or ".." in Path(image_id).parts:
+        if not CONTROL.isdisjoint(image_id) or Path(image_id).is_absolute() or ".." in Path(image_id).parts:
             report(f"{path}: lists an invalid id ({line!r}): write the path of a photo below JPEGImages")
             continue
         ids.append(image_id)
@@ -199,6 +202,8 @@ def read_mask(path, num_classes, root, colours):
     """
     convert = f"{command(root, '--from-colours colours.txt')} converts colours to class indices"
     image = imaging.open_image(path)
+    if image.format != "PNG":
+        raise UserError(f"{path}: is not a PNG but {image.format}, which may change values: export the mask as PNG")
     if image.mode.startswith(("I", "F")):
         advice = "save class indices as a palette or 8-bit greyscale PNG"
         raise UserError(f"{path}: is an image in mode {image.mode}, not a mask of class indices: {advice}")
@@ -225,7 +230,7 @@ def read_mask(path, num_classes, root, colours):
     invalid = values[(values >= num_classes) & (values != VOID)]
     if invalid.size:
         known = f"a class (0 .. {num_classes - 1}) nor void ({VOID})"
-        advice = f"correct the mask, or {root / 'classes.txt'}"
+        advice = f"correct the mask or {root / 'classes.txt'}; {convert}"
         raise UserError(f"{path}: holds the value {invalid[0]}, which is neither {known}: {advice}")
     return mask
 
@@ -266,6 +271,9 @@ def warnings(splits, counts):
     texts = [text for text, split in zip(texts, splits) if split.num_left_out]
     classes = splits[0].classes
     texts += named_like_void(classes)
+    boxes = [name for name in classes if any(unicodedata.east_asian_width(letter) in "WF" for letter in name)]
+    if boxes:
+        texts.append(f"plots and legends show boxes in the names of {_shorten(boxes)}: their font lacks these letters")
     absent = [name for name, count in zip(classes, counts[0]) if not count]
     only_val = [name for name, *pixels in zip(classes, *counts[:2]) if not pixels[0] and pixels[1]]
     if absent:
@@ -304,7 +312,10 @@ def split_names(root):
 
 
 def map_images(function, items, name):
-    """The results of a function for each item, a list; it runs on several threads. ``name`` labels a progress bar."""
+    """The results of a function for each item, a list, or the error of the first that has one; several threads run it.
+
+    ``name`` labels a progress bar.
+    """
     with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:  # a photo of 24 million pixels takes 300 MB
         return list(tqdm(pool.map(function, items), name, len(items), unit=" images", disable=None))
 

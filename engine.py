@@ -325,7 +325,7 @@ def fit(
         if not (resuming or args.overwrite):
             checkpoint.check_new_run(run_files, args.resume)
         processes.set_malloc_options(args.device)
-        model.to(memory_format=processes.memory_format(args.device))
+        processes.set_memory_format(model, args.device)
         modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
         for module in modules:
             module.to(args.device)

@@ -45,7 +45,7 @@ def walk(folder, recursive=True, seen=()):
         path = Path(folder, entry.name)
         if entry.name.startswith("."):
             skipped.append(path)
-        elif not entry.is_dir():
+        elif not (os.path.isdir(path) if entry.is_symlink() else entry.is_dir()):  # isdir: links may lead nowhere
             found.append(path)
         elif recursive and os.path.realpath(path) not in seen:
             below = walk(path, recursive, seen)
@@ -64,6 +64,8 @@ def writing(path):
     except OSError as error:
         full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
         advice = "free some space" if full else "choose a folder that can be written"
+        if isinstance(error, PermissionError) and os.name == "nt":
+            advice = f"close the program that has it open, or {advice}"
         raise UserError(f"{path}: cannot be written ({error.strerror or error}): {advice}") from None
 
 
@@ -89,11 +91,20 @@ def atomic_write(path):
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(unfinished, path)
+            _replace(unfinished, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
             raise
+
+
+def _replace(source, target):
+    """``os.replace``, tried again for some seconds: on Windows it fails while another program has the target open."""
+    for seconds in (0.1, 0.4, 1, 2):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(seconds)
+    return os.replace(source, target)
 
 
 def _delete_stale(path):

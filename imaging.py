@@ -16,6 +16,7 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # in lower case; files may differ in case
+BITS, COMPRESSION, PLANAR = 258, 259, 284  # tags of TIFF
 MAX_SIDE = 1 << 13  # of a network's input in pixels
 
 # Larger images are not decoded. Pillow refuses only images of twice this size, and warns from here on.
@@ -52,7 +53,12 @@ def open_image(path, max_pixels=MAX_PIXELS):
         with Image.open(path) as image:
             if image.width * image.height > max_pixels:
                 raise UserError(f"{path}: {image.width}x{image.height} pixels are too many: make the image smaller")
+            rawmode, tags = str(image.tile), getattr(image, "tag_v2", {})  # tags of a TIFF
+            if tags.get(PLANAR) == 2 and tags.get(COMPRESSION) == 1 and 16 in tags.get(BITS, ()):
+                problem = "is a TIFF with 16 bits and a plane per channel, which Pillow reads wrongly"
+                raise UserError(f"{path}: {problem}: save it as PNG, or compressed")
             image.load()
+            image.info["16 bits"] = ";16" in rawmode  # per channel, of which Pillow keeps 8
             return image
     except (UserError, MemoryError):
         raise
@@ -72,10 +78,11 @@ def open_photo(path, max_pixels=MAX_PIXELS):
     if image.mode in ("I", "F"):
         problem = f"is an image in mode {image.mode}, with 32 bits per pixel and an unknown range of values"
         raise UserError(f"{path}: {problem}: save it with 8 bits")
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        lowest, highest = int(values.min()), int(values.max())
-        if 0 < highest < 1 << 12 or 0 < highest - lowest < 1 << 10:
+    is_grey = image.mode.startswith("I")
+    if is_grey or image.info["16 bits"]:
+        values = np.asarray(image) if is_grey else np.asarray(image.convert("RGB")).astype(np.uint16) << 8
+        lowest, highest = int(values.min()), int(values.max()) + (0 if is_grey else 255)
+        if values.any() and (highest < 1 << 12 or 0 < highest - lowest < 1 << 10):
             problem = f"has 16 bits per pixel, but only values from {lowest} to {highest}, too few for 8 bits"
             raise UserError(f"{path}: {problem}: scale them to 0 .. 65535, or save 8 bits")
     with contextlib.suppress(Exception):  # damaged EXIF data raises one of many types

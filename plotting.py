@@ -58,7 +58,8 @@ def _most_frequent(counts):
 def _shortened(names):
     """A list of names, shortened where they are too long for a plot."""
     half = MAX_LETTERS // 2  # long names often differ at their ends
-    return [name if len(name) <= MAX_LETTERS else f"{name[: half - 1]}…{name[-half:]}" for name in names]
+    short = [name if len(name) <= MAX_LETTERS else f"{name[: half - 1]}…{name[-half:]}" for name in names]
+    return [textwrap.fill(name, MAX_LETTERS) if short.count(text) > 1 else text for name, text in zip(names, short)]
 
 
 def _experiment(name):

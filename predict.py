@@ -14,6 +14,7 @@ import functools
 import io
 import os
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def is_result(path, out, stems):
         return True
     if not is_image and path.name != LEGEND:
         return False
-    return os.path.realpath(path.parent) == os.path.realpath(out) or (path.parent / SHARES).exists()
+    return os.path.realpath(path.parent) == os.path.realpath(out) or os.path.exists(path.parent / SHARES)
 
 
 def output_names(photos):
@@ -106,8 +107,9 @@ def output_names(photos):
         longer = ["_".join((*folders[-count:], photo.name)) for count in range(1, len(folders) + 1)]
         candidates.append([photo.stem, "_".join((*folders[-1:], photo.stem)), *longer])
     while True:
-        counts = Counter(names[0].casefold() for names in candidates)
-        shared = [counts[names[0].casefold()] > 1 for names in candidates]
+        keys = [unicodedata.normalize("NFC", names[0]).casefold() for names in candidates]  # equal on some disks
+        counts = Counter(keys)
+        shared = [counts[key] > 1 for key in keys]
         if not any(shared):
             break
         for photo, names, is_shared in zip(photos, candidates, shared):
@@ -123,7 +125,7 @@ def output_names(photos):
 
 def check_new(paths, overwrite):
     """Raise a UserError that names the first of ``paths`` that exists, unless ``overwrite``."""
-    existing = [path for path in paths if path.exists()]
+    existing = [path for path in paths if os.path.exists(path)]
     if existing and not overwrite:
         problem = "exists already" + (f" (and {len(existing) - 1} more)" if len(existing) > 1 else "")
         raise UserError(f"{existing[0]}: {problem}: replace with --overwrite, or choose another place")
@@ -268,6 +270,7 @@ def main():
     reporting.log(f"masks are computed at {reporting.size_text(model.size)} and upsampled to each photo's size")
 
     rows, errors = [], []
+    write_shares(args.out / SHARES, model.classes, rows)  # now, in case it cannot be written
     try:
         for path, paths in zip(reporting.progress(photos, len(photos), "predicting", "photo"), outputs):
             for earlier in paths:

@@ -22,6 +22,7 @@ SHARED = ("preflight", "engine", "voc", "imaging", "checkpoint", "processes", "u
 LENGTH_ARGUMENTS = {"CosineAnnealingLR": "T_max", "OneCycleLR": "total_steps", "PolynomialLR": "total_iters"}
 NUM_IMAGES = 2  # of the batch on which everything is tried
 NUM_PROBES = 64  # images on which the augmentation is tried
+NUM_TRIES = 8  # steps in which a parameter may get its gradient
 
 
 def check(args, metadata, train, forward, training_step, scheduler_interval, *, model, criterion, optimizer, scheduler):
@@ -47,13 +48,23 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
             _check_logits(forward(model, val_images)["out"], val_images, train.classes)
         with _stage(script, "the criterion (masks hold util.VOID for void)"):
             warnings += _check_criterion(criterion, logits.contiguous(), masks)
-        rates, numbers = _learning_rates(optimizer), _numbers(criterion)
+        rates, numbers = [float(group["lr"]) for group in optimizer.param_groups], _numbers(criterion)
         with _stage(script, "the training step"), _frozen_batch_norm(model.train()) as following:
-            used = _try_training_step(training_step, model, images, masks, criterion, optimizer)
+            used, wanted = set(), set(map(id, _optimized(optimizer)))
+            for _ in range(NUM_TRIES):  # a network may leave out layers at random
+                used |= _try_training_step(training_step, model, images, masks, criterion, optimizer)
+                if wanted <= used:
+                    break
+        states = [state for inner in checkpoint.inner_optimizers(optimizer) for state in inner.state.values()]
+        saved = optimizer.state_dict()["state"].values() if states else ()
+        saved = [value for state in saved for value in state.values()]
+        if any(all(value is not other for other in saved) for state in states for value in state.values()):
+            advice = "return it from state_dict, and take it back in load_state_dict"
+            warnings.append(f"the state of the optimizer within the optimizer is in no checkpoint: {advice}")
         if following:
             advice = "unless that is intended, use torchvision's FrozenBatchNorm2d or override train() in the network"
             warnings.append(f"frozen batch norm still updates its running statistics ({_some(following)}): {advice}")
-        if _learning_rates(optimizer) != rates:
+        if [float(group["lr"]) for group in optimizer.param_groups] != rates:
             advice = "unless that depends on index and count only, pass a scheduler to engine.fit"
             warnings.append(f"training_step changes the learning rate, and --resume may not restore it: {advice}")
         if changed := [name for attributes, name, value in numbers if repr(attributes.get(name)) != repr(value)]:
@@ -129,14 +140,14 @@ def _check_loaders(args, train, others):
 
 def _check_modes(script, name, module, types):
     """Put a module into training mode; refuse one whose parts of these types have been put into eval mode before."""
-    in_eval_mode = {part_name: part for part_name, part in module.named_modules() if not part.training}
-    module.train()
+    in_eval_mode = {part_name or "all": part for part_name, part in module.named_modules() if not part.training}
+    if module.train() is not module:
+        raise UserError(f"{script}: train() of the {name} has to return self, as that of torch.nn.Module does")
     changed = [part_name for part_name, part in in_eval_mode.items() if part.training and isinstance(part, types)]
     if changed:
-        raise UserError(
-            f"{script}: {_some(changed)} of the {name} is in eval mode, which training would end: override train() in "
-            f"the {name}, or use torchvision's FrozenBatchNorm2d"
-        )
+        problem = f"{_some(changed)} of the {name} is in eval mode, which training would end"
+        advice = f"call its train(), or override train() in the {name}, or use torchvision's FrozenBatchNorm2d"
+        raise UserError(f"{script}: {problem}: {advice}")
 
 
 @contextlib.contextmanager
@@ -159,20 +170,24 @@ def _stage(script, name):
 def _restored_afterwards(model, criterion, optimizer):
     """Restore parameters, buffers and the state of the optimizer after the block."""
     modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
-
-    def tensors():
-        return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-
-    before = [tensor.detach().clone() for tensor in tensors()]
+    parts = [part for module in modules for part in module.modules()]
+    tables = [(table, dict(table)) for part in parts for table in (part._parameters, part._buffers)]
+    tensors = {tensor for _, entries in tables for tensor in entries.values() if tensor is not None}
+    before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     numbers = _numbers(criterion)
     optimizer_state = copy.deepcopy(optimizer.state_dict())
+    fresh = [inner for inner in checkpoint.inner_optimizers(optimizer) if not inner.state]
     yield
+    for table, entries in tables:  # the forward pass may add or replace buffers
+        table.clear()
+        table.update(entries)
     with torch.no_grad():
-        for tensor, value in zip(tensors(), before, strict=True):
+        for tensor, value in before:
             tensor.copy_(value)
+            tensor.grad = None
     checkpoint.load_optimizer(optimizer, optimizer_state)
-    for tensor in tensors():
-        tensor.grad = None
+    for inner in fresh:
+        inner.state.clear()
     for attributes, name, value in numbers:
         attributes[name] = value
 
@@ -190,10 +205,6 @@ def _numbers(criterion):
     return [(attributes, name, value) for attributes, name, value in found if isinstance(value, int | float)]
 
 
-def _learning_rates(optimizer):
-    return [float(group["lr"]) for group in optimizer.param_groups]
-
-
 def _check_scheduler(script, scheduler, optimizer, interval, epochs, num_batches):
     """Check what the scheduler belongs to, when it is stepped, and how long it is; return a list of warnings."""
     if interval not in ("epoch", "batch"):
@@ -204,7 +215,8 @@ def _check_scheduler(script, scheduler, optimizer, interval, epochs, num_batches
     if not (hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")):
         advice = "derive it from torch.optim.lr_scheduler.LRScheduler, or use LambdaLR"
         raise UserError(f"{script}: {name} has no state_dict and load_state_dict, and cannot resume: {advice}")
-    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+    groups = getattr(scheduler, "optimizer", optimizer).param_groups
+    if [*map(id, groups)] != [*map(id, optimizer.param_groups)]:
         raise UserError(f"{script}: the {name} was made for another optimizer: make it with the one that fit gets")
     if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau):
         if interval == "batch":
@@ -219,7 +231,7 @@ def _check_scheduler(script, scheduler, optimizer, interval, epochs, num_batches
             advice += ', or pass scheduler_interval="batch" to engine.fit' if interval == "epoch" else ""
             raise UserError(f"{script}: {problem}, once per {interval}: {advice}")
         length = getattr(part, argument) if argument else part_steps
-        if length == part_steps:
+        if length == part_steps or (argument == "T_max" and length == part_steps - 1):
             continue
         if interval == "epoch" and length == epochs * num_batches:
             advice = 'pass scheduler_interval="batch" to engine.fit'
@@ -276,13 +288,12 @@ def _check_augmentation(train):
     seed = torch.randint(2**32, ()).item()  # not that of the run, with which a network may be built
     seed_everything(seed)
     images, masks = train.augmented(images, masks, params)
-    wrong = set(masks.unique().tolist()) - {corner, rest, VOID}
-    if wrong:
-        raise UserError(
-            f"augment gives masks a new label, {min(wrong)}: keep labels, and fill what lies outside "
-            f"the photo with void, such as fill={{tv_tensors.Image: 0, tv_tensors.Mask: {VOID}}}"
-        )
-    warnings = []
+    new = set(masks.unique().tolist()) - {corner, rest, VOID}
+    advice = "keep labels, and fill what lies outside the photo with void, such as "
+    advice += f"fill={{tv_tensors.Image: 0, tv_tensors.Mask: {VOID}}}"
+    if new and (new <= {0, 2} or max(new) >= len(train.classes)):  # filled or interpolated
+        raise UserError(f"augment gives masks a new label, {min(new)}: {advice}")
+    warnings = [f"augment gives masks new labels: unless it pastes from other images, {advice}"] if new else []
     seed_everything(seed)
     again = train.augmented(*before, params)
     if not (torch.equal(images, again[0]) and torch.equal(masks, again[1])):
@@ -301,10 +312,8 @@ def _check_augmentation(train):
 def _check_logits(logits, images, classes):
     expected = (len(images), len(classes), *images.shape[2:])
     if logits.shape != expected:
-        raise UserError(
-            f"the network's logits have shape {list(logits.shape)}, not {list(expected)}: it needs an output channel "
-            f"for each of the {len(classes)} classes of the data"
-        )
+        advice = f"it needs an output channel for each of the {len(classes)} classes of the data"
+        raise UserError(f"the network's logits have shape {list(logits.shape)}, not {list(expected)}: {advice}")
 
 
 def _check_rebuilding(model, images, forward, metadata):
@@ -314,9 +323,8 @@ def _check_rebuilding(model, images, forward, metadata):
     try:
         state = torch.load(checkpoint.serialise(metadata | {"model": model.state_dict()}), "cpu", weights_only=True)
     except Exception:  # pickle raises one of many types
-        raise UserError(
-            f"{problem}: self.arguments has to hold numbers, strings, lists and dicts only{found}"
-        ) from None
+        advice = "self.arguments has to hold numbers, strings, lists and dicts only"
+        raise UserError(f"{problem}: {advice}{found}") from None
     try:
         rebuilt = checkpoint.build(state).network
     except UserError as error:
@@ -326,22 +334,19 @@ def _check_rebuilding(model, images, forward, metadata):
     except Exception as error:
         advice = "self.arguments has to hold the keyword arguments of its constructor"
         raise UserError(f"{problem} ({reason(error)}): {advice}{found}") from None
-    rebuilt.to(images.device, memory_format=processes.memory_format(images.device))
+    processes.set_memory_format(rebuilt.to(images.device), images.device)
     networks = (model, model, rebuilt)
     first, second, other = (forward(network.eval(), images, full_precision=True)["out"] for network in networks)
     # The logits of a new network hardly vary: the tolerance is a part of that. A GPU may round to the digits of TF32.
     scale = (first - first.mean((2, 3), keepdim=True)).abs().max().nan_to_num()
     tolerance = {"rtol": 0.0, "atol": (1e-2 if images.is_cuda else 1e-4) * scale.item(), "equal_nan": True}
     if not torch.allclose(first, second, **tolerance):
-        raise UserError(
-            f"the network {metadata['class']} computes other logits each time in eval mode: dropout needs "
-            "training=self.training"
-        )
+        advice = "dropout needs training=self.training"
+        raise UserError(f"the network {metadata['class']} computes other logits each time in eval mode: {advice}")
     if not torch.allclose(first, other, **tolerance):
-        raise UserError(
-            f"{problem}: rebuilt, it computes other logits. What its constructor depends on has to be in "
-            f"self.arguments, and what changes in training or is drawn at random in a parameter or buffer{found}"
-        )
+        advice = "What its constructor depends on has to be in self.arguments"
+        advice += ", and what changes in training or is drawn at random in a parameter or buffer"
+        raise UserError(f"{problem}: rebuilt, it computes other logits. {advice}{found}")
 
 
 def _check_criterion(criterion, logits, masks):
@@ -396,10 +401,8 @@ def _try_training_step(training_step, model, images, masks, criterion, optimizer
             hook.remove()
     values = result if isinstance(result, tuple) else ()
     if len(values) != 4 or [value.ndim for value in values if isinstance(value, torch.Tensor)] != [0, 0, 0, 4]:
-        raise UserError(
-            "training_step has to return loss, weight, norm and logits as engine.training_step does: three scalars and "
-            "a tensor [B, C, H, W]"
-        )
+        expected = "loss, weight, norm and logits as engine.training_step does: three scalars and a tensor [B, C, H, W]"
+        raise UserError(f"training_step has to return {expected}")
     if values[3].shape[2:] != masks.shape[1:]:
         raise UserError(f"training_step returns logits of shape {list(values[3].shape)} for masks {list(masks.shape)}")
     torch.stack([value.detach() for value in values[:3]])  # as train_epoch does
@@ -420,21 +423,18 @@ def _check_parameters(model, criterion, optimizer, used):
     names = {id(parameter): name for name, parameter in parameters.items()}
     optimized = {id(parameter) for parameter in _optimized(optimizer)}
     if not optimized <= names.keys():
-        raise UserError(
-            f"the optimizer holds {len(optimized - names.keys())} parameters of neither the network nor the criterion, "
-            "which no checkpoint would save: make it from model.parameters()"
-        )
+        problem = f"{len(optimized - names.keys())} parameters of neither the network nor the criterion"
+        advice = "no checkpoint would save them: make it from model.parameters()"
+        raise UserError(f"the optimizer holds {problem}: {advice}")
     in_criterion = [name for index, name in names.items() if index in optimized and name.startswith("criterion.")]
     if in_criterion and processes.world_size() > 1:
-        raise UserError(
-            f"{_some(in_criterion)}: several processes train the parameters of the network only: train in one process"
-        )
+        problem = "several processes train the parameters of the network only"
+        raise UserError(f"{_some(in_criterion)}: {problem}: train in one process")
     unused = [name for index, name in names.items() if index in optimized - used]
     if unused:
-        raise UserError(
-            f"the optimizer holds {len(unused)} parameters that get no gradient ({_some(unused)}): leave them out, or "
-            "let the loss depend on them (requires_grad_(True), a training_step for auxiliary logits)"
-        )
+        problem = f"{len(unused)} parameters that get no gradient ({_some(unused)})"
+        advice = "leave them out, or let the loss depend on them (requires_grad_(True), a training_step of your own)"
+        raise UserError(f"the optimizer holds {problem}: {advice}")
     trainable = {name: id(parameter) for name, parameter in parameters.items() if parameter.requires_grad}
     left_out = [name for name, index in trainable.items() if index not in optimized]
     without_gradient = [name for name in left_out if trainable[name] not in used]

@@ -15,7 +15,6 @@ import functools
 import hashlib
 import math
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +72,10 @@ class Split:
         else:
             self._photos, self._masks = like._photos, like._masks
         self.all_ids, self.num_left_out = dataset.read_ids(path, self._photos.keys() | self._masks.keys(), report)
-        self.ids = self.all_ids[:limit]
-        self._colours = {}  # of the masks' palettes, see ``dataset.read_mask``
+        self.ids, self._colours = self.all_ids[:limit], {}  # colours of the masks' palettes, see ``dataset.read_mask``
         path = self.root / "classes.txt"
         self.classes = dataset.read_classes(path, report) if path.exists() else CLASSES
+        self._num_values = len(self.classes) or VOID  # in the files of masks: a subclass may merge classes
 
     def __len__(self):
         return len(self.ids)
@@ -104,7 +103,7 @@ class Split:
         """The mask as a uint8 array [H, W] of class indices and VOID; errors as in ``dataset.read_mask``."""
         path = self.mask_path(index)
         dataset.check_exists(path, is_mask=True)
-        return dataset.read_mask(path, len(self.classes) or VOID, self.root, self._colours)
+        return dataset.read_mask(path, self._num_values, self.root, self._colours)
 
     def resized(self, index, size):
         """Photo and mask at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
@@ -151,9 +150,11 @@ class Split:
 
 def class_counts(split):
     """Count the pixels of each class over all masks of a Split, and the images that show it: two int64 arrays [C]."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        per_image = pool.map(lambda index: np.bincount(split.mask(index).ravel(), minlength=256), range(len(split)))
-        counts = np.stack([count[: len(split.classes)] for count in per_image])
+
+    def count(index):
+        return np.bincount(split.mask(index).ravel(), minlength=VOID + 1)[: len(split.classes)]
+
+    counts = np.stack(dataset.map_images(count, range(len(split)), f"counting {split.name}"))
     return counts.sum(0), (counts > 0).sum(0)
 
 
@@ -184,20 +185,19 @@ def load_resized(split, size):
     the folder cannot be written, for a subclass of Split or a Split whose ids were changed, and with a limit; with a
     limit, the first rows of the complete split's file are used if there is one.
     """
-    height, width = size
-    folder, name = split.root / ".cache", f"{split.name}_{height}x{width}"
+    folder, name = split.root / ".cache", f"{split.name}_{size[0]}x{size[1]}"
     path = folder / f"{name}_{split.digest(size)}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
         if split.is_unchanged():
             return torch.from_numpy(np.load(path, mmap_mode="c")[: len(split)])
 
-    pixels = np.empty((len(split), height, width, 4), np.uint8)
+    pixels = np.empty((len(split), *size, 4), np.uint8)
 
     def read(index):
         pixels[index] = split.resized(index, size)
 
-    with _naming_check(split.root), ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(read, range(len(split))))  # raises the error of the first image that has one
+    with _naming_check(split.root):
+        dataset.map_images(read, range(len(split)), f"decoding {split.name}")
     if split.is_unchanged() and len(split) == len(split.all_ids):
         with contextlib.suppress(OSError, UserError):
             dataset.write_cache(path, pixels)

@@ -4,7 +4,8 @@
 
 ``network`` removes parts of train_5_a.py's network; in ``augmentation``, train_4_b.py shows each image three times
 unchanged: as many steps without the variety; ``recipe`` leaves out or changes each part of train_6.py. Prints mean IoU
-and paired differences on val. Finished runs are not repeated. Other flags are those of the script.
+and paired differences on val. Finished runs are not repeated, and stopped ones continue; a study that was edited here
+needs another --out. Other flags are those of the script.
 """
 
 import contextlib
@@ -120,7 +121,7 @@ def main():
             out = args.out / args.study / name.replace(" ", "_")
             metrics = out / "results" / f"{script.__name__}_seed{seed}.json"
             if not metrics.exists():
-                command = [f"{script.__name__}.py", *flags, "--seed", str(seed), "--out", str(out)]
+                command = [f"{script.__name__}.py", *flags, "--seed", str(seed), "--out", str(out), "--resume"]
                 with contextlib.ExitStack() as stack:
                     for target, replacement in ({"sys.argv": command} | replacements).items():
                         stack.enter_context(mock.patch(target, replacement))

@@ -47,6 +47,8 @@ def mean_ious(pairs, num_classes):
 def predict(path, split):
     """Yield the prediction of a checkpoint for each image of a split."""
     model = checkpoint.load(path)
+    if model.classes != split.classes:
+        raise util.UserError(f"{path}: its classes or their order differ from those of {split.root}")
     for index in range(len(split)):
         photo = torch.tensor(imaging.resize(split.photo(index), (SIZE, SIZE))).permute(2, 0, 1)
         images = imaging.normalise(photo[None], "cpu", model.mean, model.std)

@@ -18,7 +18,7 @@ function orSay(text, promise) {
 }
 
 async function download(path) {
-  const response = await orSay(`${path} cannot be loaded`, fetch(path));
+  const response = await orSay(`${path} cannot be loaded`, fetch(path, { cache: "no-cache" }));
   if (!response.ok) throw new Error(`${path} is missing: write this folder again with export.py --page`);
   return response;
 }

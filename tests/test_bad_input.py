@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Malicious, make_tiny, run_main, write_pair, write_split
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 import checkpoint
 import compare
@@ -70,6 +70,34 @@ def mask(array):
 def photo(array):
     """A fault: the photo becomes a TIFF of the array."""
     return both(lambda folder: Image.fromarray(array).save(folder / PHOTOS / f"{FIRST}.tif"), remove(PHOTO))
+
+
+def deep_photo(planar):
+    """A fault: the photo becomes a TIFF in RGB with 16 bits per channel, of which only the lower 12 are used."""
+    count = 1 if planar == 1 else 3  # of strips: with a plane per channel, one for each
+    tags = {256: 40, 257: 40, 258: (16, 16, 16), 259: 1, 262: 2, 277: 3, 278: 40, 284: planar}
+    tags |= {273: tuple(9600 // count * strip for strip in range(count)), 279: (9600 // count,) * count}
+    directory = TiffImagePlugin.ImageFileDirectory_v2()
+    for tag, value in tags.items():
+        directory[tag] = value
+    header = b"II*\0\x08\0\0\0" + directory.tobytes(8)  # adds its length to the offsets of the strips
+    content = header + (np.arange(4800) // 2).astype("<u2").tobytes()
+    return both(write(f"{PHOTOS}/{FIRST}.tif", content), remove(PHOTO))
+
+
+def linked_twice(folder):
+    """A fault: of two links to a folder of photos, a list names the second."""
+    (folder / "elsewhere").mkdir()
+    shutil.copy(folder / PHOTO, folder / "elsewhere/first.png")
+    for name in "ab":
+        (folder / PHOTOS / name).symlink_to(folder / "elsewhere")
+    (folder / LISTS / "train.txt").write_text("b/first\n")
+
+
+def jpeg_mask(folder):
+    """A fault: a JPEG with the name of a PNG."""
+    with Image.open(folder / MASK) as image:
+        Image.fromarray(np.array(image) % 5).save(folder / MASK, "jpeg")
 
 
 def all_masks(split, change):
@@ -220,6 +248,9 @@ DATA = [
     (photo(np.zeros((40, 40), np.int32)), f"{FIRST}.tif: is an image in mode I, with 32 bits per pixel"),
     (photo(np.full((40, 40), 4095, np.uint16)), f"{FIRST}.tif: has 16 bits per pixel, but only values from 4095 to"),
     (photo(np.arange(7300, 8300, dtype=np.uint16).reshape(40, 25)), "but only values from 7300 to 8299"),
+    (deep_photo(planar=1), f"{FIRST}.tif: has 16 bits per pixel, but only values from 0 to 2559, too few for 8 bits"),
+    (deep_photo(planar=2), f"{FIRST}.tif: is a TIFF with 16 bits and a plane per channel, which Pillow reads wrongly"),
+    (linked_twice, "JPEGImages/b/first.png: its folder is linked twice: list it with the name of the other link"),
     (remove(PHOTO), f"{FIRST}.jpg: no such file"),
     (write(PHOTO, truncate), f"{FIRST}.jpg: cannot be read as an image"),
     (write(PHOTO, b""), f"{FIRST}.jpg"),
@@ -238,7 +269,9 @@ DATA = [
     (reordered_palette, f"{FIRST}.png: has VOC's colours in another order"),
     (reordered_palette, "python voc.py --data Tiny --from-colours colours.txt converts"),
     (mask(np.zeros((40, 40), np.uint16)), f"{FIRST}.png"),
+    (jpeg_mask, f"{FIRST}.png: is not a PNG but JPEG, which may change values: export the mask as PNG"),
     (mask(np.full((40, 40), len(voc.CLASSES), np.uint8)), f"{FIRST}.png: holds the value 21,"),
+    (mask(np.full((40, 40), 128, np.uint8)), "python voc.py --data Tiny --from-colours colours.txt converts"),
     (mask(np.zeros((7, 9), np.uint8)), f"{FIRST}.png: is 9x7, but its photo is"),
     (remove(MASK), "python voc.py --data Tiny --check lists all faults"),
     (write(f"{LISTS}/val.txt", b""), "python voc.py --data Tiny --check lists all faults"),

@@ -166,6 +166,55 @@ class ViewLoss(torch.nn.NLLLoss):
 
 criterion = ViewLoss(ignore_index=util.VOID)
 """
+WRAPPER = """
+class Wrapper(torch.optim.Optimizer):
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, inner.defaults)
+        self.inner = inner
+
+    def step(self):
+        self.inner.step()
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state)
+
+optimizer = Wrapper(torch.optim.Adam(model.parameters(), lr=1e-3))
+"""
+LATE_BUFFERS = """
+class LateNet(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.arguments = {"num_classes": num_classes}
+        self.layer = torch.nn.Conv2d(3, num_classes, 1)
+        self.register_buffer("grid", None, persistent=False)
+
+    def forward(self, images):
+        if self.grid is None:
+            self.grid = torch.linspace(0, 1, images.shape[3])
+            self.register_buffer("step", torch.full((1,), 0.5), persistent=False)
+        return self.layer(images + self.grid * self.step)
+
+model = LateNet(len(train.classes))
+"""
+DEPTH = """
+class DepthNet(torch.nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.arguments = {"num_classes": num_classes}
+        self.layer, self.block = torch.nn.Conv3d(1, 3, 1), torch.nn.Conv2d(3, 3, 1)
+        self.classifier = torch.nn.Conv2d(3, num_classes, 1)
+
+    def forward(self, images):
+        features = self.layer(images[:, None]).mean(2)
+        if self.training and torch.rand(()) < 0.5:
+            return self.classifier(features)
+        return self.classifier(features + self.block(features))
+
+model = DepthNet(len(train.classes))
+"""
 EDITS = {
     "polynomial": ("train", block("PolynomialLR")),
     "cosine after warm-up": (
@@ -173,6 +222,18 @@ EDITS = {
         "scheduler = torch.optim.lr_scheduler.SequentialLR(optimizer, [torch.optim.lr_scheduler.LinearLR(optimizer, "
         "total_iters=1), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs - 1)], [1])",
     ),
+    "cosine that ends at 0": (
+        "train",
+        "scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs - 1)",
+    ),
+    "schedule of NumPy": (
+        "train",
+        "import numpy\nscheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: numpy.cos(epoch / 4) "
+        "if epoch else 1.0)",
+    ),
+    "optimizer in another one": ("train", WRAPPER + block("PolynomialLR")),
+    "buffers made in the first forward pass": ("train_5_a", LATE_BUFFERS),
+    "3D convolution and a layer that is left out at random": ("train_5_a", DEPTH),
     "one cycle": ("train", block("OneCycleLR")),
     "plateau": ("train", block("ReduceLROnPlateau(")),
     "clipping": ("train", block("clip_grad_norm_")),
@@ -255,6 +316,14 @@ def test_one_cycle_is_stepped_once_per_batch(project):
         optimizer.step()
         scheduler.step()
     assert history(project, "out", "learning_rate") == pytest.approx(expected[::3], rel=1e-9)
+
+
+def test_an_optimizer_in_another_one_keeps_its_groups(project):
+    scope = {"torch": torch, "model": torch.nn.Linear(2, 2)}
+    exec(WRAPPER, scope)
+    optimizer = scope["optimizer"]
+    checkpoint.load_optimizer(optimizer, optimizer.state_dict())
+    assert optimizer.param_groups[0] is optimizer.inner.param_groups[0]  # whose learning rate a scheduler changes
 
 
 @pytest.mark.parametrize(("mode", "column"), [("max", "val_miou"), ("min", "val_loss")])
@@ -409,6 +478,13 @@ MISTAKES = {
         "rebuilt, it computes other logits",
     ),
     "eval mode": (net() + "model.layer.eval()", "layer of the network is in eval mode"),
+    "eval mode of all": (net() + "model.eval()", "all, layer of the network is in eval mode, .*: call its train"),
+    "train without self": (
+        net().replace(
+            "    def forward", "    def train(self, mode=True):\n        super().train(mode)\n\n    def forward"
+        ),
+        r"train\(\) of the network has to return self",
+    ),
     "sum": ('criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID, reduction="sum")', "leave out reduction"),
     "lazy layer": (net(extra="self.layer = torch.nn.LazyConv2d(num_classes, 1)"), "the network has lazy layers"),
     "compiled": (net().replace("model = Net(len(train.classes))", "model = torch.compile(Net(21))"), "pass --compile"),
@@ -656,9 +732,11 @@ class Noise:
 
 augment = Noise()
 """
-SEPARATE = f"{V2}v2.RandomHorizontalFlip()".replace(
-    "augment = ", "flip = "
-) + "\naugment = lambda image, mask: (flip(image), flip(mask))"
+PASTE = BATCH_RANDOM.replace("images + torch.randint(9, images.shape).to(torch.uint8), masks", "images, masks | 4")
+SEPARATE = (
+    f"{V2}v2.RandomHorizontalFlip()".replace("augment = ", "flip = ")
+    + "\naugment = lambda image, mask: (flip(image), flip(mask))"
+)
 
 
 @pytest.mark.parametrize(
@@ -667,6 +745,7 @@ SEPARATE = f"{V2}v2.RandomHorizontalFlip()".replace(
         (OWN_RANDOM, "gives other results with the same seed"),
         (OWN_RANDOM.replace(", generator=self.generator", ""), None),
         (BATCH_RANDOM, None),
+        (PASTE, "gives masks new labels: unless it pastes from other images"),
         (SEPARATE.replace("flip(mask)", "mask"), "seems to move masks differently than their images"),
         (SEPARATE, "seems to move masks differently than their images"),
         (f"{V2}v2.Compose([v2.RandomVerticalFlip(), v2.RandomHorizontalFlip()])", None),
@@ -689,13 +768,15 @@ def test_an_augmentation_that_is_not_what_it_seems_is_a_warning(project, capsys,
         (FROZEN.replace("    def forward", f"{CONSTANT_NORM}\n    def forward") + LAYER_ONLY, None),
         (FROZEN.replace("BatchNorm2d(3)", "BatchNorm2d(3, affine=False)"), None),
         (criterion("logits /= 2; " + CROSS_ENTROPY), None),  # in place
+        (WRAPPER, None),
+        (WRAPPER.split("    def state_dict")[0] + "optimizer" + WRAPPER.split("optimizer")[-1], "optimizer within the"),
     ],
 )
 def test_what_resuming_or_freezing_would_miss_is_a_warning(project, capsys, changes, warning):
     base = "train_5_a" if "model = Net" in changes else "train"
     assert run(project, changes, "--epochs 1", base=base) == 0
     output = capsys.readouterr().out
-    found = [line for line in output.splitlines() if any(text in line for text in ("changes", "frozen batch norm"))]
+    found = [line for line in output.splitlines() if re.match("warning: .*(changes|frozen batch norm|optimizer)", line)]
     assert len(found) == bool(warning) and (not warning or warning in found[0])
 
 
@@ -815,6 +896,27 @@ class Merged(voc.Split):
     def mask(self, index):
         return (super().mask(index) // util.VOID * util.VOID)[::-1]
 """
+
+
+BINARY = """
+class Binary(voc.Split):
+    def __init__(self, root, name):
+        super().__init__(root, name)
+        self.classes = ("background", "object")
+
+    def mask(self, index):
+        mask = super().mask(index)
+        mask[(mask > 0) & (mask < util.VOID)] = 1
+        return mask
+"""
+
+
+def test_classes_can_be_merged_in_a_subclass_of_split(project):
+    loaders = (
+        "voc.Loader(Binary(args.data, loader.split.name), 32, 2, loader.training) for loader in (train, val, test)"
+    )
+    assert run(project, BINARY, "--epochs 1", **after_loaders(f"train, val, test = ({loaders})")) == 0
+    assert checkpoint.load(project / "best_train-mine.pt").classes == ("background", "object")
 
 
 def test_masks_can_be_changed_in_a_subclass_of_split_and_train_in_memory(project):

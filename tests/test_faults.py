@@ -212,6 +212,15 @@ def test_a_closed_pipe_on_stdout_ends_the_run_quietly(folder):
     assert process.stderr.read() == "" and process.wait() == 141
 
 
+def test_a_file_that_another_program_has_open_is_replaced_when_it_is_closed(tmp_path, monkeypatch):
+    replace, attempt = os.replace, Mock(side_effect=[PermissionError, PermissionError, None])
+    monkeypatch.setattr(os, "replace", lambda *paths: attempt() or replace(*paths))
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    with files.atomic_write(tmp_path / "a.csv") as file:
+        file.write(b"new")
+    assert (tmp_path / "a.csv").read_bytes() == b"new" and attempt.call_count == 3
+
+
 KILLED = """
 import os, signal, sys
 import files

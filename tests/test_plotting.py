@@ -82,6 +82,12 @@ def test_a_spike_of_the_loss_does_not_flatten_the_other_epochs(tmp_path, figures
     assert [figure.axes[0].get_yscale() for figure in figures] == ["linear", "log"]
 
 
+def test_long_names_stay_different():
+    names = [f"train_mine_{loss}_loss, seed 0" for loss in ("dice", "focal")] + ["a" * 30]
+    shown = plotting._shortened(names)
+    assert [text.replace("\n", " ") for text in shown[:2]] == names[:2] and shown[2] == f"{'a' * 11}…{'a' * 12}"
+
+
 def test_a_negative_loss_is_in_sight(tmp_path, figures):
     others = {f"{split}_{name}": 0.5 for split in ("train", "val") for name in ("miou", "pixel_accuracy")}
     others["batch_learning_rates"] = [[0.1]]

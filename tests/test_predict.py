@@ -161,6 +161,7 @@ def test_photos_of_the_same_name_are_kept_apart_in_any_order(best, tmp_path, rev
 def test_names_that_a_folder_makes_equal_are_kept_apart():
     photos = [Path(path) for path in ("/p/a/x.jpg", "/p/b/x.jpg", "/p/c/a_x.jpg", "/q/a/x.jpg")]
     assert predict.output_names(photos) == ["p_a_x.jpg", "b_x", "c_a_x", "q_a_x.jpg"]
+    assert predict.output_names([Path("/a/u\u0308.jpg"), Path("/b/\u00fc.jpg")]) == ["a_u\u0308", "b_\u00fc"]
     with pytest.raises(UserError, match="rename one of them"):
         predict.output_names([Path("/a/b_c/x.jpg"), Path("/a/b/c_x.jpg"), Path("/a_b/c_x.jpg"), Path("/a_b/c/x.jpg")])
 
@@ -293,9 +294,12 @@ def test_links_in_a_circle_give_each_photo_once_and_one_to_a_missing_photo_is_na
     for folder in ("photos", "photos/sub"):
         (tmp_path / folder / "up").symlink_to(tmp_path / "photos")
     (tmp_path / "photos" / "lost.jpg").symlink_to("none.jpg")
+    (tmp_path / "photos" / "own.jpg").symlink_to("own.jpg")
     assert run_predict(tmp_path, "photos", "--recursive") == 2
     assert set(masks(tmp_path)) == {"x", "y"}
-    assert capsys.readouterr().err.startswith(f"error: {Path('photos', 'lost.jpg')}: no such file")
+    lost, own = capsys.readouterr().err.splitlines()
+    assert lost.startswith(f"error: {Path('photos', 'lost.jpg')}: no such file")
+    assert own.startswith(f"error: {Path('photos', 'own.jpg')}: cannot be read as an image (")
 
 
 def test_a_file_that_pillow_gives_up_on_with_any_error_is_named(best, tmp_path, capsys):

@@ -102,6 +102,12 @@ def test_16_bit_greyscale_photos_are_scaled_to_8_bits(tiny):
     assert np.array_equal(photo, np.stack([grey // 256] * 3, -1))
 
 
+@pytest.mark.parametrize("text", [" ", "\u202f", "\u3000", "👩\u200d🚀"])
+def test_ids_may_hold_spaces_and_joiners_of_unicode(tiny, text):
+    write_split(tiny, "custom", [f"a{text}b"])
+    assert voc.Split(tiny, "custom").ids == [f"a{text}b"]
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_greyscale_masks_of_few_bits_hold_class_indices(tiny, bits):
     """Pillow scales 2 and 4 bits to 0..255."""
@@ -226,6 +232,12 @@ def test_classes_that_sound_like_void_are_named(tiny, capsys):
     (tiny / "classes.txt").write_text("\n".join((*voc.CLASSES[:19], "__ignore__", "Void")))
     line = next(line for line in printed_warnings(capsys, tiny) if "like any other class" in line)
     assert "__ignore__, Void" in line and "the value 255" in line
+
+
+def test_class_names_that_plots_cannot_show_are_named(tiny, capsys):
+    (tiny / "classes.txt").write_text("\n".join((*voc.CLASSES[:19], "猫", "Größe")), encoding="utf-8")
+    line = next(line for line in printed_warnings(capsys, tiny) if "boxes" in line)
+    assert "names of 猫: their font" in line
 
 
 def program_of_data_md(text):
