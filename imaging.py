@@ -81,9 +81,10 @@ def open_photo(path, max_pixels=MAX_PIXELS):
     is_grey = image.mode.startswith("I")
     if is_grey or image.info["16 bits"]:
         values = np.asarray(image) if is_grey else np.asarray(image.convert("RGB")).astype(np.uint16) << 8
-        lowest, highest = int(values.min()), int(values.max()) + (0 if is_grey else 255)
-        if values.any() and (highest < 1 << 12 or 0 < highest - lowest < 1 << 10):
-            problem = f"has 16 bits per pixel, but only values from {lowest} to {highest}, too few for 8 bits"
+        lowest, highest = int(values.min()), int(values.max())
+        if 0 < highest < 1 << 12 or 0 < highest - lowest < 1 << 10:
+            last = highest if is_grey else highest + 255
+            problem = f"has 16 bits per pixel, but only values from {lowest} to {last}, too few for 8 bits"
             raise UserError(f"{path}: {problem}: scale them to 0 .. 65535, or save 8 bits")
     with contextlib.suppress(Exception):  # damaged EXIF data raises one of many types
         ImageOps.exif_transpose(image, in_place=True)
