@@ -167,7 +167,7 @@ def resume(run_files, metadata, annealed, **parts):
 def load_optimizer(optimizer, state):
     """Load the state of an optimizer, but keep the dicts of its parameter groups, which a script may hold.
 
-    So may an optimizer around another one, whose groups the scheduler changes.
+    An optimizer that wraps another one shares them with it, and the scheduler changes those of the outer one.
     """
     optimizers = [optimizer, *inner_optimizers(optimizer)]
     groups = [list(each.param_groups) for each in optimizers]
@@ -179,8 +179,25 @@ def load_optimizer(optimizer, state):
 
 
 def inner_optimizers(optimizer):
-    """The optimizers that an optimizer holds, such as that which it wraps."""
+    """The optimizers among an optimizer's attributes, such as one that it wraps."""
     return [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
+
+
+def unsaved(optimizer):
+    """The tensors in the state of the optimizers within an optimizer that its own state lacks, a list."""
+    state = optimizer.state_dict()
+    saved = {id(tensor) for tensor in _tensors(state)}
+    inner = [tensor for each in inner_optimizers(optimizer) for tensor in _tensors(each.state)]
+    return [tensor for tensor in inner if id(tensor) not in saved]
+
+
+def _tensors(value):
+    """Yield the tensors in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def _check_same_run(run_files, state, metadata, annealed):

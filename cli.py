@@ -131,7 +131,7 @@ def run(main):
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            print(f"error: out of memory ({reason(error)}): lower --batch-size or the size", file=sys.stderr)
+            print(f"error: out of memory ({reason(error)}): lower the batch size or the input's size", file=sys.stderr)
             sys.exit(2)
         if not processes.is_connection_lost(error):
             raise

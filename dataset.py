@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import files
 import imaging
+import processes
 from util import VOID, UserError, background_label
 
 LISTS = Path("ImageSets", "Segmentation")
@@ -78,7 +79,7 @@ def list_images(folder, suffixes):
 
 
 def single(paths):
-    """The only Path of a list of those with one id; UserError if there are several."""
+    """The only one of the Paths with an id; UserError if there are several."""
     if len(paths) > 1:
         raise UserError(f"{paths[0]}: is not the only file with its id (also {paths[1].name}): keep one of them")
     return paths[0]
@@ -96,16 +97,24 @@ def check_exists(path, is_mask):
         if is_mask:
             raise UserError(f"{other}: is not a PNG, and JPEG changes the values of a mask: export the mask as PNG")
         if other.suffix.lower() in imaging.PHOTO_SUFFIXES:
-            raise UserError(f"{other}: its folder is linked twice: list it with the name of the other link in its id")
+            problem = "is hidden, or in a folder that two links lead to"
+            raise UserError(f"{other}: {problem}: rename it, or write the other link's name in its id")
         raise UserError(f"{other}: is in a format that is not read here: convert it to JPEG or PNG")
     raise UserError(f"{path}: no such file, but a split lists it: add the file or remove its id")
 
 
-def check_sizes(photo_path, mask_path, photo_size, mask_size):
-    """Raise a UserError if a photo and its mask differ in size, (width, height), that of the photo being upright."""
-    if photo_size == mask_size:
+def check_pair(photo_path, mask_path, photo, mask, classes):
+    """Raise a UserError if an upright photo and its mask differ in size, or if the mask holds values without a class.
+
+    ``photo`` is a PIL image, ``mask`` an integer array [H, W]. Without ``classes``, any value is right.
+    """
+    if classes and ((mask >= len(classes)) & (mask != VOID)).any():
+        problem = f"has the value {mask[mask != VOID].max()} in the split, which has {len(classes)} classes"
+        raise UserError(f"{mask_path}: {problem}: change it in the method mask of your voc.Split")
+    mask_size = mask.shape[::-1]
+    if photo.size == mask_size:
         return
-    size, upright = ("{}x{}".format(*size) for size in (mask_size, photo_size))
+    size, upright = ("{}x{}".format(*size) for size in (mask_size, photo.size))
     if imaging.open_image(photo_path).size == mask_size:
         problem = f"fits its photo only without the photo's EXIF orientation ({size}, but upright {upright})"
         advice = f"rotate the mask, or remove the orientation from {photo_path.name}"
@@ -203,14 +212,14 @@ def read_mask(path, num_classes, root, colours):
     convert = f"{command(root, '--from-colours colours.txt')} converts colours to class indices"
     image = imaging.open_image(path)
     if image.format != "PNG":
-        raise UserError(f"{path}: is not a PNG but {image.format}, which may change values: export the mask as PNG")
+        raise UserError(f"{path}: is {image.format}, not PNG, in spite of its name: export the mask as PNG")
     if image.mode.startswith(("I", "F")):
         advice = "save class indices as a palette or 8-bit greyscale PNG"
         raise UserError(f"{path}: is an image in mode {image.mode}, not a mask of class indices: {advice}")
     if image.mode not in ("P", "L", "1"):
         raise UserError(f"{path}: is an image in mode {image.mode}, not a mask of class indices: {convert}")
     mask = np.asarray(image).astype(np.uint8)
-    if (image.mode, image.format) == ("L", "PNG"):
+    if image.mode == "L":
         with open(path, "rb") as file:
             bits = file.read(25)[24]  # per pixel, from the header
         mask //= 255 // (2**bits - 1)  # Pillow has scaled 2 and 4 bits to 0..255
@@ -312,12 +321,13 @@ def split_names(root):
 
 
 def map_images(function, items, name):
-    """The results of a function for each item, a list, or the error of the first that has one; several threads run it.
+    """Call a function for each item, in up to 8 threads; return the results as a list, or raise the first error.
 
     ``name`` labels a progress bar.
     """
     with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:  # a photo of 24 million pixels takes 300 MB
-        return list(tqdm(pool.map(function, items), name, len(items), unit=" images", disable=None))
+        disable = None if processes.is_main() else True  # None shows it in a terminal only
+        return list(tqdm(pool.map(function, items), name, len(items), unit=" images", disable=disable))
 
 
 def report_faults(root, faults):

@@ -58,7 +58,8 @@ def open_image(path, max_pixels=MAX_PIXELS):
                 problem = "is a TIFF with 16 bits and a plane per channel, which Pillow reads wrongly"
                 raise UserError(f"{path}: {problem}: save it as PNG, or compressed")
             image.load()
-            image.info["16 bits"] = ";16" in rawmode  # per channel, of which Pillow keeps 8
+            # per channel, of which Pillow keeps 8; BGR;16 is 16 bits for all three
+            image.info["16 bits"] = ";16" in rawmode and "BGR;16" not in rawmode
             return image
     except (UserError, MemoryError):
         raise

@@ -51,16 +51,10 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
         rates, numbers = [float(group["lr"]) for group in optimizer.param_groups], _numbers(criterion)
         with _stage(script, "the training step"), _frozen_batch_norm(model.train()) as following:
             used, wanted = set(), set(map(id, _optimized(optimizer)))
-            for _ in range(NUM_TRIES):  # a network may leave out layers at random
+            for _ in range(NUM_TRIES if processes.world_size() == 1 else 1):  # some leave out layers at random
                 used |= _try_training_step(training_step, model, images, masks, criterion, optimizer)
                 if wanted <= used:
                     break
-        states = [state for inner in checkpoint.inner_optimizers(optimizer) for state in inner.state.values()]
-        saved = optimizer.state_dict()["state"].values() if states else ()
-        saved = [value for state in saved for value in state.values()]
-        if any(all(value is not other for other in saved) for state in states for value in state.values()):
-            advice = "return it from state_dict, and take it back in load_state_dict"
-            warnings.append(f"the state of the optimizer within the optimizer is in no checkpoint: {advice}")
         if following:
             advice = "unless that is intended, use torchvision's FrozenBatchNorm2d or override train() in the network"
             warnings.append(f"frozen batch norm still updates its running statistics ({_some(following)}): {advice}")
@@ -75,6 +69,9 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
         with _stage(script, "saving the state of criterion, optimizer and scheduler"):
             state = checkpoint.training_state(criterion=criterion, optimizer=optimizer, scheduler=scheduler)
             torch.load(checkpoint.serialise(state), "cpu", weights_only=True)
+            if checkpoint.unsaved(optimizer):
+                advice = "return it from state_dict, and take it back in load_state_dict"
+                warnings.append(f"the state of the optimizer within the optimizer is in no checkpoint: {advice}")
         with _stage(script, "the optimizer"):
             return warnings + _check_parameters(model, criterion, optimizer, used)
 
@@ -140,13 +137,15 @@ def _check_loaders(args, train, others):
 
 def _check_modes(script, name, module, types):
     """Put a module into training mode; refuse one whose parts of these types have been put into eval mode before."""
-    in_eval_mode = {part_name or "all": part for part_name, part in module.named_modules() if not part.training}
+    in_eval_mode = {part_name: part for part_name, part in module.named_modules() if not part.training}
     if module.train() is not module:
         raise UserError(f"{script}: train() of the {name} has to return self, as that of torch.nn.Module does")
     changed = [part_name for part_name, part in in_eval_mode.items() if part.training and isinstance(part, types)]
+    if "" in changed:
+        raise UserError(f"{script}: the {name} is in eval mode: call its train() before engine.fit")
     if changed:
         problem = f"{_some(changed)} of the {name} is in eval mode, which training would end"
-        advice = f"call its train(), or override train() in the {name}, or use torchvision's FrozenBatchNorm2d"
+        advice = f"override train() in the {name}, or use torchvision's FrozenBatchNorm2d"
         raise UserError(f"{script}: {problem}: {advice}")
 
 
@@ -170,9 +169,9 @@ def _stage(script, name):
 def _restored_afterwards(model, criterion, optimizer):
     """Restore parameters, buffers and the state of the optimizer after the block."""
     modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
-    parts = [part for module in modules for part in module.modules()]
+    parts = [part for module in modules for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
     tables = [(table, dict(table)) for part in parts for table in (part._parameters, part._buffers)]
-    tensors = {tensor for _, entries in tables for tensor in entries.values() if tensor is not None}
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     before = [(tensor, tensor.detach().clone()) for tensor in tensors]
     numbers = _numbers(criterion)
     optimizer_state = copy.deepcopy(optimizer.state_dict())
@@ -231,7 +230,7 @@ def _check_scheduler(script, scheduler, optimizer, interval, epochs, num_batches
             advice += ', or pass scheduler_interval="batch" to engine.fit' if interval == "epoch" else ""
             raise UserError(f"{script}: {problem}, once per {interval}: {advice}")
         length = getattr(part, argument) if argument else part_steps
-        if length == part_steps or (argument == "T_max" and length == part_steps - 1):
+        if length == part_steps or (argument == "T_max" and length == part_steps - 1 > 0):
             continue
         if interval == "epoch" and length == epochs * num_batches:
             advice = 'pass scheduler_interval="batch" to engine.fit'
@@ -272,9 +271,10 @@ def _final_schedulers(scheduler, steps):
 
 
 def _check_augmentation(train):
-    """Check that an augmentation makes no new labels: not by filling with 0, scaling or interpolating masks.
+    """Check that an augmentation makes no new labels by filling with 0, scaling or interpolating masks.
 
-    Returns a list of warnings, if it moves masks differently than images, or draws random numbers that are not seeded.
+    Returns a list of warnings: of labels that may be pasted, masks that are moved differently than images, and random
+    numbers that are not seeded.
     """
     if train.augment is None:
         return []

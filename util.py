@@ -104,7 +104,7 @@ def mean_iou(matrix):
 
 
 def assignment_iou(truth, prediction, num_classes):
-    """IoU as the assignment's own code computes it, for comparison with its published results only.
+    """IoU as the assignment's own code computes it.
 
     It differs from the official metric in three ways: void counts as background (class 0); each image is scored by
     itself; a class in neither ground truth nor prediction of an image counts as 0 in the mean over all classes. A

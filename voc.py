@@ -103,7 +103,7 @@ class Split:
         """The mask as a uint8 array [H, W] of class indices and VOID; errors as in ``dataset.read_mask``."""
         path = self.mask_path(index)
         dataset.check_exists(path, is_mask=True)
-        return dataset.read_mask(path, self._num_values, self.root, self._colours)
+        return dataset.read_mask(path, max(self._num_values, len(self.classes)), self.root, self._colours)
 
     def resized(self, index, size):
         """Photo and mask at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
@@ -111,9 +111,10 @@ class Split:
         The photo is resized bilinearly with antialiasing, the mask to the nearest pixel. Raises a UserError if one of
         them is invalid, or if they differ in size.
         """
-        photo, mask = self.photo(index), Image.fromarray(self.mask(index))
-        dataset.check_sizes(self.photo_path(index), self.mask_path(index), photo.size, mask.size)
-        return np.dstack((imaging.resize(photo, size), imaging.resize(mask, size, Image.Resampling.NEAREST)))
+        photo, mask = self.photo(index), self.mask(index)
+        dataset.check_pair(self.photo_path(index), self.mask_path(index), photo, mask, self.classes)
+        mask = imaging.resize(Image.fromarray(mask), size, Image.Resampling.NEAREST)
+        return np.dstack((imaging.resize(photo, size), mask))
 
     def check(self, index):
         """Check a photo and its mask as ``resized`` does.
@@ -130,8 +131,7 @@ class Split:
 
         photo, mask = attempt(self.photo, index), attempt(self.mask, index)
         if not faults:
-            paths = self.photo_path(index), self.mask_path(index)
-            attempt(dataset.check_sizes, *paths, photo.size, mask.shape[::-1])
+            attempt(dataset.check_pair, self.photo_path(index), self.mask_path(index), photo, mask, self.classes)
         return faults, None if mask is None else np.bincount(mask.ravel(), minlength=VOID + 1)
 
     def is_unchanged(self):
@@ -140,7 +140,7 @@ class Split:
 
     def digest(self, size):
         """A short hash of all that ``resized`` depends on for any image of the list, whatever the limit."""
-        state = [DECODING, size, len(self.classes), PIL.__version__]
+        state = [DECODING, size, self._num_values, len(self.classes), PIL.__version__]
         for image_id in self.all_ids:
             for path in sum(self._paths(image_id), []):
                 found = path.stat() if os.path.exists(path) else None  # a missing file is reported when it is opened
@@ -256,7 +256,7 @@ class Loader:
         images, masks: the whole split, uint8 [N, 3, H, W] and [N, H, W], on the GPU if it takes less than a quarter of
             its free memory, else on the CPU.
         counts: the result of ``count`` at the start. ids: those of the split then.
-        mean, std: of ``normalise``, tuples of three floats.
+        mean, std: of ``normalise``, three numbers each.
     """
 
     mean, std = imaging.MEAN, imaging.STD

@@ -318,6 +318,18 @@ def test_one_cycle_is_stepped_once_per_batch(project):
     assert history(project, "out", "learning_rate") == pytest.approx(expected[::3], rel=1e-9)
 
 
+def test_state_of_an_optimizer_in_another_one_may_be_saved_in_any_place():
+    scope = {"torch": torch, "model": torch.nn.Linear(2, 2)}
+    exec(WRAPPER, scope)
+    optimizer = scope["optimizer"]
+    scope["model"](torch.ones(2)).sum().backward()
+    optimizer.step()
+    optimizer.state_dict = lambda: {"mine": [optimizer.inner.state_dict()]}
+    assert checkpoint.unsaved(optimizer) == []
+    optimizer.state_dict = lambda: {"state": {}}
+    assert len(checkpoint.unsaved(optimizer)) == 6  # of two parameters, Adam's two means and the number of steps
+
+
 def test_an_optimizer_in_another_one_keeps_its_groups(project):
     scope = {"torch": torch, "model": torch.nn.Linear(2, 2)}
     exec(WRAPPER, scope)
@@ -478,7 +490,7 @@ MISTAKES = {
         "rebuilt, it computes other logits",
     ),
     "eval mode": (net() + "model.layer.eval()", "layer of the network is in eval mode"),
-    "eval mode of all": (net() + "model.eval()", "all, layer of the network is in eval mode, .*: call its train"),
+    "eval mode of all": (net() + "model.eval()", "the network is in eval mode: call its train"),
     "train without self": (
         net().replace(
             "    def forward", "    def train(self, mode=True):\n        super().train(mode)\n\n    def forward"
@@ -523,6 +535,10 @@ MISTAKES = {
     "cosine per batch": (
         scheduler("CosineAnnealingLR(optimizer, args.epochs)", 'scheduler_interval="batch"'),
         r"T_max 4, but is stepped 12 times, once per batch: .*len\(train\)",
+    ),
+    "cosine without a step": (
+        scheduler("SequentialLR(optimizer, [") + WARM_UP.replace("500", "3").replace("optimizer, 4", "optimizer, 0"),
+        "T_max 0, but is stepped 1 times",
     ),
     "cosine too long": (
         scheduler("CosineAnnealingLR(optimizer, 100)"),
@@ -886,7 +902,7 @@ class OwnPixels(voc.Split):
         ("val.masks[:] = util.VOID", "the masks of val were changed, .* in the method mask of a subclass of voc.Split"),
     ],
 )
-def test_loaders_with_which_the_results_would_not_be_what_they_seem_are_refused(project, capsys, code, message):
+def test_loaders_that_would_give_misleading_results_are_refused(project, capsys, code, message):
     assert run(project, OWN_PIXELS, **after_loaders(code)) == 2
     assert re.match(f"error: train-mine.py: {message}", capsys.readouterr().err)
 
@@ -919,6 +935,13 @@ def test_classes_can_be_merged_in_a_subclass_of_split(project):
     assert checkpoint.load(project / "best_train-mine.pt").classes == ("background", "object")
 
 
+def test_a_subclass_of_split_that_leaves_values_without_a_class_is_refused(project, capsys):
+    changes = BINARY.replace("(mask > 0)", "(mask > 1)").replace("] = 1", "] = 2")
+    code = "train = voc.Loader(Binary(args.data, 'train'), 32, 2, True)"
+    assert run(project, changes, **after_loaders(code)) == 2
+    assert ".png: has the value 2 in the split, which has 2 classes: change it in" in capsys.readouterr().err
+
+
 def test_masks_can_be_changed_in_a_subclass_of_split_and_train_in_memory(project):
     """Of val, the scores at the end are those of the changed masks, which show background only."""
     code = "val = voc.Loader(Merged(args.data, 'val'), 32, 2); train.masks[:, :4] = util.VOID"
@@ -929,9 +952,11 @@ def test_masks_can_be_changed_in_a_subclass_of_split_and_train_in_memory(project
 
 @pytest.mark.parametrize("kind", ["numpy.array", "torch.tensor"])
 def test_mean_and_std_may_be_arrays(project, kind):
-    code = f"import numpy; train.mean = val.mean = test.mean = {kind}([0.25, 0.5, 0.75])"
+    values = f"{kind}([0.485, 0.5, 0.3])"
+    code = f"import numpy; train.mean = val.mean = test.mean = train.std = val.std = test.std = {values}"
     assert run(project, "", "--epochs 1", **after_loaders(code)) == 0
-    assert checkpoint.load(project / "best_train-mine.pt").mean == (0.25, 0.5, 0.75)
+    model = checkpoint.load(project / "best_train-mine.pt")
+    assert model.mean == model.std == pytest.approx((0.485, 0.5, 0.3))
 
 
 def test_a_model_has_the_size_at_which_it_is_scored(project, capsys):

@@ -128,7 +128,7 @@ def test_running_out_of_memory_says_what_to_lower(folder, monkeypatch, capsys, s
     monkeypatch.setattr(engine, "train_epoch", step)
     assert run_train(folder, "--epochs 3 --resume") == 2
     output, errors = capsys.readouterr()
-    assert len(errors.splitlines()) == 1 and "): lower --batch-size" in errors
+    assert len(errors.splitlines()) == 1 and "): lower the batch size" in errors
     assert "stopped after epoch 2; kept best_train.pt and last_train.pt" in output
 
 

@@ -94,6 +94,7 @@ def test_a_negative_loss_is_in_sight(tmp_path, figures):
     rows = [row | others | {"train_loss": -row["train_loss"]} for row in history(1)]
     plotting.curves(tmp_path / "a.png", "title", rows, 2, Scores(math.nan, torch.eye(2).long(), ("a", "b")), False)
     plotting.histories(tmp_path / "a.png", "title", {"a": [rows]}, {"a": "Loss"}, ("baseline", 0.05))
+    assert len(figures) == 2
     for figure in figures:
         bottom, top = figure.axes[0].get_ylim()
         values = [value for line in figure.axes[0].lines[:2] for value in line.get_ydata()]
