@@ -179,6 +179,7 @@ def test_killing_one_process_ends_the_other_and_keeps_a_readable_checkpoint(runs
 
 def test_a_batch_too_small_for_the_processes_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(processes, "world_size", lambda: 4)
+    monkeypatch.setattr(processes, "rank", lambda: 0)
     monkeypatch.setattr(processes, "main_process_first", contextlib.nullcontext)
     with pytest.raises(util.UserError, match="2 images are too few for 4 processes: raise --batch-size"):
         voc.loaders(tiny, 3, size=16)
