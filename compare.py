@@ -86,7 +86,7 @@ def collect(args):
     for run in matching:
         experiments.setdefault(run.metrics["experiment"], {}).setdefault(run.metrics["seed"], run)
     for run in matching:
-        if (run.splits, [*run.metrics["val"]["iou"]]) != (matching[0].splits, [*matching[0].metrics["val"]["iou"]]):
+        if (run.splits, run.classes) != (matching[0].splits, matching[0].classes):
             problem = f"{run.path}: differs from {matching[0].path} in the names of the classes or the splits"
             raise UserError(f"{problem}: repeat one of the runs with --overwrite, or compare with another --out")
     names = [name for name in EXPERIMENTS if name in experiments] + sorted(experiments.keys() - EXPERIMENTS.keys())
@@ -195,7 +195,7 @@ def difference_row(name, runs, base_name, base, split):
         return None
     differences = [runs[seed].class_ious(split) - base[seed].class_ious(split) for seed in runs if seed in base]
     by_class = mean_without_nan(differences)
-    classes = list(next(iter(base.values())).metrics[split]["iou"])
+    classes = next(iter(base.values())).classes
     ranked = [index for index in np.argsort(by_class) if not math.isnan(by_class[index])]
     changes = {index: f"{classes[index]} {by_class[index]:+.2f}" for index in ranked}
     gains = [changes[index] for index in ranked[:-4:-1] if by_class[index] >= 0.005]
@@ -408,8 +408,7 @@ def draw_plots(out, experiments):
     baseline, val_baseline = ((run.baseline_name, run.metrics[name]["background"]["miou"]) for name in (split, "val"))
     plotting.comparison(plots / "comparison.png", title, mious, baseline)
     ious = [mean_without_nan([run.class_ious(split) for run in runs]) for runs in experiments.values()]
-    classes = list(run.metrics[split]["iou"])
-    plotting.classes_by_experiment(plots / "classes.png", title, list(experiments), classes, np.stack(ious))
+    plotting.classes_by_experiment(plots / "classes.png", title, list(experiments), run.classes, np.stack(ious))
     histories = {name: [run.history for run in runs] for name, runs in experiments.items()}
     losses = {name: {run.metrics.get("loss") or "" for run in runs} for name, runs in experiments.items()}
     losses = {name: " and ".join(sorted(found)) or None for name, found in losses.items()}

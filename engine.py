@@ -166,7 +166,7 @@ def evaluate(model, loader, criterion, full_resolution=True):
             full_masks = pool.map(loader.split.mask, indices.tolist())
             # upsampling one image of a channels_last batch is far slower than of a contiguous one
             for index, image_logits, mask in zip(indices.tolist(), logits.contiguous(), full_masks):
-                mask, before = torch.from_numpy(mask.astype("uint8", order="C")).to(device), matrix.clone()
+                mask, before = torch.from_numpy(mask.astype("uint8", order="C", copy=False)).to(device), matrix.clone()
                 for columns, prediction in predict_strips(image_logits, mask.shape):
                     matrix += util.confusion_matrix(mask[:, columns], prediction, num_classes)
                 image_ious[index] = util.mean_iou((matrix - before).cpu())  # Apple GPUs lack float64
@@ -241,7 +241,7 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
         status=lambda: f"loss {_mean_loss(torch.stack(results)[:, :2].cpu()):.4f}",
     )
     for index, (images, masks, indices) in enumerate(batches):
-        learning_rates.append([float(group["lr"]) for group in optimizer.param_groups])
+        learning_rates.append(util.learning_rates(optimizer))
         *result, logits = training_step(network, images, masks, criterion, optimizer, index=index, count=len(loader))
         results.append(torch.stack([value.detach() for value in result]))
         batch_indices.append(indices)

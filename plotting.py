@@ -129,11 +129,11 @@ def curves(path, title, history, best_epoch, baseline, weighted):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
     losses = [row[f"{split}_loss"] for row in history for split in ("train", "val")]
+    from_zero = [accuracy, miou]
     if min(losses) > 0 and max(losses) > 20 * np.median(losses):
         loss.set_yscale("log")  # a single epoch would flatten the others
-        from_zero = (accuracy, miou)
-    else:
-        from_zero = (loss, accuracy, miou) if min(losses) >= 0 else (accuracy, miou)
+    elif min(losses) >= 0:
+        from_zero.append(loss)
     for axis in from_zero:
         axis.update_datalim([(0, 0)])  # include 0 before the margin at the top is computed
         axis.autoscale_view(scalex=False)
@@ -320,8 +320,8 @@ def histories(path, title, runs, losses, baseline):
     columns = math.ceil(len(runs) / num_rows)
     figure = _figure(max(5, 2 * columns + 0.6), 4.4 * num_rows + 0.8, title)
     keys, shared = [losses[name] or name for name in runs], {}
-    rows = [row for seeds in runs.values() for history in seeds for row in history]
-    positive = min(row[f"{split}_loss"] for row in rows for split in ("train", "val")) > 0
+    all_epochs = [epoch for seeds in runs.values() for history in seeds for epoch in history]
+    positive = min(epoch[f"{split}_loss"] for epoch in all_epochs for split in ("train", "val")) > 0
     for index, (name, seeds) in enumerate(runs.items()):
         column = index % columns
         place = 2 * (index - column) + column + 1

@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 import checkpoint
 import imaging
 import processes
-from util import VOID, UserError, is_out_of_memory, reason, seed_everything
+from util import VOID, UserError, is_out_of_memory, learning_rates, reason, seed_everything
 from voc import Split
 
 # files in which a user's mistake may surface
@@ -48,7 +48,7 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
             _check_logits(forward(model, val_images)["out"], val_images, train.classes)
         with _stage(script, "the criterion (masks hold util.VOID for void)"):
             warnings += _check_criterion(criterion, logits.contiguous(), masks)
-        rates, numbers = [float(group["lr"]) for group in optimizer.param_groups], _numbers(criterion)
+        rates, numbers = learning_rates(optimizer), _numbers(criterion)
         with _stage(script, "the training step"), _frozen_batch_norm(model.train()) as following:
             used, wanted = set(), set(map(id, _optimized(optimizer)))
             for _ in range(NUM_TRIES if processes.world_size() == 1 else 1):  # some leave out layers at random
@@ -58,7 +58,7 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
         if following:
             advice = "unless that is intended, use torchvision's FrozenBatchNorm2d or override train() in the network"
             warnings.append(f"frozen batch norm still updates its running statistics ({_some(following)}): {advice}")
-        if [float(group["lr"]) for group in optimizer.param_groups] != rates:
+        if learning_rates(optimizer) != rates:
             advice = "unless that depends on index and count only, pass a scheduler to engine.fit"
             warnings.append(f"training_step changes the learning rate, and --resume may not restore it: {advice}")
         if changed := [name for attributes, name, value in numbers if repr(attributes.get(name)) != repr(value)]:

@@ -399,8 +399,12 @@ class Run:
         return self.path.parents[1] / "plots" / f"{self.metrics['experiment']}_report.html"
 
     @property
+    def classes(self):
+        return tuple(self.metrics["val"]["iou"])
+
+    @property
     def baseline_name(self):
-        return util.baseline_name(self.metrics["val"]["iou"])
+        return util.baseline_name(self.classes)
 
     def minutes_until(self, miou):
         """The time until mean IoU on val, at the input's size, first reaches a value; NaN if it does not."""

@@ -125,6 +125,11 @@ def baseline_name(classes):
     return ("majority-class" if background_label(classes) is None else "all-background") + " baseline"
 
 
+def learning_rates(optimizer):
+    """The learning rate of each parameter group, a list of float."""
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
 def class_weights(criterion):
     """The class weights of a cross-entropy, float32 [C], or None."""
     return criterion.weight if isinstance(criterion, torch.nn.CrossEntropyLoss) else None

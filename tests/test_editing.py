@@ -318,11 +318,16 @@ def test_one_cycle_is_stepped_once_per_batch(project):
     assert history(project, "out", "learning_rate") == pytest.approx(expected[::3], rel=1e-9)
 
 
-def test_state_of_an_optimizer_in_another_one_may_be_saved_in_any_place():
-    scope = {"torch": torch, "model": torch.nn.Linear(2, 2)}
+def wrapped_optimizer(model):
+    scope = {"torch": torch, "model": model}
     exec(WRAPPER, scope)
-    optimizer = scope["optimizer"]
-    scope["model"](torch.ones(2)).sum().backward()
+    return scope["optimizer"]
+
+
+def test_state_of_an_optimizer_in_another_one_may_be_saved_in_any_place():
+    model = torch.nn.Linear(2, 2)
+    optimizer = wrapped_optimizer(model)
+    model(torch.ones(2)).sum().backward()
     optimizer.step()
     optimizer.state_dict = lambda: {"mine": [optimizer.inner.state_dict()]}
     assert checkpoint.unsaved(optimizer) == []
@@ -330,10 +335,8 @@ def test_state_of_an_optimizer_in_another_one_may_be_saved_in_any_place():
     assert len(checkpoint.unsaved(optimizer)) == 6  # of two parameters, Adam's two means and the number of steps
 
 
-def test_an_optimizer_in_another_one_keeps_its_groups(project):
-    scope = {"torch": torch, "model": torch.nn.Linear(2, 2)}
-    exec(WRAPPER, scope)
-    optimizer = scope["optimizer"]
+def test_an_optimizer_in_another_one_keeps_its_groups():
+    optimizer = wrapped_optimizer(torch.nn.Linear(2, 2))
     checkpoint.load_optimizer(optimizer, optimizer.state_dict())
     assert optimizer.param_groups[0] is optimizer.inner.param_groups[0]  # whose learning rate a scheduler changes
 
