@@ -3,9 +3,9 @@
     python benchmarks/ablation.py network --data data/VOCdevkit/CamVid --seeds 0 1 2
 
 ``network`` removes parts of train_5_a.py's network; in ``augmentation``, train_4_b.py shows each image three times
-unchanged: as many steps without the variety; ``recipe`` leaves out or changes each part of train_6.py. Prints mean IoU
-and paired differences on val. Finished runs are not repeated, and stopped ones continue; a study that was edited here
-needs another --out. Other flags are those of the script.
+unchanged: as many steps without the variety; in ``annealing``, it keeps its learning rate; ``recipe`` leaves out or
+changes each part of train_6.py. Prints mean IoU and paired differences on val. Finished runs are not repeated, and
+stopped ones continue; a study that was edited here needs another --out. Other flags are those of the script.
 """
 
 import contextlib
@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torchvision.models import resnet18
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -74,6 +75,15 @@ STUDIES = {
                 "transforms.Augmentation": lambda unchanged, augmented, **_: Augmentation(
                     unchanged=unchanged + augmented, augmented=0
                 )
+            },
+        },
+    ),
+    "annealing": (
+        train_4_b,
+        {
+            "as it is": {},
+            "constant learning rate": {
+                "torch.optim.lr_scheduler.CosineAnnealingLR": lambda optimizer, **_: LambdaLR(optimizer, lambda _: 1.0)
             },
         },
     ),
