@@ -320,7 +320,7 @@ def sections(experiments, failures):
     ]
     differences = [row for row in rows if row]
 
-    machines = sorted({f"{run.metrics['device']}, torch {run.metrics['versions']['torch']}" for run in runs})
+    machines = sorted({run.machine for run in runs})
     images = "all images" if limit is None else f"the first {limit} images of each split"
     text = f"""`python {shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`; runs on {"; ".join(machines)}.
 

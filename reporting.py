@@ -394,6 +394,10 @@ class Run:
         return ("val",) if self.metrics["test"] is None else ("val", "test")
 
     @property
+    def machine(self):
+        return f"{self.metrics['device']}, torch {self.metrics['versions']['torch']}"
+
+    @property
     def report(self):
         """The path of its HTML report, which may not exist."""
         return self.path.parents[1] / "plots" / f"{self.metrics['experiment']}_report.html"

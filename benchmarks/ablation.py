@@ -3,9 +3,9 @@
     python benchmarks/ablation.py network --data data/VOCdevkit/CamVid --seeds 0 1 2
 
 ``network`` removes parts of train_5_a.py's network; in ``augmentation``, train_4_b.py shows each image three times
-unchanged: as many steps without the variety; in ``annealing``, it keeps its learning rate; ``recipe`` leaves out or
-changes each part of train_6.py. Prints mean IoU and paired differences on val. Finished runs are not repeated, and
-stopped ones continue; a study that was edited here needs another --out. Other flags are those of the script.
+unchanged, as many steps without the variety, or keeps its learning rate; ``recipe`` leaves out or changes each part of
+train_6.py. Prints mean IoU and paired differences on val. Finished runs are not repeated, and stopped ones continue; a
+study that was edited here needs another --out. Other flags are those of the script.
 """
 
 import contextlib
@@ -76,12 +76,6 @@ STUDIES = {
                     unchanged=unchanged + augmented, augmented=0
                 )
             },
-        },
-    ),
-    "annealing": (
-        train_4_b,
-        {
-            "as it is": {},
             "constant learning rate": {
                 "torch.optim.lr_scheduler.CosineAnnealingLR": lambda optimizer, **_: LambdaLR(optimizer, lambda _: 1.0)
             },
@@ -124,7 +118,7 @@ def main():
         raise UserError("--no-pretrained: is a variant of its own")
     wanted = cli.shared_flags("").parse_args(flags)
     script, variants = STUDIES[args.study]
-    results, differences, base = [], [], None
+    results, differences, base, machines = [], [], None, set()
     for name, replacements in variants.items():
         runs = {}
         for seed in args.seeds:
@@ -141,12 +135,13 @@ def main():
                 raise UserError(f"{metrics}: is from a run with other flags: choose another --out")
             if change := runs[seed].code_change(compare.ROOT):
                 raise UserError(f"{metrics}: {change}: choose another --out")
+            machines.add(runs[seed].machine)
         miou = compare.mean_and_std([run.score("val", "miou") for run in runs.values()])
         results.append({args.study: name, "seeds": len(runs), "val mean IoU": miou})
         base = base or runs
         if runs is not base:
             differences.append(compare.difference_row(name, runs, "as it is", base, "val"))
-    print(f"\n{script.__name__}.py {' '.join(flags)}, torch {torch.__version__}\n")
+    print(f"\n{script.__name__}.py {' '.join(flags)}; runs on {'; '.join(sorted(machines))}\n")
     print(compare.markdown_table(results), compare.markdown_table(differences), sep="\n\n")
 
 
