@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from tiny_net import TinyNet
 
 import checkpoint
 import cli
+import files
 import imaging
+import plotting
 import processes
 import train
 import util
@@ -111,13 +112,24 @@ def run_main(folder, module, flags):
     return 0
 
 
+def skip_drawing(patch):
+    """Make runs fast: write random bytes instead of the plots of a run."""
+
+    def write(path, *_, **options):
+        with files.atomic_write(path) as file:
+            file.write(os.urandom(100_000))
+
+    for name in ("curves", "class_iou", "confusion", "predictions", "samples"):
+        patch.setattr(plotting, name, write)
+
+
 def use_tiny_net(patch):
-    """Make runs fast: train.py trains TinyNet, which ``checkpoint.load`` finds here, at 32x32, and renders no plot."""
+    """Make runs fast: train.py trains TinyNet, which ``checkpoint.load`` finds here, at 32x32, and draws no plot."""
     loaders = voc.loaders
     patch.setattr(voc, "loaders", lambda *args, size, **options: loaders(*args, size=32, **options))
     patch.setattr(train, "FCN", TinyNet)
     patch.setattr(checkpoint, "ROOT", TESTS)
-    patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(os.urandom(100_000)))
+    skip_drawing(patch)
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TESTS, make_tiny, run_main
-from matplotlib.figure import Figure
+from conftest import ROOT, TESTS, make_tiny, run_main, skip_drawing
 from tiny_net import TinyNet
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import basic_fcn
 import checkpoint
@@ -19,6 +19,7 @@ import engine
 import predict
 import preflight
 import resnet_fcn
+import resnet_unet
 import util
 import voc
 
@@ -61,6 +62,12 @@ def edit(script, changes):
     return script
 
 
+def small_resnet(weights=None, norm_layer=None):
+    """A ResNet-18 with half of its blocks."""
+    assert weights is None
+    return ResNet(BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A folder with data, in which scripts and networks are looked up; the networks are small, plots are not drawn."""
@@ -69,7 +76,9 @@ def project(tmp_path, monkeypatch):
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     monkeypatch.setattr(basic_fcn, "FCN", TinyNet)
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a plot"))
+    skip_drawing(monkeypatch)
+    for module in (resnet_fcn, resnet_unet):
+        monkeypatch.setattr(module, "resnet18", small_resnet)
     loaders = voc.loaders
     small = {224: 32, (192, 256): (18, 24), 320: 32, (352, 480): 64}
     monkeypatch.setattr(

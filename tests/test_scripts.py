@@ -10,8 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, linked, run_main, use_tiny_net
-from matplotlib.figure import Figure
+from conftest import ROOT, SHARED, linked, run_main, skip_drawing, use_tiny_net
 from PIL import Image
 
 import checkpoint
@@ -44,7 +43,7 @@ def test_experiment_writes_its_files_to_the_current_folder(tiny, tmp_path, monke
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights"))
         monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
         flags += " --no-pretrained"
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"a plot"))  # for speed
+    skip_drawing(monkeypatch)
     assert run_main(tmp_path, importlib.import_module(script), flags) == 0
     output, error = capsys.readouterr()
     assert "frozen batch norm" not in output
@@ -83,7 +82,8 @@ def test_damaged_or_missing_imagenet_weights_are_named(tiny, tmp_path, monkeypat
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_4_a_anneals_the_learning_rate_once_per_epoch(tiny, tmp_path):
+def test_4_a_anneals_the_learning_rate_once_per_epoch(tiny, tmp_path, monkeypatch):
+    skip_drawing(monkeypatch)
     assert run_main(tmp_path, train_4_a, f"--data {tiny} --device cpu --epochs 3 --limit 2 --batch-size 1") == 0
     rates = np.loadtxt(tmp_path / "results" / "train_4_a_seed0.csv", delimiter=",", skiprows=1)[:, 1]
     # Loshchilov and Hutter (2017), equation 5, from the baseline's rate to 0 after the last epoch
