@@ -395,6 +395,7 @@ class Run:
 
     @property
     def machine(self):
+        """Its device and PyTorch's version, as text."""
         return f"{self.metrics['device']}, torch {self.metrics['versions']['torch']}"
 
     @property

@@ -2,10 +2,10 @@
 
     python benchmarks/ablation.py network --data data/VOCdevkit/CamVid --seeds 0 1 2
 
-``network`` removes parts of train_5_a.py's network; in ``augmentation``, train_4_b.py shows each image three times
-unchanged, as many steps without the variety, or keeps its learning rate; ``recipe`` leaves out or changes each part of
-train_6.py. Prints mean IoU and paired differences on val. Finished runs are not repeated, and stopped ones continue; a
-study that was edited here needs another --out. Other flags are those of the script.
+``network`` removes parts of train_5_a.py's network; ``augmentation`` changes train_4_b.py: three unchanged copies of
+each image, which are as many steps without the variety, or a constant learning rate; ``recipe`` leaves out or changes
+parts of train_6.py. Prints mean IoU and paired differences on val. Finished runs are not repeated, and stopped ones
+continue; a study that was edited here needs another --out. Other flags are those of the script.
 """
 
 import contextlib
@@ -141,7 +141,8 @@ def main():
         base = base or runs
         if runs is not base:
             differences.append(compare.difference_row(name, runs, "as it is", base, "val"))
-    print(f"\n{script.__name__}.py {' '.join(flags)}; runs on {'; '.join(sorted(machines))}\n")
+    command = f"{args.study} of {script.__name__}.py {' '.join(flags)}"
+    print(f"\n{command}, seeds {', '.join(map(str, args.seeds))}; runs on {'; '.join(sorted(machines))}\n")
     print(compare.markdown_table(results), compare.markdown_table(differences), sep="\n\n")
 
 

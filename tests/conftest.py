@@ -5,16 +5,17 @@ import shlex
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tiny_net import TinyNet
 
 import checkpoint
 import cli
-import files
 import imaging
 import plotting
 import processes
@@ -113,14 +114,12 @@ def run_main(folder, module, flags):
 
 
 def skip_drawing(patch):
-    """Make runs fast: write random bytes instead of the plots of a run."""
-
-    def write(path, *_, **options):
-        with files.atomic_write(path) as file:
-            file.write(os.urandom(100_000))
-
+    """Make runs fast: the plots of a run are saved as 100,000 random bytes, and not drawn."""
+    patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(os.urandom(100_000)))
     for name in ("curves", "class_iou", "confusion", "predictions", "samples"):
-        patch.setattr(plotting, name, write)
+        draw = mock.create_autospec(getattr(plotting, name))
+        draw.side_effect = lambda path, *_: plotting._save(Figure(), path)
+        patch.setattr(plotting, name, draw)
 
 
 def use_tiny_net(patch):

@@ -38,22 +38,42 @@ def test_what_a_variant_replaces_exists(study):
                 stack.enter_context(mock.patch(target, replacement))
 
 
+def arguments_of_fit(study, variant, data, out):
+    """What the script of a study, changed as in a variant, hands over to engine.fit."""
+    script, variants = ablation.STUDIES[study]
+    command = [f"{script.__name__}.py", "--data", str(data), "--device", "cpu", "--limit", "2", "--out", str(out)]
+    with ExitStack() as stack:
+        fit = stack.enter_context(mock.patch.object(engine, "fit"))
+        for target, replacement in ({"sys.argv": command} | variants[variant]).items():
+            stack.enter_context(mock.patch(target, replacement))
+        script.main()
+    return fit.call_args
+
+
+@pytest.mark.parametrize("name", ablation.STUDIES["augmentation"][1])
+def test_a_variant_of_the_augmentation_changes_what_its_name_says(tiny, tmp_path, name):
+    (args, _, train, *_), options = arguments_of_fit("augmentation", name, tiny, tmp_path)
+    for _ in range(args.epochs):
+        rates = [group["lr"] for group in options["optimizer"].param_groups]
+        options["optimizer"].step()
+        options["scheduler"].step()
+    num_augmented = 0 if name == "copies" else 2
+    assert (train.repeats, train.unchanged) == (3, 3 - num_augmented)
+    if name == "constant learning rate":
+        assert rates == [5e-4, 1e-2]
+    else:
+        assert all(rate < 1e-4 for rate in rates)
+
+
 @pytest.mark.parametrize("name", ablation.STUDIES["recipe"][1])
 def test_a_variant_of_the_recipe_changes_what_its_name_says(tiny, tmp_path, monkeypatch, name):
     if not (SHARED / "torch" / "hub" / "checkpoints").is_dir():
         pytest.skip("needs the ImageNet weights")
     monkeypatch.setenv("TORCH_HOME", str(SHARED / "torch"))
-    script, variants = ablation.STUDIES["recipe"]
 
-    def run(replacements):
+    def run(variant):
         """What train_6.py hands over to the engine: numbers of each part."""
-        command = ["train_6.py", "--data", str(tiny), "--device", "cpu", "--limit", "2", "--out", str(tmp_path)]
-        with ExitStack() as stack:
-            fit = stack.enter_context(mock.patch.object(engine, "fit"))
-            for target, replacement in ({"sys.argv": command} | replacements).items():
-                stack.enter_context(mock.patch(target, replacement))
-            script.main()
-        (_, model, train, *_), options = fit.call_args
+        (_, model, train, *_), options = arguments_of_fit("recipe", variant, tiny, tmp_path)
         backbone = dict(model.network.backbone.named_parameters())
         return {
             "backbone": backbone["0.0.weight"].sum().item(),
@@ -67,7 +87,7 @@ def test_a_variant_of_the_recipe_changes_what_its_name_says(tiny, tmp_path, monk
             "size": train.size,
         }
 
-    before, after = run({}), run(variants[name])
+    before, after = run("as it is"), run(name)
     assert {part for part in before if before[part] != after[part]} == CHANGES[name]
     assert before["batch norm"] == {nn.BatchNorm2d}
     if name == "without weights":

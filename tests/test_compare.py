@@ -392,6 +392,7 @@ def test_script_of_the_user_is_compared_with_ours(tiny, tmp_path):
     script = (ROOT / "train.py").read_text(encoding="utf-8").replace("size=224", "size=32")
     for name in ("train.py", "train_mine.py"):
         (project / name).write_text(script, encoding="utf-8")
+    assert "size=32" in script
     flags = "--experiments train train_mine --seeds 0 1 2 --epochs 1 --limit 2 --batch-size 2 --device cpu --data"
     line = [sys.executable, "-c", IN_ONE_PROCESS, *flags.split(), str(tiny)]
     done = subprocess.run(line, cwd=project, capture_output=True, text=True)
@@ -400,7 +401,7 @@ def test_script_of_the_user_is_compared_with_ours(tiny, tmp_path):
     assert [row[:2] for row in rows[3:5]] == [["train: baseline", "3"], ["train_mine: baseline", "3"]]
     # the same script with the same seeds: no difference at all
     assert rows[7][:5] == ["train_mine: baseline", "train", "+0.0000", "+0.0000 to +0.0000", "no"]
-    (project / "train_mine.py").write_text(script.replace("lr", "LR", 1))
+    (project / "train_mine.py").write_text(script.replace("lr", "LR", 1), encoding="utf-8")
     done = subprocess.run(line, cwd=project, capture_output=True, text=True)
     rows = [row[:2] for row in table_rows(done.stdout) if "train_mine.py has changed since" in row[-1]]
     assert [done.returncode, rows] == [0, [["train_mine", str(seed)] for seed in range(3)]]

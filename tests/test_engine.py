@@ -36,6 +36,8 @@ import util
 import voc
 from util import UserError
 
+draw_curves = plotting.curves  # which the fixture tiny_net replaces
+
 pytestmark = pytest.mark.usefixtures("tiny_net")
 
 SIZE = 32
@@ -629,6 +631,7 @@ def test_metrics_on_train_are_those_of_the_logits_that_were_trained_on(tiny):
 
 def test_curves_are_there_and_complete_from_the_first_epoch_on(tiny, tmp_path, monkeypatch):
     """A viewer that looks at any moment, here in each later epoch, finds a complete picture that changes."""
+    monkeypatch.setattr(plotting, "curves", draw_curves)
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: figure.canvas.print_figure(file, **options))
     monkeypatch.setattr(reporting, "INTERVALS", {"curves": 0, "predictions": math.inf})
     monkeypatch.setattr(reporting, "DRAWING_SHARE", math.inf)

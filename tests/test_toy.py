@@ -13,7 +13,7 @@ import voc
 def splits(tmp_path_factory):
     """The splits of the complete toy set and their masks: a dict of name to (voc.Split, list of arrays)."""
     root = tmp_path_factory.mktemp("toy") / "Toy"
-    with pytest.MonkeyPatch.context() as patch:  # the backdrop, nearly half of the time, does not change masks
+    with pytest.MonkeyPatch.context() as patch:  # takes nearly half of the time, and does not change masks
         patch.setattr(toy, "_backdrop", lambda noise, width, height: np.zeros((height, width, 3), np.float32))
         toy.render(root)
     found = {name: voc.Split(root, name) for name in toy.SPLITS}
