@@ -149,8 +149,9 @@ def _sample(photo, truth, predicted, classes):
         imaging.resize(Image.fromarray(mask), (height, width), Image.Resampling.NEAREST) for mask in (truth, predicted)
     )
     wrong = imaging.wrong_pixels(photo, truth, predicted)
-    images = {"photo": Image.fromarray(photo), "ground truth": imaging.palette_image(truth)}
-    images |= {"prediction": imaging.palette_image(predicted), "wrong pixels": Image.fromarray(wrong)}
+    colours = imaging.class_colours(classes)
+    images = {"photo": Image.fromarray(photo), "ground truth": imaging.palette_image(truth, colours)}
+    images |= {"prediction": imaging.palette_image(predicted, colours), "wrong pixels": Image.fromarray(wrong)}
     lines = ['<div class="images">']
     for name, image in images.items():
         file, kind = io.BytesIO(), "png" if image.mode == "P" else "jpeg"
@@ -160,7 +161,7 @@ def _sample(photo, truth, predicted, classes):
         lines.append(f'<figure><figcaption>{name}</figcaption><img src="{source}" {attributes}></figure>')
     lines += ["</div>", '<ul class="legend">']
     names = {**dict(enumerate(classes)), VOID: "void, not evaluated"}
-    legend = [(imaging.PALETTE[label], names[label]) for label in np.union1d(truth, predicted).tolist()]
+    legend = [(colours[label], names[label]) for label in np.union1d(truth, predicted).tolist()]
     for (red, green, blue), name in [*legend, (imaging.WRONG, "wrong pixels")]:
         lines.append(f'<li><i style="background: rgb({red}, {green}, {blue})"></i>{escape(name)}</li>')
     return "\n".join([*lines, "</ul>"])

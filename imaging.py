@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 import processes
-from util import VOID, UserError, reason
+from util import VOID, UserError, background_label, reason
 
 # Mean and standard deviation of ImageNet's photos in 0..1, as red, green, blue: torchvision's weights expect them.
 MEAN = (0.485, 0.456, 0.406)
@@ -40,11 +40,42 @@ PALETTE = _palette()  # uint8 [256, 3], RGB; row 255 is the colour of void
 WRONG = (213, 94, 0)  # the colour of wrong pixels, an orange for the colour-blind
 
 
-def palette_image(mask):
-    """A mask, uint8 array [H, W] of class indices and VOID, as a PIL image with VOC's palette."""
+def palette_image(mask, colours=PALETTE):
+    """A mask, uint8 array [H, W] of class indices and VOID, as a PIL image with a palette, uint8 [256, 3]."""
     image = Image.fromarray(mask)
-    image.putpalette(PALETTE.tobytes())
+    image.putpalette(colours.tobytes())
     return image
+
+
+@functools.cache
+def distinct_colours():
+    """A colour for each class that differs clearly from the others: uint8 [255, 3], RGB, the same in every run.
+
+    VOC's palette gives neighbours such as classes 1 and 8 dark reds. Here each colour is, of 4,096, the one that is
+    farthest from all before in the Oklab colour space (Björn Ottosson, 2020), without greys and extremes of lightness.
+    """
+    levels = np.linspace(0, 255, 16)
+    colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    linear = np.where(colours > 10.3, ((colours / 255 + 0.055) / 1.055) ** 2.4, colours / 255 / 12.92)
+    to_lms = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
+    to_lab = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
+    lab = np.cbrt(linear @ np.transpose(to_lms)) @ np.transpose(to_lab)
+    suitable = (lab[:, 0] > 0.35) & (lab[:, 0] < 0.95) & (np.hypot(lab[:, 1], lab[:, 2]) > 0.06)
+    colours, lab = colours[suitable], lab[suitable]
+    chosen = [int(np.argmax(lab[:, 1]))]
+    distance = np.full(len(lab), np.inf)
+    while len(chosen) < 255:
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+        chosen.append(int(distance.argmax()))
+    return colours[chosen].astype(np.uint8)
+
+
+def class_colours(classes):
+    """The colours of classes in a plot: uint8 [256, 3], RGB; row 255 is void.
+
+    VOC's palette, whose first colour is black, for classes with a background, else ``distinct_colours``.
+    """
+    return np.vstack((distinct_colours(), PALETTE[VOID:])) if background_label(classes) is None else PALETTE
 
 
 def open_image(path, max_pixels=MAX_PIXELS):

@@ -239,6 +239,7 @@ def predictions(path, title, classes, samples, models=("prediction",)):
     num_lines = math.ceil((1 + len(titles)) / MAX_COLUMNS)
     columns = math.ceil((1 + len(titles)) / num_lines)
     side, gap = min(2.5, WIDTH / columns), 0.06  # inches
+    colours = imaging.class_colours(classes)
     width = columns * side + gap
     handles = _class_handles(classes, [mask for sample in samples for mask in sample[2:]])
     handles += [Patch(facecolor=ORANGE, edgecolor="black", label="wrong pixels")] * shows_errors
@@ -251,7 +252,7 @@ def predictions(path, title, classes, samples, models=("prediction",)):
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 1 - 0.32 / height), "borderaxespad": 0}
     figure.legend(handles=handles, ncols=legend_columns, fontsize=9, frameon=False, **place)
     for (name, photo, truth, *masks), picture_height, heading in zip(samples, heights, headings):
-        pictures = [photo, *(imaging.PALETTE[mask] for mask in (truth, *masks))]
+        pictures = [photo, *(colours[mask] for mask in (truth, *masks))]
         if shows_errors:
             pictures.append(imaging.wrong_pixels(photo, truth, *masks))
         name = "\n".join(_shortened(name.splitlines()))
@@ -268,7 +269,8 @@ def predictions(path, title, classes, samples, models=("prediction",)):
 def samples(path, title, classes, images, masks):
     """Draw photos, a multiple of 4, each with its mask to the right of it."""
     figure = _figure(14, 1.6 * len(images) / 4 + 0.8, title)
-    pictures = [picture for image, mask in zip(images, masks) for picture in (image, imaging.PALETTE[mask])]
+    colours = imaging.class_colours(classes)
+    pictures = [picture for image, mask in zip(images, masks) for picture in (image, colours[mask])]
     for axis, picture in zip(figure.subplots(len(images) // 4, 8).flat, pictures):
         axis.imshow(picture)
         axis.set(xticks=[], yticks=[])
@@ -358,7 +360,7 @@ def _class_handles(classes, masks):
     counts = sum(np.bincount(np.ravel(mask), minlength=VOID + 1) for mask in masks)
     labels = [label for label in _most_frequent(counts).tolist() if counts[label]]
     names = _shortened(["void" if label == VOID else classes[label] for label in labels])
-    colours = imaging.PALETTE[labels] / 255
+    colours = imaging.class_colours(classes)[labels] / 255
     handles = [Patch(facecolor=colour, edgecolor="black", label=name) for colour, name in zip(colours, names)]
     if (counts > 0).sum() > len(labels):
         handles.append(Line2D([], [], linestyle="", label=f"and {(counts > 0).sum() - len(labels)} more"))

@@ -154,29 +154,6 @@ def segment(model, photo, device="cpu"):
     return engine.predict_mask(logits, (photo.height, photo.width)).cpu().numpy()
 
 
-@functools.cache
-def overlay_palette():
-    """Colours of classes in an overlay: uint8 [255, 3], RGB, the same in every run.
-
-    VOC's palette gives neighbours such as classes 1 and 8 dark reds. Here each colour is, of 4,096, the one that is
-    farthest from all before in the Oklab colour space (Björn Ottosson, 2020), without greys and extremes of lightness.
-    """
-    levels = np.linspace(0, 255, 16)
-    colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    linear = np.where(colours > 10.3, ((colours / 255 + 0.055) / 1.055) ** 2.4, colours / 255 / 12.92)
-    to_lms = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
-    to_lab = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
-    lab = np.cbrt(linear @ np.transpose(to_lms)) @ np.transpose(to_lab)
-    suitable = (lab[:, 0] > 0.35) & (lab[:, 0] < 0.95) & (np.hypot(lab[:, 1], lab[:, 2]) > 0.06)
-    colours, lab = colours[suitable], lab[suitable]
-    chosen = [int(np.argmax(lab[:, 1]))]
-    distance = np.full(len(lab), np.inf)
-    while len(chosen) < 255:
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
-        chosen.append(int(distance.argmax()))
-    return colours[chosen].astype(np.uint8)
-
-
 def overlay(photo, mask, classes):
     """Draw the classes over a photo: half its colours, with a contour around each class; background stays as it is.
 
@@ -191,7 +168,7 @@ def overlay(photo, mask, classes):
     result = np.array(photo)
     for top in range(0, len(mask), STRIP_ROWS):
         rows = slice(top, top + STRIP_ROWS)
-        colours = overlay_palette()[mask[rows]]
+        colours = imaging.distinct_colours()[mask[rows]]
         blend = np.where(contours[rows, :, None], colours, result[rows] // 2 + colours // 2)
         np.copyto(result[rows], blend, where=is_object[mask[rows]][..., None])
     return Image.fromarray(result)
@@ -216,7 +193,7 @@ def draw_legend(classes, labels):
     draw = ImageDraw.Draw(image)
     for row, label in enumerate(labels):
         top = 6 + step * row
-        fill = "white" if label == background_label(classes) else tuple(overlay_palette()[label].tolist())
+        fill = "white" if label == background_label(classes) else tuple(imaging.distinct_colours()[label].tolist())
         draw.rectangle((8, top, 40, top + 20), fill, "black")
         draw.text((50, top), classes[label], "black", font)
     return image

@@ -145,6 +145,8 @@ class Report:
             self._write_history(history)
         elif args.resume:
             log("nothing to resume: starting")
+        if processes.is_main():
+            import plotting  # noqa: F401  # a signal during an import after the first epoch would prevent all plots
 
     def epoch(self, history, best):
         """After an epoch: write the CSV, print a line, and redraw plots. ``best`` is the row of the best epoch."""
@@ -179,7 +181,7 @@ class Report:
             self._draw_all(model, history, best["epoch"], {f"val at {size_text(self.val.size)}": scores})
             plots = f", drew {self.files.plot('*')}"
         except Exception as error:  # the reason for the stop, such as a full disk, matters more
-            log(util.reason(error))
+            log(f"warning: the plots were not drawn ({util.reason(error)})")
         kept = [str(path) for path in (self.files.best, self.files.last) if path.exists()]
         resume = "--resume instead of --overwrite" if self.args.overwrite else "--resume"
         advice = f": the same command with {resume} continues" if len(kept) == 2 else ""
@@ -282,8 +284,6 @@ class Report:
 
         The first curves are drawn in any case.
         """
-        import plotting  # noqa: F401  # before the time of drawing is taken
-
         if not self.drawn or self._is_due("curves"):
             with self._timed("curves"):
                 self._draw_curves(history, best_epoch)
@@ -306,7 +306,7 @@ class Report:
 
     def _draw_all(self, model, history, epoch, scores):
         """Draw all plots. ``scores`` maps splits to the Scores of the best ``epoch``, val first."""
-        import plotting  # only in functions: training should not wait for matplotlib
+        import plotting  # only in functions: messages about wrong flags should not wait for Matplotlib
 
         name, val_scores = next(iter(scores.items()))
         title, classes, train = f"{self.title}, epoch {epoch}", self.val.classes, self.train

@@ -199,6 +199,18 @@ def test_predictions_have_voc_colours_a_column_per_model_and_a_legend_of_the_cla
     assert colours <= set(map(tuple, pixels.tolist()))
 
 
+def test_classes_without_a_background_have_colours_that_differ_clearly(tmp_path, figures):
+    """VOC's palette has black and two dark reds among the first 11 colours."""
+    classes = [f"class {index}" for index in range(11)]
+    mask = np.resize(np.array([*range(11), util.VOID], np.uint8), (24, 24))
+    plotting.predictions(tmp_path / "a.png", "title", classes, [("a", np.zeros((24, 24, 3), np.uint8), mask, mask)])
+    colours = np.vstack((imaging.distinct_colours()[:11], imaging.PALETTE[util.VOID :]))
+    shown = figures[0].axes[1].images[0].get_array()
+    assert np.array_equal(shown, colours[np.minimum(mask, 11)])
+    handles = figures[0].legends[0].get_patches()[:12]
+    assert np.allclose([handle.get_facecolor()[:3] for handle in handles], colours / 255)
+
+
 def test_predictions_of_one_model_show_its_wrong_pixels_and_leave_out_void(tmp_path, figures):
     photo = np.full((30, 40, 3), (0, 60, 90), np.uint8)
     truth, prediction = np.zeros((2, 30, 40), np.uint8)

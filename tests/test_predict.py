@@ -104,7 +104,7 @@ def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours():
     photo, mask = np.full((600, 80, 3), (10, 200, 30), np.uint8), np.zeros((600, 80), np.uint8)
     mask[:, 40:], mask[300:, 60:] = 15, 7
     result = np.asarray(predict.overlay(Image.fromarray(photo), mask, voc.CLASSES))
-    colours = predict.overlay_palette()
+    colours = imaging.distinct_colours()
     assert result.shape == photo.shape and (result[:, :40] == photo[:, :40]).all()
     for label, part in ((15, result[5:295, 45:75]), (7, result[305:, 65:])):
         assert (part == photo[0, 0] // 2 + colours[label] // 2).all()
@@ -114,7 +114,7 @@ def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours():
 
 
 def test_overlay_colours_differ_for_255_classes_and_strongly_for_neighbours():
-    colours = predict.overlay_palette().astype(int)
+    colours = imaging.distinct_colours().astype(int)
     distance = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 1000 * np.eye(255)
     assert colours.shape == (255, 3) and distance.min() > 10 and distance[:21, :21].min() > 50
     assert np.abs(colours.max(1) - colours.min(1)).min() > 15  # no greys, which a photo is full of
@@ -223,7 +223,7 @@ def test_legend_names_the_predicted_classes_in_the_colours_of_the_overlays(best,
     labels = np.unique(read(tmp_path / "predictions" / "x_mask.png"))
     legend = read(tmp_path / "predictions" / "legend.png")
     swatches = {tuple(colour) for colour in legend[:, 20].tolist()} - {(255, 255, 255), (0, 0, 0)}
-    assert swatches == {tuple(colour) for colour in predict.overlay_palette()[labels[labels > 0]].tolist()}
+    assert swatches == {tuple(colour) for colour in imaging.distinct_colours()[labels[labels > 0]].tolist()}
 
 
 def test_legend_shows_umlauts():

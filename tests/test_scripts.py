@@ -4,6 +4,7 @@ import difflib
 import importlib
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -129,6 +130,14 @@ def test_signal_during_training_keeps_plots_and_checkpoints(tiny, tmp_path, numb
     for plot in ("curves", "iou", "confusion", "predictions"):
         with Image.open(tmp_path / "plots" / f"train_{plot}.png") as image:
             assert min(image.size) > 400 and np.std(image.convert("L")) > 10  # large enough to print, not blank
+
+
+def test_matplotlib_is_imported_before_the_first_epoch(tiny, tmp_path):
+    """A signal while it is imported would leave it half imported: then no plot could be drawn at the end."""
+    code = "import sys, engine, train; engine.train_epoch = lambda *_: sys.exit(5 * ('plotting' in sys.modules)); "
+    code += f"sys.argv = ['train.py', '--data', {str(tiny)!r}, *{FLAGS.split()}]; train.main()"
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "stdout": subprocess.DEVNULL}
+    assert subprocess.run([sys.executable, "-c", code], **options).returncode == 5
 
 
 def test_without_data_the_message_says_how_to_get_some(tmp_path, capsys):
