@@ -32,7 +32,7 @@ from util import UserError
 
 ROOT = Path(__file__).resolve().parent
 
-# Each experiment: the one it builds on, and its published IoU (one run, VOC2007, metric unknown: REPORT.md), if any.
+# Each experiment: the one it is compared with, and its published IoU (one run, VOC2007, metric unknown), if any.
 EXPERIMENTS = {
     "train": (None, 0.055),
     "train_4_a": ("train", 0.0613),
@@ -202,7 +202,7 @@ def difference_row(name, runs, base_name, base, split):
     losses = [changes[index] for index in ranked[:3] if by_class[index] <= -0.005]
     return {
         "experiment": name,
-        "builds on": base_name,
+        "compared with": base_name,
         f"difference in {split} mean IoU": f"{mean:+.4f}",
         "95 % interval": "-" if low is None else f"{low:+.4f} to {high:+.4f}",
         "clear": "-" if low is None else "yes" if low > 0 or high < 0 else "no",
@@ -328,7 +328,7 @@ Mean ± standard deviation over the seeds, at full resolution, void excluded; va
     plot = ("comparison", "mean IoU of each experiment")
     found = [Section(f"Results on {dataset}, {images}", text, [baseline, *results], plot)]
     if differences:
-        found.append(Section("What each idea changes", DIFFERENCES, differences))
+        found.append(Section("Differences", DIFFERENCES, differences))
     found.append(Section("Classes", plot=("classes", f"IoU of each class on {splits[-1]}")))
     found.append(Section("Epochs", plot=("curves", "loss and mean IoU over the epochs")))
     best = max(row["val_miou"] for run in runs for row in run.history)

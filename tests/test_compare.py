@@ -241,7 +241,7 @@ def test_report_leaves_out_what_one_seed_without_test_split_and_background_class
     write_run(tmp_path, "train", 0, random_ious(0), has_test=False, classes=("sky", "cat", "dog"))
     text = run_compare(tmp_path, monkeypatch)
     assert "| majority-class baseline |" in text and "background" not in text
-    assert "test mean IoU" not in text and "±" not in text.split("| experiment")[1] and "builds on" not in text
+    assert "test mean IoU" not in text and "±" not in text.split("| experiment")[1] and "compared with" not in text
 
 
 def test_runs_on_several_datasets_are_not_mixed(tmp_path, monkeypatch):
