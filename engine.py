@@ -140,8 +140,7 @@ def evaluate(model, loader, criterion, full_resolution=True):
             assignment's IoU: for reported metrics, in float32. Otherwise evaluate at the loader's size: faster, for
             validation during training.
 
-    Raises a UserError if the loader shuffles or augments, or has other classes or another normalisation than a
-    TrainedModel.
+    Raises a UserError if the loader shuffles or augments, or differs from a TrainedModel in classes or normalisation.
     """
     if loader.training or loader.augment is not None:
         raise UserError("evaluate needs a loader without training=True and augment, such as voc.Loader(split, size, 8)")
@@ -307,8 +306,8 @@ def fit(
         optimizer: over the model's parameters.
         scheduler: None, or stepped once per ``scheduler_interval``, "epoch" or "batch". ReduceLROnPlateau is stepped
             after each epoch, with the val loss, or in mode "max" with the mean IoU on val.
-        patience: stop after so many epochs without progress, see ``epochs_without_progress``. An annealed run goes to
-            its end: with any other scheduler than ReduceLROnPlateau, patience has no effect. None: never stop early.
+        patience: stop after so many ``epochs_without_progress``; None: never. It has no effect with any scheduler but
+            ReduceLROnPlateau: an annealed run goes to its end.
         training_step: takes the place of ``engine.training_step``.
     """
     finished = getattr(args, "finished", ())  # by earlier calls of this function in the same script
@@ -380,6 +379,7 @@ def fit(
             report.finish(metadata, best_model, history, best_epoch(history), results)
             args.finished = {*finished, args.experiment}
             model.train()  # as it was
+            util.seed_everything(args.seed)  # what follows in the script does not depend on --resume
         except BaseException:
             report.stop(history)
             raise

@@ -320,6 +320,9 @@ def _check_rebuilding(model, images, forward, metadata):
     """Check that the model's checkpoint can be saved and loaded, and then computes the same."""
     problem = f"the network {metadata['class']} cannot be rebuilt from its checkpoint"
     found = f"; it is {metadata['arguments']}"
+    for parameter in model.parameters():
+        if not parameter.any():  # a layer that starts with zeros would hide those before it
+            parameter.normal_(std=0.01)
     try:
         state = torch.load(checkpoint.serialise(metadata | {"model": model.state_dict()}), "cpu", weights_only=True)
     except Exception:  # pickle raises one of many types
@@ -334,19 +337,30 @@ def _check_rebuilding(model, images, forward, metadata):
     except Exception as error:
         advice = "self.arguments has to hold the keyword arguments of its constructor"
         raise UserError(f"{problem} ({reason(error)}): {advice}{found}") from None
+    changed = [name for name, value in model.eval().state_dict().items() if not _equal(value, state["model"][name])]
+    if changed:
+        advice = "keep both in modules of their own, as resnet_unet.AveragedResNetUNet does"
+        raise UserError(f"the network {metadata['class']} has another {changed[0]} in eval mode: {advice}")
     processes.set_memory_format(rebuilt.to(images.device), images.device)
-    networks = (model, model, rebuilt)
-    first, second, other = (forward(network.eval(), images, full_precision=True)["out"] for network in networks)
+    first, other = (forward(network.eval(), images, full_precision=True)["out"] for network in (model, rebuilt))
+    rng_state = torch.cuda.get_rng_state if images.is_cuda else torch.get_rng_state
+    before = rng_state()
+    second = forward(model, images, full_precision=True)["out"]
+    is_random = not torch.equal(before, rng_state())
     # The logits of a new network hardly vary: the tolerance is a part of that. A GPU may round to the digits of TF32.
     scale = (first - first.mean((2, 3), keepdim=True)).abs().max().nan_to_num()
     tolerance = {"rtol": 0.0, "atol": (1e-2 if images.is_cuda else 1e-4) * scale.item(), "equal_nan": True}
-    if not torch.allclose(first, second, **tolerance):
+    if is_random or not torch.allclose(first, second, **tolerance):
         advice = "dropout needs training=self.training"
         raise UserError(f"the network {metadata['class']} computes other logits each time in eval mode: {advice}")
     if not torch.allclose(first, other, **tolerance):
         advice = "What its constructor depends on has to be in self.arguments"
         advice += ", and what changes in training or is drawn at random in a parameter or buffer"
         raise UserError(f"{problem}: rebuilt, it computes other logits. {advice}{found}")
+
+
+def _equal(first, second):
+    return not isinstance(first, torch.Tensor) or torch.equal(first.cpu().nan_to_num(), second.nan_to_num())
 
 
 def _check_criterion(criterion, logits, masks):

@@ -343,10 +343,12 @@ class Report:
 
 def _multiply_adds(model, device):
     """Multiply-adds of a forward pass on one image of the model's size, as PyTorch counts them."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # only here: it takes long to import
 
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, *model.size, device=device))
+    # Attention in one kernel is not counted, nor is torch.nn.TransformerEncoder's without gradients.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(1, 3, *model.size, device=device, requires_grad=True))
     return counter.get_total_flops() // 2
 
 
@@ -443,9 +445,9 @@ class Run:
 
         None if it does not, if the folder lacks the script, or if the run is of a version that kept no code.
         """
-        name = self.metrics["experiment"]
-        scripts = [folder / f"{stem}.py" for stem in (name, name.removesuffix("_no_pretrained"))]
-        script = next((path for path in scripts if path.is_file()), None)
-        if "code" not in self.metrics or script is None:
+        if "code" not in self.metrics:
+            return None
+        script = folder / next(iter(self.metrics["code"]))
+        if not script.is_file():
             return None
         return checkpoint.code_change(self.metrics["code"], files.read_code(script))

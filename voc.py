@@ -135,8 +135,9 @@ class Split:
         return faults, None if mask is None else np.bincount(mask.ravel(), minlength=VOID + 1)
 
     def is_unchanged(self):
-        """Whether images and order are those of the list, up to the limit, and this class reads them, no subclass."""
-        return type(self) is __class__ and self.ids == self.all_ids[: len(self)]
+        """Whether images and order are those of the list, up to the limit, and the methods of this class read them."""
+        methods = (getattr(getattr(self, name), "__func__", None) for name in ("photo", "mask", "resized"))
+        return type(self) is Split and self.ids == self.all_ids[: len(self)] and (*methods,) == READERS
 
     def digest(self, size):
         """A short hash of all that ``resized`` depends on for any image of the list, whatever the limit."""
@@ -175,6 +176,9 @@ def _naming_check(root):
         yield
     except UserError as error:
         raise UserError(f"{error} ({dataset.command(root, '--check')} lists all faults)") from None
+
+
+READERS = (Split.photo, Split.mask, Split.resized)
 
 
 def load_resized(split, size):

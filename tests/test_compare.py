@@ -16,6 +16,7 @@ from conftest import ROOT
 from PIL import Image
 
 import compare
+import files
 import plotting
 import util
 
@@ -107,6 +108,14 @@ def test_report_has_mean_and_deviation_over_the_seeds_of_every_experiment(tmp_pa
     for name in ("comparison", "classes", "curves"):
         with Image.open(tmp_path / "plots" / f"{name}.png") as plot:
             assert min(plot.size) > 250 and np.std(plot.convert("L")) > 10
+
+
+def test_a_changed_script_is_noticed_in_all_of_its_experiments():
+    """A script may train in phases, each under a name of its own."""
+    for text, change in (((ROOT / "train.py").read_text(encoding="utf-8"), None), ("pass", "train.py")):
+        code = files.read_code(ROOT / "train.py") | {"train.py": text}
+        found = compare.Run({"experiment": "train_second_phase", "code": code}, []).code_change(ROOT)
+        assert found is change if change is None else change in found
 
 
 @pytest.mark.parametrize("edited", ["train_mine.py", "mine.py", None])

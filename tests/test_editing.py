@@ -501,6 +501,28 @@ MISTAKES = {
         ).replace("Net(len(train.classes))", "Net(len(train.classes), value=1.1)"),
         "rebuilt, it computes other logits",
     ),
+    "dropout in eval mode that drops little": (
+        net("return torch.nn.functional.dropout(self.layer(images), 1e-9)"),
+        "other logits each time in eval mode: dropout needs training=self.training",
+    ),
+    "argument that is missing before zeros": (
+        net(
+            "return self.layer(images * self.value)", extra="self.value = value; self.layer.weight.data.zero_()"
+        ).replace("Net(len(train.classes))", "Net(len(train.classes), value=1.1)")
+        + "scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: epoch / 4)\n",
+        "rebuilt, it computes other logits",
+    ),
+    "other weights in eval mode": (
+        net(
+            """return self.layer(images)
+
+    def train(self, mode=True):
+        if mode != self.training:
+            self.layer.weight.data *= 2.0 if mode else 0.5
+        return super().train(mode)"""
+        ),
+        "Net has another layer.weight in eval mode: keep both in modules of their own",
+    ),
     "eval mode": (net() + "model.layer.eval()", "layer of the network is in eval mode"),
     "eval mode of all": (net() + "model.eval()", "the network is in eval mode: call its train"),
     "train without self": (

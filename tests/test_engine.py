@@ -91,6 +91,32 @@ def finished(tmp_path_factory):
     return data, folder / "out", fit(data, folder / "out", **RUN)
 
 
+def test_what_follows_a_run_in_a_script_does_not_depend_on_resuming(tiny, tmp_path):
+    fit(tiny, tmp_path, epochs=1)
+    after_training = torch.rand(3)
+    fit(tiny, tmp_path, epochs=1, resume=True)
+    assert torch.equal(torch.rand(3), after_training)
+
+
+def test_multiply_adds_of_attention_are_counted():
+    class Attention(torch.nn.Module):
+        size = (4, 6)
+
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
+            self.embed = torch.nn.Conv2d(3, 8, 1)
+
+        def forward(self, images):
+            tokens = self.layer(self.embed(images).flatten(2).mT)
+            return functional.scaled_dot_product_attention(tokens, tokens, tokens)
+
+    tokens = 4 * 6
+    # embedding, query, key, value and output, the two linear layers, and products of all pairs of tokens in both
+    expected = tokens * (3 * 8 + 4 * 8 * 8 + 2 * 8 * 32) + 2 * 2 * tokens * tokens * 8
+    assert reporting._multiply_adds(Attention().eval(), torch.device("cpu")) == expected
+
+
 def test_a_run_writes_the_documented_files_and_metrics(finished):
     _, out, metrics = finished
     written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}

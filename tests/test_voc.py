@@ -470,6 +470,22 @@ def test_the_cache_is_not_used_if_images_are_decoded_in_another_way(tiny, opened
     assert voc.Split(tiny, "train").digest((16, 16)) in path.name
 
 
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("replace", ["class", "instance"])
+def test_the_cache_is_neither_read_nor_written_if_a_script_replaces_a_method(tiny, monkeypatch, cached, replace):
+    before = load(tiny) if cached else None
+    split = voc.Split(tiny, "train")
+    mask = split.mask
+    with monkeypatch.context() as patch:
+        if replace == "class":
+            patch.setattr(voc.Split, "mask", lambda self, index: np.zeros_like(mask(index)))
+        else:
+            split.mask = lambda index: np.zeros_like(mask(index))
+        assert not voc.load_resized(split, (16, 16))[..., 3].any()
+    after = load(tiny)
+    assert after[..., 3].any() and (before is None or torch.equal(after, before))
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions")
 @pytest.mark.parametrize("mode", [0o2775, 0o700])
 def test_the_cache_has_the_permissions_of_the_data(tiny, mode):
