@@ -455,7 +455,7 @@ def _check_parameters(model, criterion, optimizer, used):
     if without_gradient and processes.world_size() > 1:
         advice = "freeze what is not used, requires_grad_(False)"
         raise UserError(f"several processes need a gradient for {_some(without_gradient)}: {advice}")
-    problem = f"{len(left_out)} trainable parameters are not in the optimizer and keep their values"
+    problem = f"{len(left_out)} trainable parameters are not in the optimizer, and change only if training_step does it"
     return [f"{problem}: {_some(left_out)}"] if left_out else []
 
 

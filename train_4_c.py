@@ -1,4 +1,4 @@
-"""Weighted loss: rare classes weigh more in the cross-entropy, so that background does not dominate it.
+"""Weighted loss: rare classes weigh more in the cross-entropy, so that frequent ones do not dominate it.
 
 Differs from train_4_b.py only in the weights of the classes in the loss.
 
