@@ -379,7 +379,7 @@ def fit(
             report.finish(metadata, best_model, history, best_epoch(history), results)
             args.finished = {*finished, args.experiment}
             model.train()  # as it was
-            util.seed_everything(args.seed)  # what follows in the script does not depend on --resume
+            util.seed_epoch(args.seed, 0, len(args.finished))  # what follows does not depend on --resume
         except BaseException:
             report.stop(history)
             raise

@@ -47,26 +47,32 @@ def palette_image(mask, colours=PALETTE):
     return image
 
 
+def _oklab(colours):
+    """Colours in 0..255 in sRGB, [N, 3], in the Oklab colour space (Björn Ottosson, 2020)."""
+    linear = np.where(colours > 10.3, ((colours / 255 + 0.055) / 1.055) ** 2.4, colours / 255 / 12.92)
+    to_lms = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
+    to_lab = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
+    return np.cbrt(linear @ np.transpose(to_lms)) @ np.transpose(to_lab)
+
+
 @functools.cache
 def distinct_colours():
     """A colour for each class that differs clearly from the others: uint8 [255, 3], RGB, the same in every run.
 
     VOC's palette gives neighbours such as classes 1 and 8 dark reds. Here each colour is, of 4,096, the one that is
-    farthest from all before in the Oklab colour space (Björn Ottosson, 2020), without greys and extremes of lightness.
+    farthest from all before, void and wrong pixels in the Oklab colour space, without greys and extremes of lightness.
     """
     levels = np.linspace(0, 255, 16)
     colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    linear = np.where(colours > 10.3, ((colours / 255 + 0.055) / 1.055) ** 2.4, colours / 255 / 12.92)
-    to_lms = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
-    to_lab = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
-    lab = np.cbrt(linear @ np.transpose(to_lms)) @ np.transpose(to_lab)
+    lab = _oklab(colours)
     suitable = (lab[:, 0] > 0.35) & (lab[:, 0] < 0.95) & (np.hypot(lab[:, 1], lab[:, 2]) > 0.06)
     colours, lab = colours[suitable], lab[suitable]
-    chosen = [int(np.argmax(lab[:, 1]))]
-    distance = np.full(len(lab), np.inf)
+    chosen, distance = [], np.full(len(lab), np.inf)
+    for other in _oklab(np.stack((PALETTE[VOID], WRONG))):
+        distance = np.minimum(distance, np.linalg.norm(lab - other, axis=1))
     while len(chosen) < 255:
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
         chosen.append(int(distance.argmax()))
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
     return colours[chosen].astype(np.uint8)
 
 

@@ -15,7 +15,6 @@ import checkpoint
 import imaging
 import processes
 from util import VOID, UserError, is_out_of_memory, learning_rates, reason, seed_everything
-from voc import Split
 
 # files in which a user's mistake may surface
 SHARED = ("preflight", "engine", "voc", "imaging", "checkpoint", "processes", "util")
@@ -65,7 +64,7 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
             advice = "if the loss depends on it, register it as a buffer"
             warnings.append(f"the criterion changes its {_some(changed)}, which --resume does not restore: {advice}")
         with _stage(script, network), torch.no_grad():  # after the step, which may change more than the parameters
-            _check_rebuilding(model, images, forward, metadata)
+            warnings += _check_rebuilding(model, images, forward, metadata)
         with _stage(script, "saving the state of criterion, optimizer and scheduler"):
             state = checkpoint.training_state(criterion=criterion, optimizer=optimizer, scheduler=scheduler)
             torch.load(checkpoint.serialise(state), "cpu", weights_only=True)
@@ -127,7 +126,7 @@ def _check_loaders(args, train, others):
         if loader.augment is not None:
             raise UserError(f"{script}: {name} is augmented: leave out augment for val and test")
         for method in ("photo", "resized"):
-            if getattr(type(loader.split), method) is not getattr(Split, method):
+            if loader.split.replaces(method):
                 advice = "change the images in the network's forward, or their files"
                 raise UserError(f"{script}: {name} has its own {method}, which predict.py would not use: {advice}")
         if not torch.equal(loader.count(), loader.counts):
@@ -321,8 +320,9 @@ def _check_rebuilding(model, images, forward, metadata):
     problem = f"the network {metadata['class']} cannot be rebuilt from its checkpoint"
     found = f"; it is {metadata['arguments']}"
     for parameter in model.parameters():
-        if not parameter.any():  # a layer that starts with zeros would hide those before it
-            parameter.normal_(std=0.01)
+        # a layer that starts with zeros would hide those before it
+        if parameter.is_floating_point() and parameter.layout == torch.strided and not parameter.any():
+            parameter.uniform_(0.005, 0.02)
     try:
         state = torch.load(checkpoint.serialise(metadata | {"model": model.state_dict()}), "cpu", weights_only=True)
     except Exception:  # pickle raises one of many types
@@ -337,30 +337,43 @@ def _check_rebuilding(model, images, forward, metadata):
     except Exception as error:
         advice = "self.arguments has to hold the keyword arguments of its constructor"
         raise UserError(f"{problem} ({reason(error)}): {advice}{found}") from None
-    changed = [name for name, value in model.eval().state_dict().items() if not _equal(value, state["model"][name])]
+    before, after = state["model"], model.eval().state_dict()
+    changed = {name for name in before.keys() & after.keys() if not _equal(before[name], after[name])}
+    changed |= before.keys() ^ after.keys()
     if changed:
-        advice = "keep both in modules of their own, as resnet_unet.AveragedResNetUNet does"
-        raise UserError(f"the network {metadata['class']} has another {changed[0]} in eval mode: {advice}")
+        advice = "keep the weights of each mode in a module of its own, as resnet_unet.AveragedResNetUNet does"
+        raise UserError(f"the network {metadata['class']} changes {min(changed)} in eval mode: {advice}")
     processes.set_memory_format(rebuilt.to(images.device), images.device)
     first, other = (forward(network.eval(), images, full_precision=True)["out"] for network in (model, rebuilt))
-    rng_state = torch.cuda.get_rng_state if images.is_cuda else torch.get_rng_state
-    before = rng_state()
+    rng_state = _rng_state(images.device)
     second = forward(model, images, full_precision=True)["out"]
-    is_random = not torch.equal(before, rng_state())
+    is_random = not torch.equal(rng_state, _rng_state(images.device))
     # The logits of a new network hardly vary: the tolerance is a part of that. A GPU may round to the digits of TF32.
     scale = (first - first.mean((2, 3), keepdim=True)).abs().max().nan_to_num()
     tolerance = {"rtol": 0.0, "atol": (1e-2 if images.is_cuda else 1e-4) * scale.item(), "equal_nan": True}
-    if is_random or not torch.allclose(first, second, **tolerance):
+    is_rebuilt = torch.allclose(first, other, **tolerance)
+    if not torch.allclose(first, second, **tolerance) or (is_random and not is_rebuilt):
         advice = "dropout needs training=self.training"
         raise UserError(f"the network {metadata['class']} computes other logits each time in eval mode: {advice}")
-    if not torch.allclose(first, other, **tolerance):
+    if not is_rebuilt:
         advice = "What its constructor depends on has to be in self.arguments"
         advice += ", and what changes in training or is drawn at random in a parameter or buffer"
         raise UserError(f"{problem}: rebuilt, it computes other logits. {advice}{found}")
+    if is_random:
+        advice = "if its logits depend on them, draw them only if self.training"
+        return [f"the network {metadata['class']} draws random numbers in eval mode: {advice}"]
+    return []
 
 
 def _equal(first, second):
-    return not isinstance(first, torch.Tensor) or torch.equal(first.cpu().nan_to_num(), second.nan_to_num())
+    """Whether two tensors are equal, NaN included; what cannot be compared, such as sparse tensors, counts as equal."""
+    with contextlib.suppress(AttributeError, RuntimeError):
+        return torch.equal(first.cpu().nan_to_num(), second.cpu().nan_to_num())
+    return True
+
+
+def _rng_state(device):
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _check_criterion(criterion, logits, masks):

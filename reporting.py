@@ -346,9 +346,13 @@ def _multiply_adds(model, device):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # only here: it takes long to import
 
-    # Attention in one kernel is not counted, nor is torch.nn.TransformerEncoder's without gradients.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(torch.zeros(1, 3, *model.size, device=device, requires_grad=True))
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it is not counted, nor is attention in one kernel
+    try:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            model(torch.zeros(1, 3, *model.size, device=device))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
     return counter.get_total_flops() // 2
 
 
@@ -445,9 +449,10 @@ class Run:
 
         None if it does not, if the folder lacks the script, or if the run is of a version that kept no code.
         """
-        if "code" not in self.metrics:
-            return None
-        script = folder / next(iter(self.metrics["code"]))
-        if not script.is_file():
+        name, code = self.metrics["experiment"], self.metrics.get("code")
+        stems = (name, name.removesuffix("_no_pretrained"))
+        scripts = [*(f"{stem}.py" for stem in stems), *list(code or ())[:1]]  # a script may have several experiments
+        script = next((folder / path for path in scripts if (folder / path).is_file()), None)
+        if not code or script is None:
             return None
         return checkpoint.code_change(self.metrics["code"], files.read_code(script))

@@ -136,8 +136,12 @@ class Split:
 
     def is_unchanged(self):
         """Whether images and order are those of the list, up to the limit, and the methods of this class read them."""
-        methods = (getattr(getattr(self, name), "__func__", None) for name in ("photo", "mask", "resized"))
-        return type(self) is Split and self.ids == self.all_ids[: len(self)] and (*methods,) == READERS
+        in_order = type(self) is __class__ and self.ids == self.all_ids[: len(self)]
+        return in_order and all(not self.replaces(name) for name in READERS)
+
+    def replaces(self, name):
+        """Whether a subclass or a script has replaced one of the methods in READERS."""
+        return getattr(getattr(self, name), "__func__", None) is not READERS[name]
 
     def digest(self, size):
         """A short hash of all that ``resized`` depends on for any image of the list, whatever the limit."""
@@ -178,7 +182,7 @@ def _naming_check(root):
         raise UserError(f"{error} ({dataset.command(root, '--check')} lists all faults)") from None
 
 
-READERS = (Split.photo, Split.mask, Split.resized)
+READERS = {name: vars(Split)[name] for name in ("photo", "mask", "resized", "photo_path", "mask_path", "_paths")}
 
 
 def load_resized(split, size):

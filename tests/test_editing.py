@@ -501,10 +501,6 @@ MISTAKES = {
         ).replace("Net(len(train.classes))", "Net(len(train.classes), value=1.1)"),
         "rebuilt, it computes other logits",
     ),
-    "dropout in eval mode that drops little": (
-        net("return torch.nn.functional.dropout(self.layer(images), 1e-9)"),
-        "other logits each time in eval mode: dropout needs training=self.training",
-    ),
     "argument that is missing before zeros": (
         net(
             "return self.layer(images * self.value)", extra="self.value = value; self.layer.weight.data.zero_()"
@@ -521,7 +517,7 @@ MISTAKES = {
             self.layer.weight.data *= 2.0 if mode else 0.5
         return super().train(mode)"""
         ),
-        "Net has another layer.weight in eval mode: keep both in modules of their own",
+        "Net changes layer.weight in eval mode: keep the weights of each mode in a module of its own",
     ),
     "eval mode": (net() + "model.layer.eval()", "layer of the network is in eval mode"),
     "eval mode of all": (net() + "model.eval()", "the network is in eval mode: call its train"),
@@ -678,6 +674,14 @@ def test_trainable_parameters_that_no_optimizer_holds_are_a_warning(project, cap
     assert run(project, changes, "--epochs 1") == 0
     problem = "4 trainable parameters are not in the optimizer, and change only if training_step does it"
     assert f"warning: {problem}: layers.0.weight, layers.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("probability", "warned"), [("1e-9", True), ("1e-9, self.training", False)])
+def test_random_numbers_in_eval_mode_are_a_warning(project, capsys, probability, warned):
+    """Even if they happen not to change the logits."""
+    changes = net(f"return torch.nn.functional.dropout(self.layer(images), {probability})")
+    assert run(project, changes, "--epochs 1", base="train_5_a") == 0
+    assert ("warning: the network Net draws random numbers in eval mode" in capsys.readouterr().out) == warned
 
 
 def test_a_trainable_loss_that_no_optimizer_holds_is_a_warning(project, capsys):

@@ -96,6 +96,8 @@ def test_what_follows_a_run_in_a_script_does_not_depend_on_resuming(tiny, tmp_pa
     after_training = torch.rand(3)
     fit(tiny, tmp_path, epochs=1, resume=True)
     assert torch.equal(torch.rand(3), after_training)
+    util.seed_everything(0)  # or networks made afterwards would start like the first
+    assert not torch.equal(torch.rand(3), after_training)
 
 
 def test_multiply_adds_of_attention_are_counted():
@@ -108,7 +110,7 @@ def test_multiply_adds_of_attention_are_counted():
             self.embed = torch.nn.Conv2d(3, 8, 1)
 
         def forward(self, images):
-            tokens = self.layer(self.embed(images).flatten(2).mT)
+            tokens = self.layer(self.embed(images.mul_(2)).flatten(2).mT)
             return functional.scaled_dot_product_attention(tokens, tokens, tokens)
 
     tokens = 4 * 6

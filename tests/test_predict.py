@@ -118,6 +118,8 @@ def test_overlay_colours_differ_for_255_classes_and_strongly_for_neighbours():
     distance = np.linalg.norm(colours[:, None] - colours[None], axis=2) + 1000 * np.eye(255)
     assert colours.shape == (255, 3) and distance.min() > 10 and distance[:21, :21].min() > 50
     assert np.abs(colours.max(1) - colours.min(1)).min() > 15  # no greys, which a photo is full of
+    others = np.stack((imaging.PALETTE[255], imaging.WRONG)).astype(int)
+    assert np.linalg.norm(colours[:21, None] - others, axis=2).min() > 50
 
 
 def test_unreadable_photo_is_named_and_the_others_are_predicted(best, tmp_path, capsys):
