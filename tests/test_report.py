@@ -17,7 +17,7 @@ import voc
 README, REPORT = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "REPORT.md"))
 DOCUMENTS = ("README.md", "REPORT.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 FOLDERS = sorted(path.parent for path in (ROOT / "report").glob("*/RESULTS.md"))
-ABLATIONS = re.findall(r"python benchmarks/ablation\.py ([^\n`]*)", REPORT)
+ABLATIONS = [" ".join(flags.split()) for flags in re.findall(r"python\s+benchmarks/ablation\.py ([^`]*)`", REPORT)]
 
 
 def table_rows(text):
@@ -38,6 +38,11 @@ def test_results_are_those_of_the_runs(folder, monkeypatch):
     monkeypatch.setattr("sys.argv", shlex.split(command))
     assert compare.report(compare.sections(compare.collect(everything(folder)), failures=[])) == text
     assert [row for row in table_rows(text) if row not in REPORT] == []
+
+
+def test_each_study_that_is_kept_has_its_command_in_the_report():
+    studies = {path.name for path in (ROOT / "report" / "ablation").iterdir()}
+    assert {flags.split()[0] for flags in ABLATIONS} == studies
 
 
 @pytest.mark.parametrize("flags", ABLATIONS)
