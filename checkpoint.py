@@ -355,6 +355,71 @@ def _network_class(module, name):
     return found
 
 
+def check_rebuilding(model, images, forward, metadata):
+    """Check on some images that a model can be rebuilt from its checkpoint, and then computes the same in eval mode.
+
+    ``forward`` is ``engine.forward``. Writes into parameters that are zero. Returns a list of warnings; raises a
+    UserError for the first fault.
+    """
+    problem = f"the network {metadata['class']} cannot be rebuilt from its checkpoint"
+    found = f"; it is {metadata['arguments']}"
+    for parameter in model.parameters():
+        # a layer that starts with zeros would hide those before it
+        if parameter.is_floating_point() and parameter.layout == torch.strided and not parameter.any():
+            parameter.uniform_(0.005, 0.02)
+    try:
+        state = torch.load(serialise(metadata | {"model": model.state_dict()}), "cpu", weights_only=True)
+    except Exception:  # pickle raises one of many types
+        advice = "self.arguments has to hold numbers, strings, lists and dicts only"
+        raise UserError(f"{problem}: {advice}{found}") from None
+    try:
+        rebuilt = build(state).network
+    except UserError as error:
+        raise UserError(f"{problem}: {error}") from None
+    except MissingNetworkError:
+        raise UserError(f"{problem}: define the class at the top level of a file in {ROOT}") from None
+    except Exception as error:
+        advice = "self.arguments has to hold the keyword arguments of its constructor"
+        raise UserError(f"{problem} ({reason(error)}): {advice}{found}") from None
+    before, after = state["model"], model.eval().state_dict()
+    changed = {name for name in before.keys() & after.keys() if not _equal(before[name], after[name])}
+    changed |= before.keys() ^ after.keys()
+    if changed:
+        advice = "keep the weights of each mode in a module of its own, as resnet_unet.AveragedResNetUNet does"
+        raise UserError(f"the network {metadata['class']} changes {min(changed)} in eval mode: {advice}")
+    processes.set_memory_format(rebuilt.to(images.device), images.device)
+    first, other = (forward(network.eval(), images, full_precision=True)["out"] for network in (model, rebuilt))
+    rng_state = _rng_state(images.device)
+    second = forward(model, images, full_precision=True)["out"]
+    is_random = not torch.equal(rng_state, _rng_state(images.device))
+    # The logits of a new network hardly vary: the tolerance is a part of that. A GPU may round to the digits of TF32.
+    scale = (first - first.mean((2, 3), keepdim=True)).abs().max().nan_to_num()
+    tolerance = {"rtol": 0.0, "atol": (1e-2 if images.is_cuda else 1e-4) * scale.item(), "equal_nan": True}
+    is_rebuilt = torch.allclose(first, other, **tolerance)
+    if not torch.allclose(first, second, **tolerance) or (is_random and not is_rebuilt):
+        advice = "dropout needs training=self.training"
+        raise UserError(f"the network {metadata['class']} computes other logits each time in eval mode: {advice}")
+    if not is_rebuilt:
+        advice = "What its constructor depends on has to be in self.arguments"
+        advice += ", and what changes in training or is drawn at random in a parameter or buffer"
+        raise UserError(f"{problem}: rebuilt, it computes other logits. {advice}{found}")
+    if is_random:
+        advice = "if its logits depend on them, draw them only if self.training"
+        return [f"the network {metadata['class']} draws random numbers in eval mode: {advice}"]
+    return []
+
+
+def _equal(first, second):
+    """Whether two tensors are equal, NaN included; what cannot be compared, such as sparse tensors, counts as equal."""
+    with contextlib.suppress(AttributeError, RuntimeError):
+        return torch.equal(first.cpu().nan_to_num(), second.cpu().nan_to_num())
+    return True
+
+
+def _rng_state(device):
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
 def download(weights):
     """Download one of torchvision's WeightsEnum unless it is there already; None does nothing.
 

@@ -182,7 +182,7 @@ def class_iou(path, title, classes, scores):
     legend_rows, legend_columns = _legend_shape(handles, width)
     figure = _figure(width, num_rows * (3 if is_slanted else 2.4) + 0.2 * legend_rows + 0.8, title)
     offsets = (np.arange(len(values)) - (len(values) - 1) / 2) * bar / group
-    for start, axis in zip(range(0, len(labels), columns), figure.subplots(num_rows, squeeze=False).flat):
+    for start, axis in zip(range(0, len(labels), columns), np.ravel(figure.subplots(num_rows))):
         x = np.arange(len(names[start : start + columns]))
         for heights, offset, style in zip(values[:, start : start + columns], offsets, styles):
             bars = axis.bar(x + offset, np.nan_to_num(heights), bar / group, **style)

@@ -105,6 +105,10 @@ class Report:
     """
 
     def __init__(self, run_files, args, criterion, train, val, test, predict):
+        # not at the top: wrong flags are reported without waiting for Matplotlib
+        import plotting  # before the first epoch, after which a signal could leave Matplotlib half imported
+
+        self.plotting = plotting
         self.files, self.args, self.criterion, self.predict = run_files, args, criterion, predict
         self.train, self.val, self.test = train, val, test
         self.title = f"{run_files.experiment}{args.idea and ': '}{args.idea}, {val.split.dataset}"
@@ -145,8 +149,6 @@ class Report:
             self._write_history(history)
         elif args.resume:
             log("nothing to resume: starting")
-        if processes.is_main():
-            import plotting  # noqa: F401  # a signal during an import after the first epoch would prevent all plots
 
     def epoch(self, history, best):
         """After an epoch: write the CSV, print a line, and redraw plots. ``best`` is the row of the best epoch."""
@@ -272,11 +274,9 @@ class Report:
 
     def _samples(self, model, indices, description):
         """Yield photo, mask and prediction of some val images, at the size of a thumbnail."""
-        import plotting
-
         split = self.val.split
         for index in progress(indices, len(indices), description, "photo"):
-            photo, mask = plotting.thumbnail(split.photo(index), split.mask(index))
+            photo, mask = self.plotting.thumbnail(split.photo(index), split.mask(index))
             yield photo, mask, self.predict(model, self.val, index, mask.shape)
 
     def _draw_during_run(self, history, best_epoch):
@@ -306,30 +306,24 @@ class Report:
 
     def _draw_all(self, model, history, epoch, scores):
         """Draw all plots. ``scores`` maps splits to the Scores of the best ``epoch``, val first."""
-        import plotting  # only in functions: messages about wrong flags should not wait for Matplotlib
-
         name, val_scores = next(iter(scores.items()))
         title, classes, train = f"{self.title}, epoch {epoch}", self.val.classes, self.train
         self._draw_curves(history, epoch)
-        plotting.class_iou(self.files.plot("iou"), title, classes, scores)
-        plotting.confusion(self.files.plot("confusion"), f"{title}, {name}", classes, val_scores.matrix)
+        self.plotting.class_iou(self.files.plot("iou"), title, classes, scores)
+        self.plotting.confusion(self.files.plot("confusion"), f"{title}, {name}", classes, val_scores.matrix)
         self._draw_predictions(model, epoch, val_scores.image_ious)
         if train.augment is not None:
             images, masks = train.augmented_samples(16)
             images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
-            plotting.samples(self.files.plot("augmentation"), f"{self.title} train", train.classes, images, masks)
+            self.plotting.samples(self.files.plot("augmentation"), f"{self.title} train", train.classes, images, masks)
 
     def _draw_curves(self, history, best_epoch):
-        import plotting
-
         title = f"{self.title}, at {size_text(self.val.size)}"
         weighted = util.class_weights(self.criterion) is not None
-        plotting.curves(self.files.plot("curves"), title, history, best_epoch, self.val.baseline, weighted)
+        self.plotting.curves(self.files.plot("curves"), title, history, best_epoch, self.val.baseline, weighted)
 
     def _draw_predictions(self, model, epoch, image_ious=None):
         """Draw predictions for the images of ``_choose_images``."""
-        import plotting
-
         chosen = self._choose_images(NUM_SHOWN, image_ious)
         names = [
             "\n".join([self.val.split.ids[index], *(f"{rank}, mean IoU {image_ious[index]:.2f}" for rank in ranks)])
@@ -338,7 +332,7 @@ class Report:
         samples = self._samples(model, list(chosen), "drawing predictions")
         samples = [(name, *sample) for name, sample in zip(names, samples)]
         title = f"{self.title} val, epoch {epoch}"
-        plotting.predictions(self.files.plot("predictions"), title, self.val.classes, samples)
+        self.plotting.predictions(self.files.plot("predictions"), title, self.val.classes, samples)
 
 
 def _multiply_adds(model, device):
@@ -450,9 +444,7 @@ class Run:
         None if it does not, if the folder lacks the script, or if the run is of a version that kept no code.
         """
         name, code = self.metrics["experiment"], self.metrics.get("code")
-        stems = (name, name.removesuffix("_no_pretrained"))
-        scripts = [*(f"{stem}.py" for stem in stems), *list(code or ())[:1]]  # a script may have several experiments
-        script = next((folder / path for path in scripts if (folder / path).is_file()), None)
-        if not code or script is None:
-            return None
-        return checkpoint.code_change(self.metrics["code"], files.read_code(script))
+        # the last is the script, which may have several experiments
+        scripts = (f"{name}.py", f"{name.removesuffix('_no_pretrained')}.py", *list(code or ())[:1])
+        script = next((folder / file for file in scripts if (folder / file).is_file()), None)
+        return checkpoint.code_change(code, files.read_code(script)) if code and script else None

@@ -33,6 +33,11 @@ def source(name):
     return docstring, code
 
 
+def assert_printable(path):
+    with Image.open(path) as image:
+        assert min(image.size) > 400 and np.std(image.convert("L")) > 10  # large enough to print, not blank
+
+
 @pytest.mark.parametrize("name", [*EXPERIMENTS, *(f"{name}_no_pretrained" for name in PRETRAINED)])
 def test_experiment_writes_its_files_to_the_current_folder(tiny, tmp_path, monkeypatch, capsys, name):
     script, flags = name.removesuffix("_no_pretrained"), f"--data {tiny} --epochs 1 {FLAGS}"
@@ -63,8 +68,7 @@ def test_experiment_writes_its_files_to_the_current_folder(tiny, tmp_path, monke
     assert {path.name for path in (tmp_path / "plots").iterdir()} == expected
     if script == "train_4_c":
         for plot in plots:
-            with Image.open(tmp_path / "plots" / f"{name}_{plot}.png") as image:
-                assert min(image.size) > 400 and np.std(image.convert("L")) > 10  # large enough to print, not blank
+            assert_printable(tmp_path / "plots" / f"{name}_{plot}.png")
     assert {path.name for path in tmp_path.glob("*.pt")} == {f"best_{name}.pt", f"last_{name}.pt"}
     model = checkpoint.load(tmp_path / f"best_{name}.pt")
     sizes = {"train_5_b": (320, 320), "train_6": (352, 480)}
@@ -128,8 +132,7 @@ def test_signal_during_training_keeps_plots_and_checkpoints(tiny, tmp_path, numb
     assert "stopped after epoch" in output and "best_train.pt" in output
     assert checkpoint.load(tmp_path / "best_train.pt") and (tmp_path / "last_train.pt").exists()
     for plot in ("curves", "iou", "confusion", "predictions"):
-        with Image.open(tmp_path / "plots" / f"train_{plot}.png") as image:
-            assert min(image.size) > 400 and np.std(image.convert("L")) > 10  # large enough to print, not blank
+        assert_printable(tmp_path / "plots" / f"train_{plot}.png")
 
 
 def test_matplotlib_is_imported_before_the_first_epoch(tiny, tmp_path):
