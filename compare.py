@@ -23,11 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import cli
-import files
-import html_report
-import plotting
-from reporting import Run
+from seg import cli, files, html, plotting
+from seg.report import Run
 from util import UserError
 
 ROOT = Path(__file__).resolve().parent
@@ -366,7 +363,7 @@ def run_row(run, out):
     row |= {"epochs": metrics["epochs"], "best epoch": metrics.get("best_epoch", "")}
     row["seconds"] = f"{metrics['seconds']:.0f}"
     if run.report.exists():
-        row["report"] = html_report.link(urllib.parse.quote(run.report.relative_to(out).as_posix()), "report")
+        row["report"] = html.link(urllib.parse.quote(run.report.relative_to(out).as_posix()), "report")
     return row
 
 
@@ -374,23 +371,23 @@ def write_html(out, experiments, found):
     """Write the comparison as HTML, with the single runs, links to their reports, and the versions."""
     title, contents = "", {}
     for section in found:
-        content = html_report.text(section.text)
+        content = html.text(section.text)
         if section.rows:
-            content += html_report.table(*header_and_cells(section.rows))
+            content += html.table(*header_and_cells(section.rows))
         if section.plot:
             name, caption = section.plot
-            content += html_report.plot(out / "plots" / f"{name}.png", caption[0].upper() + caption[1:])
+            content += html.plot(out / "plots" / f"{name}.png", caption[0].upper() + caption[1:])
         contents[section.heading if title else "Results"] = content
         title = title or section.heading
     runs = [run for seeds in experiments.values() for run in seeds.values()]
     bars = [f"{split} mean IoU" for split in runs[0].splits]
-    contents["Runs"] = html_report.table(*header_and_cells([run_row(run, out) for run in runs]), bars=bars)
+    contents["Runs"] = html.table(*header_and_cells([run_row(run, out) for run in runs]), bars=bars)
     versions = {}
     for run in runs:
         for name, version in run.metrics["versions"].items():
             versions.setdefault(name, {})[version] = None
-    contents["Versions"] = html_report.settings({name: ", ".join(values) for name, values in versions.items()})
-    html_report.write(out / "RESULTS.html", title, f"{len(experiments)} experiments, {len(runs)} runs", contents)
+    contents["Versions"] = html.settings({name: ", ".join(values) for name, values in versions.items()})
+    html.write(out / "RESULTS.html", title, f"{len(experiments)} experiments, {len(runs)} runs", contents)
 
 
 def draw_plots(out, experiments):

@@ -25,11 +25,9 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-import cli
-import imaging
-import toy
 import voc
-from files import atomic_folder, writing
+from seg import cli, imaging, toy
+from seg.files import atomic_folder, writing
 from util import UserError
 
 # Tried in this order, after those of --mirror.

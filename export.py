@@ -9,12 +9,8 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import cli
-import files
-import imaging
-import onnx_graph
 import predict
+from seg import checkpoint, cli, files, imaging, onnx_graph
 from util import UserError, background_label
 
 PAGE_FILES = "model.onnx", "model.json", "index.html", "page.js"
@@ -66,7 +62,7 @@ def main():
     metadata["sha256"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
     end = onnx_graph.PROBABILITIES if args.probabilities else onnx_graph.MASK
     contents = [onnx_graph.convert(model, end, metadata).SerializeToString(), json.dumps(metadata).encode()]
-    contents += [Path(__file__).with_name("page").joinpath(name).read_bytes() for name in PAGE_FILES[2:]]
+    contents += [Path(imaging.__file__).with_name("page").joinpath(name).read_bytes() for name in PAGE_FILES[2:]]
     for path, content in zip(paths, contents):  # without --page, only the model
         with files.atomic_write(path) as file:
             file.write(content)

@@ -23,12 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-import checkpoint
-import cli
-import engine
-import files
-import imaging
-import reporting
+from seg import checkpoint, cli, engine, files, imaging, report
 from util import UserError, background_label
 
 MAX_PIXELS = 2 * imaging.MAX_PIXELS  # Pillow refuses larger images itself
@@ -243,13 +238,13 @@ def main():
         names = ", ".join(path.name for path in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
         has_subfolders = not args.recursive and any(path.is_dir() for path in skipped)
         advice = "; --recursive takes subfolders" if has_subfolders else ""
-        reporting.log(f"skipped {len(skipped)}: hidden, not photos, or earlier results ({names}){advice}")
-    reporting.log(f"masks are computed at {reporting.size_text(model.size)} and upsampled to each photo's size")
+        report.log(f"skipped {len(skipped)}: hidden, not photos, or earlier results ({names}){advice}")
+    report.log(f"masks are computed at {report.size_text(model.size)} and upsampled to each photo's size")
 
     rows, errors = [], []
     write_shares(args.out / SHARES, model.classes, rows)  # now, in case it cannot be written
     try:
-        for path, paths in zip(reporting.progress(photos, len(photos), "predicting", "photo"), outputs):
+        for path, paths in zip(report.progress(photos, len(photos), "predicting", "photo"), outputs):
             for earlier in paths:
                 with files.writing(earlier):
                     earlier.unlink(missing_ok=True)
@@ -265,7 +260,7 @@ def main():
             shares = np.bincount(mask.ravel(), minlength=len(model.classes)) / mask.size
             rows.append((path, paths[0].name, shares))
             by_share = [f"{model.classes[label]} {shares[label]:.1%}" for label in np.argsort(-shares) if shares[label]]
-            reporting.log(f"{path}: {', '.join(by_share)}")
+            report.log(f"{path}: {', '.join(by_share)}")
     finally:  # also after Ctrl-C or an error
         write_shares(args.out / SHARES, model.classes, rows)
         if rows and not args.masks_only:
@@ -273,7 +268,7 @@ def main():
             write_image(args.out / LEGEND, draw_legend(model.classes, predicted.tolist()))
         what = "masks" if args.masks_only else "masks and overlays"
         done = f"{what} of {len(rows)} of {len(photos)} photos are in {args.out}"
-        reporting.log(f"{done}, the share of each class in {args.out / SHARES}")
+        report.log(f"{done}, the share of each class in {args.out / SHARES}")
     if errors:
         raise UserError("\nerror: ".join(errors))
 

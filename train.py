@@ -8,11 +8,10 @@ Val mean IoU on CamVid: 0.4576 ± 0.0157 (5 seeds, 24 epochs, H100, PyTorch 2.11
 
 import torch
 
-import cli
-import engine
 import util
 import voc
 from basic_fcn import FCN
+from seg import cli, engine
 
 
 def main():

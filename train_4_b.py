@@ -10,12 +10,10 @@ Val mean IoU on CamVid: 0.5595 ± 0.0063 (5 seeds, 24 epochs, H100, PyTorch 2.11
 
 import torch
 
-import cli
-import engine
-import transforms
 import util
 import voc
 from basic_fcn import FCN
+from seg import cli, engine, transforms
 
 
 def main():

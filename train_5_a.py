@@ -8,12 +8,10 @@ Val mean IoU on CamVid: 0.6101 ± 0.0047 (5 seeds, 80 epochs, H100, PyTorch 2.11
 
 import torch
 
-import cli
-import engine
-import transforms
 import util
 import voc
 from custom_fcn import CustomFCN
+from seg import cli, engine, transforms
 
 
 def main():

@@ -11,13 +11,10 @@ with a substitute for torchvision's ResNet-18 weights (REPORT.md, Limitations).
 import torch
 from torchvision.models import ResNet18_Weights
 
-import checkpoint
-import cli
-import engine
-import transforms
 import util
 import voc
 from resnet_fcn import ResNetFCN
+from seg import checkpoint, cli, engine, transforms
 
 
 def main():

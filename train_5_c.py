@@ -8,11 +8,9 @@ Val mean IoU on CamVid: 0.6104 ± 0.0171 (4 seeds, 100 epochs, H100, PyTorch 2.1
 
 import torch
 
-import cli
-import engine
-import transforms
 import util
 import voc
+from seg import cli, engine, transforms
 from unet import UNet
 
 

@@ -22,16 +22,15 @@ from torchvision.ops import FrozenBatchNorm2d
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
 import compare
-import files
 import train_4_b
 import train_5_a
 import train_6
 import voc
 from custom_fcn import CustomFCN
 from resnet_unet import AveragedResNetUNet
-from transforms import Augmentation
+from seg import cli, files
+from seg.transforms import Augmentation
 from util import UserError
 
 
@@ -107,7 +106,7 @@ STUDIES = {
 }
 
 
-@mock.patch("files.read_code", functools.cache(files.read_code))  # the imported code runs, also if a file is edited
+@mock.patch("seg.files.read_code", functools.cache(files.read_code))  # the imported code runs, also if a file is edited
 def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("study", choices=STUDIES)

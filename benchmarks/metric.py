@@ -15,13 +15,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint
-import cli
 import compare
-import engine
-import imaging
 import util
 import voc
+from seg import checkpoint, cli, engine, imaging
 
 SIZE = 224
 

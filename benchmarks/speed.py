@@ -9,8 +9,8 @@ An epoch is training on train and validation on val, at the network's input size
               contiguous memory, an optimizer that is not fused, loss.item() in each step, IoU with NumPy for each
               image and class
     workers   plain, with a DataLoader worker process per CPU core
-    malloc    ours with the default settings of glibc's malloc, see processes.set_malloc_options
-    float32   ours without bfloat16, see processes.has_bfloat16
+    malloc    ours with the default settings of glibc's malloc, see distributed.set_malloc_options
+    float32   ours without bfloat16, see distributed.has_bfloat16
     compiled  ours with torch.compile, if --compile is given
 
 Each has its own process. After a first epoch, they take turns for ROUNDS epochs. Other flags: as for the experiments.
@@ -37,12 +37,10 @@ from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import cli
 import compare
-import engine
-import processes
-from imaging import MEAN, STD
-from transforms import Augmentation
+from seg import cli, distributed, engine
+from seg.imaging import MEAN, STD
+from seg.transforms import Augmentation
 from util import VOID
 
 ROUNDS = 3
@@ -77,9 +75,9 @@ class ImageDataset(Dataset):
 def ours(args, model, train, val, test, *, criterion, optimizer, malloc=True, bfloat16=True, compiled=False, **_):
     """Take the arguments of engine.fit and return a function that runs an epoch as engine.fit does."""
     if malloc:
-        processes.set_malloc_options(train.device)
+        distributed.set_malloc_options(train.device)
     if not bfloat16:
-        processes.has_bfloat16 = lambda device: False  # the process runs no other variant
+        distributed.has_bfloat16 = lambda device: False  # the process runs no other variant
     model.to(memory_format=torch.channels_last)
     network = torch.compile(model) if compiled else model
 
@@ -133,7 +131,10 @@ VARIANTS |= {"compiled": partial(ours, compiled=True)}
 @cache
 def set_up(variant, experiment, flags, device):
     """The function that runs an epoch, made from what the experiment's main() passes to engine.fit."""
-    with mock.patch("engine.fit") as fit, mock.patch("sys.argv", [f"{experiment}.py", *flags, "--device", str(device)]):
+    with (
+        mock.patch("seg.engine.fit") as fit,
+        mock.patch("sys.argv", [f"{experiment}.py", *flags, "--device", str(device)]),
+    ):
         importlib.import_module(experiment).main()
     return VARIANTS[variant](*fit.call_args.args, **fit.call_args.kwargs)
 

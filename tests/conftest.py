@@ -14,14 +14,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 from tiny_net import TinyNet
 
-import checkpoint
-import cli
-import imaging
-import plotting
-import processes
 import train
 import util
 import voc
+from seg import checkpoint, cli, imaging, plotting
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -37,7 +33,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def use_float32(patch):
     """Train in float32 on every device, for comparisons that bfloat16 is too coarse for."""
-    patch.setattr(processes, "has_bfloat16", lambda device: False)
+    patch.setattr(distributed, "has_bfloat16", lambda device: False)
 
 
 @pytest.fixture

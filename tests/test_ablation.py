@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, SHARED
 from torch import nn
 
-import engine
+from seg import engine
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -12,13 +12,13 @@ import torch
 from conftest import Malicious, make_tiny, run_main, write_pair, write_split
 from PIL import ExifTags, Image, TiffImagePlugin
 
-import checkpoint
 import compare
 import download
 import predict
 import train
 import util
 import voc
+from seg import checkpoint
 
 pytestmark = pytest.mark.usefixtures("tiny_net")
 

@@ -16,9 +16,8 @@ from conftest import ROOT
 from PIL import Image
 
 import compare
-import files
-import plotting
 import util
+from seg import files, plotting
 
 CLASSES = ("background", "cat", "dog")
 OPTIONS = {"has_test": True, "classes": CLASSES, "mious": (0.1, 0.2), "epoch_seconds": (2.0, 4.0)}
@@ -386,7 +385,7 @@ class Process:
     def wait(self):
         pass
 
-with mock.patch("subprocess.Popen", Process), mock.patch("reporting.Report._draw_all"):
+with mock.patch("subprocess.Popen", Process), mock.patch("seg.report.Report._draw_all"):
     cli.run(compare.main)
 """
 

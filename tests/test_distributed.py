@@ -14,19 +14,15 @@ import torch
 from conftest import ROOT, make_tiny, run_main, use_float32, use_tiny_net
 from tiny_net import TinyNet
 
-import checkpoint
-import cli
-import engine
-import processes
-import transforms
 import util
 import voc
+from seg import checkpoint, cli, distributed, engine, transforms
 
 
 def main():
     """Evaluate an untrained network; train it plainly, with ``--compile``, and with batch norm and dropout."""
     args = cli.arguments(__file__, __doc__, epochs=2, batch_size=4)
-    os.write(1, f"rank {processes.rank()} pid {os.getpid()}\n".encode())  # print would mix the lines of two processes
+    os.write(1, f"rank {distributed.rank()} pid {os.getpid()}\n".encode())  # print would mix the lines of two processes
     augment = transforms.Augmentation(flip=0.5, degrees=20, scale=(0.5, 1.2), unchanged=1, augmented=1)
     # 14 samples in batches of 4, 4, 3 and 3: the processes get batches of unequal size
     train, val, test = voc.loaders(args.data, args.batch_size, size=32, augment=augment, seed=args.seed)
@@ -36,15 +32,15 @@ def main():
     model = new_model()
     scores = [engine.evaluate(model, loader, criterion, full) for loader in (val, test) for full in (False, True)]
     args.out.mkdir(exist_ok=True)
-    torch.save([vars(score) for score in scores], args.out / f"scores_{processes.rank()}.pt")
+    torch.save([vars(score) for score in scores], args.out / f"scores_{distributed.rank()}.pt")
 
-    for name in ("plain", "compiled", "norm") if processes.world_size() > 1 else ("plain",):
+    for name in ("plain", "compiled", "norm") if distributed.world_size() > 1 else ("plain",):
         model = new_model(norm=name == "norm")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
         flags = Namespace(**vars(args) | {"out": args.out / name, "compile": name == "compiled"})
         experiment = {"criterion": criterion, "optimizer": optimizer, "scheduler": None, "patience": 100_000}
         engine.fit(flags, model, train, val, test, **experiment, training_step=logged_step)
-    torch.save(criterion.mean, args.out / f"loss_{processes.rank()}.pt")
+    torch.save(criterion.mean, args.out / f"loss_{distributed.rank()}.pt")
 
 
 class AveragedLoss(torch.nn.CrossEntropyLoss):
@@ -64,7 +60,7 @@ class AveragedLoss(torch.nn.CrossEntropyLoss):
 def logged_step(*args, **position):
     """Take a training step; print a random number."""
     if position["count"] > 1:  # not the trial before the first epoch
-        os.write(1, f"random {processes.rank()} {torch.rand(1).item()}\n".encode())
+        os.write(1, f"random {distributed.rank()} {torch.rand(1).item()}\n".encode())
     return engine.training_step(*args, **position)
 
 
@@ -135,9 +131,7 @@ def test_random_numbers_differ_between_the_processes(runs):
 def test_val_is_evaluated_with_the_same_batch_norm_in_all_processes(runs, float32):
     folder = runs / "2" / "norm"
     best = checkpoint.load(folder / "best_test_distributed.pt")
-    criterion = torch.nn.CrossEntropyLoss(
-        voc.class_weights(voc.Split(runs / "Tiny", "train")), ignore_index=util.VOID
-    )
+    criterion = torch.nn.CrossEntropyLoss(voc.class_weights(voc.Split(runs / "Tiny", "train")), ignore_index=util.VOID)
     val = voc.loaders(runs / "Tiny", 4, size=32)[1]
     row = engine.best_epoch(torch.load(folder / "last_test_distributed.pt", weights_only=True)["history"])
     scores = engine.evaluate(best, val, criterion, full_resolution=False)
@@ -178,9 +172,9 @@ def test_killing_one_process_ends_the_other_and_keeps_a_readable_checkpoint(runs
 
 
 def test_a_batch_too_small_for_the_processes_is_refused(tiny, monkeypatch):
-    monkeypatch.setattr(processes, "world_size", lambda: 4)
-    monkeypatch.setattr(processes, "rank", lambda: 0)
-    monkeypatch.setattr(processes, "main_process_first", contextlib.nullcontext)
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    monkeypatch.setattr(distributed, "main_process_first", contextlib.nullcontext)
     with pytest.raises(util.UserError, match="2 images are too few for 4 processes: raise --batch-size"):
         voc.loaders(tiny, 3, size=16)
 

@@ -14,14 +14,12 @@ from tiny_net import TinyNet
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import basic_fcn
-import checkpoint
-import engine
 import predict
-import preflight
 import resnet_fcn
 import resnet_unet
 import util
 import voc
+from seg import checkpoint, engine, sanity
 
 FLAGS = "--data Tiny --epochs 4 --batch-size 2 --device cpu"
 PRETRAINED = ("train_5_b", "train_6")
@@ -761,7 +759,7 @@ def test_an_augmentation_is_tried_on_labels_that_the_data_may_have(tiny, num_cla
 
     train = voc.loaders(tiny, 2, size=32, augment=Remapping())[0]
     train.classes = train.classes[:num_classes]
-    assert preflight._check_augmentation(train) == []
+    assert sanity._check_augmentation(train) == []
 
 
 OWN_RANDOM = """
@@ -887,10 +885,10 @@ def test_several_processes_need_a_gradient_for_every_trainable_parameter(monkeyp
     model = TinyNet(2)
     optimizer = torch.optim.SGD(model.classifier.parameters(), 0.1)
     used = {id(parameter) for parameter in model.parameters()} - {id(model.layers[0].bias)}
-    assert len(preflight._check_parameters(model, None, optimizer, used)) == 1
-    monkeypatch.setattr(preflight.processes, "world_size", lambda: 2)
+    assert len(sanity._check_parameters(model, None, optimizer, used)) == 1
+    monkeypatch.setattr(sanity.processes, "world_size", lambda: 2)
     with pytest.raises(util.UserError, match="need a gradient for layers.0.bias: freeze"):
-        preflight._check_parameters(model, None, optimizer, used)
+        sanity._check_parameters(model, None, optimizer, used)
 
 
 def test_several_processes_do_not_train_parameters_of_the_loss(monkeypatch):
@@ -898,10 +896,10 @@ def test_several_processes_do_not_train_parameters_of_the_loss(monkeypatch):
     model, loss = TinyNet(2), torch.nn.PReLU()
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], 0.1)
     used = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    assert preflight._check_parameters(model, loss, optimizer, used) == []
-    monkeypatch.setattr(preflight.processes, "world_size", lambda: 2)
+    assert sanity._check_parameters(model, loss, optimizer, used) == []
+    monkeypatch.setattr(sanity.processes, "world_size", lambda: 2)
     with pytest.raises(util.UserError, match="criterion.weight: several processes"):
-        preflight._check_parameters(model, loss, optimizer, used)
+        sanity._check_parameters(model, loss, optimizer, used)
 
 
 def test_without_patience_a_run_goes_to_its_end(project, capsys):
@@ -1048,7 +1046,7 @@ def test_a_run_whose_val_loss_is_not_finite_stops_and_keeps_the_epochs_before(pr
 def test_the_checks_leave_no_trace(project, monkeypatch):
     """A run trains as if they had not been made: weights, statistics of batch norm, optimizer, random numbers."""
     assert run(project, "", "--out with") == 0
-    monkeypatch.setattr("preflight.check", lambda *args, **states: [])
+    monkeypatch.setattr("seg.sanity.check", lambda *args, **states: [])
     assert run(project, "", "--out without") == 0
     states = [torch.load(project / out / "last_train-mine.pt", weights_only=True) for out in ("with", "without")]
     for part in ("model", "optimizer"):

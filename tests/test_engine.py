@@ -24,16 +24,9 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 from tiny_net import TinyNet
 from torch.nn import CrossEntropyLoss, functional
 
-import checkpoint
-import cli
-import engine
-import files
-import imaging
-import plotting
-import processes
-import reporting
 import util
 import voc
+from seg import checkpoint, cli, distributed, engine, files, imaging, plotting, report
 from util import UserError
 
 draw_curves = plotting.curves  # which the fixture tiny_net replaces
@@ -116,7 +109,7 @@ def test_multiply_adds_of_attention_are_counted():
     tokens = 4 * 6
     # embedding, query, key, value and output, the two linear layers, and products of all pairs of tokens in both
     expected = tokens * (3 * 8 + 4 * 8 * 8 + 2 * 8 * 32) + 2 * 2 * tokens * tokens * 8
-    assert reporting._multiply_adds(Attention().eval(), torch.device("cpu")) == expected
+    assert report._multiply_adds(Attention().eval(), torch.device("cpu")) == expected
 
 
 def test_a_run_writes_the_documented_files_and_metrics(finished):
@@ -221,7 +214,7 @@ def test_metrics_equal_those_of_a_plain_loop_at_full_resolution(finished):
 @pytest.mark.parametrize("available", [True, False])
 def test_bfloat16_is_used_where_it_is_fast(available, monkeypatch):
     """Oracle: the network in bfloat16 throughout, from which autocast differs in batch norm and sums only."""
-    monkeypatch.setattr(processes, "has_bfloat16", lambda device: available)
+    monkeypatch.setattr(distributed, "has_bfloat16", lambda device: available)
     torch.manual_seed(0)
     network, images = TinyNet(21).eval(), torch.randn(2, 3, SIZE, SIZE)
     with torch.no_grad():
@@ -246,7 +239,7 @@ def test_final_metrics_are_in_float32_and_so_are_the_logits_that_a_loss_gets(tin
     model, val = TinyNet(21), voc.loaders(tiny, 2, size=SIZE)[1]
     scores = {}
     for available in (True, False):
-        monkeypatch.setattr(processes, "has_bfloat16", lambda device, available=available: available)
+        monkeypatch.setattr(distributed, "has_bfloat16", lambda device, available=available: available)
         scores[available] = [engine.evaluate(model, val, criterion, full) for full in (True, False)]
     (final, fast), (float32_final, float32_fast) = scores[True], scores[False]
     assert final.loss == float32_final.loss and torch.equal(final.matrix, float32_final.matrix)
@@ -256,7 +249,7 @@ def test_final_metrics_are_in_float32_and_so_are_the_logits_that_a_loss_gets(tin
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux, which lists the CPU's instructions")
 def test_bfloat16_on_cpus_that_have_its_instructions():
     flags = Path("/proc/cpuinfo").read_text().split()
-    assert processes.has_bfloat16(torch.device("cpu")) == ("avx512_bf16" in flags)
+    assert distributed.has_bfloat16(torch.device("cpu")) == ("avx512_bf16" in flags)
 
 
 @pytest.mark.parametrize("class_weights", [None, torch.linspace(0.2, 3, 21)])
@@ -565,14 +558,14 @@ def report_of(folder, size=(60, 50), predict=None, **flags):
     train, val, _ = voc.loaders(folder, 1, size=SIZE)
     scores = util.Scores(1.0, torch.eye(21, dtype=torch.int64), val.classes)
     args = Namespace(idea="an idea", epochs=9, limit=None, device=torch.device("cpu"), **flags)
-    report = reporting.Report(files.RunFiles(folder, "train", 0), args, CRITERION, train, val, None, predict)
-    return report, [reporting.history_row(1, [[0.1]], scores, scores) | {"seconds": 1.0}], scores
+    made = report.Report(files.RunFiles(folder, "train", 0), args, CRITERION, train, val, None, predict)
+    return made, [report.history_row(1, [[0.1]], scores, scores) | {"seconds": 1.0}], scores
 
 
 def test_plots_take_large_photos_downscaled_and_show_their_progress(tmp_path, monkeypatch):
     drawn, shapes, bars = [], [], []
     monkeypatch.setattr(plotting, "predictions", lambda path, title, classes, samples: drawn.extend(samples))
-    monkeypatch.setattr(reporting, "progress", lambda items, *args, **names: bars.append(args) or items)
+    monkeypatch.setattr(report, "progress", lambda items, *args, **names: bars.append(args) or items)
 
     def predict(model, loader, index, shape):
         shapes.append(shape)
@@ -661,8 +654,8 @@ def test_curves_are_there_and_complete_from_the_first_epoch_on(tiny, tmp_path, m
     """A viewer that looks at any moment, here in each later epoch, finds a complete picture that changes."""
     monkeypatch.setattr(plotting, "curves", draw_curves)
     monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: figure.canvas.print_figure(file, **options))
-    monkeypatch.setattr(reporting, "INTERVALS", {"curves": 0, "predictions": math.inf})
-    monkeypatch.setattr(reporting, "DRAWING_SHARE", math.inf)
+    monkeypatch.setattr(report, "INTERVALS", {"curves": 0, "predictions": math.inf})
+    monkeypatch.setattr(report, "DRAWING_SHARE", math.inf)
     train_epoch, seen = engine.train_epoch, []
 
     def look_during_epoch(network, loader, epoch, *args):
@@ -685,9 +678,9 @@ def test_drawing_during_a_run_keeps_to_its_share_of_the_time(tmp_path, monkeypat
         drawn.append((name, now[0]))
         now[0] += seconds
 
-    monkeypatch.setattr(reporting.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(checkpoint, "load", lambda *args: None)
-    report, history, _ = report_of(tmp_path)
+    made, history, _ = report_of(tmp_path)
     monkeypatch.setattr(report, "_draw_curves", lambda *args: draw("curves", 1))
     monkeypatch.setattr(report, "_draw_predictions", lambda *args: draw("predictions", 3))
     for epoch in range(1, 601):
@@ -703,7 +696,7 @@ def test_drawing_during_a_run_keeps_to_its_share_of_the_time(tmp_path, monkeypat
 
 def test_a_plot_that_fails_during_the_run_does_not_end_it(tiny, tmp_path, monkeypatch, capsys):
     draw = Mock(side_effect=[ValueError("no such font"), None])
-    monkeypatch.setattr(reporting.Report, "_draw_curves", draw)
+    monkeypatch.setattr(report.Report, "_draw_curves", draw)
     fit(tiny, tmp_path, epochs=1)
     output = capsys.readouterr().out
     assert "warning: the plots are not updated any more (no such font)" in output and draw.call_count == 2
@@ -712,19 +705,19 @@ def test_a_plot_that_fails_during_the_run_does_not_end_it(tiny, tmp_path, monkey
 def test_progress_prints_lines_where_there_is_no_terminal(monkeypatch, capsys):
     """Items that take 12 s each: a line whenever 30 s have passed without one."""
     now = [0.0]
-    monkeypatch.setattr(reporting.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(reporting, "_last_line", 0.0)
-    for index in reporting.progress(range(10), 10, "epoch 3", status=lambda: f"loss {now[0]}"):
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(report, "_last_line", 0.0)
+    for index in report.progress(range(10), 10, "epoch 3", status=lambda: f"loss {now[0]}"):
         now[0] += 12
         if index == 4:
-            reporting.log("another line")
+            report.log("another line")
     lines = ["epoch 3: 3/10  loss 36.0", "another line", "epoch 3: 8/10  loss 96.0"]
     assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_the_progress_bar_of_an_epoch_shows_the_running_loss(tiny, monkeypatch):
     bars = []
-    monkeypatch.setattr(reporting, "progress", lambda items, *args, status: bars.append(status) or items)
+    monkeypatch.setattr(report, "progress", lambda items, *args, status: bars.append(status) or items)
     train = voc.loaders(tiny, 2, size=SIZE)[0]
     model = TinyNet(21)
     scores, _ = engine.train_epoch(model, train, 1, CRITERION, torch.optim.SGD(model.parameters(), lr=0.1))

@@ -19,14 +19,12 @@ from conftest import ROOT, TESTS, run_main
 from PIL import Image
 from torch import nn
 
-import checkpoint
 import export
-import imaging
-import onnx_graph
 import predict
 from basic_fcn import FCN
 from custom_fcn import CustomFCN
 from resnet_fcn import ResNetFCN
+from seg import checkpoint, imaging, onnx_graph
 from unet import UNet
 
 FAKE_CAMERA = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
@@ -410,8 +408,10 @@ def test_page_takes_the_same_file_again_and_any_drop(browser, page_url, small):
         levels = [int(re.search(r"\d+", colour)[0]) for colour in (border, card)]
         assert abs(levels[0] - levels[1]) > 80 and "rgba" not in border
     for event in ("dragover", "drop"):
-        drop = f"!document.body.dispatchEvent(new DragEvent('{event}', {{bubbles: true, cancelable: true, " \
-               "dataTransfer: new DataTransfer()}))"
+        drop = (
+            f"!document.body.dispatchEvent(new DragEvent('{event}', {{bubbles: true, cancelable: true, "
+            "dataTransfer: new DataTransfer()}))"
+        )
         assert page.evaluate(drop)
     page.close()
 

@@ -19,12 +19,10 @@ import torch
 from conftest import ROOT, TESTS, make_tiny, run_main
 
 import download
-import engine
-import files
-import toy
 import train
 import util
 import voc
+from seg import engine, files, toy
 
 resource = pytest.importorskip("resource", reason="needs a system that limits the size of files")
 pytestmark = pytest.mark.usefixtures("tiny_net")
@@ -223,7 +221,7 @@ def test_a_file_that_another_program_has_open_is_replaced_when_it_is_closed(tmp_
 
 KILLED = """
 import os, signal, sys
-import files
+from seg import files
 with files.atomic_write(sys.argv[1]) as file:
     file.write(b"incomplete")
     file.flush()

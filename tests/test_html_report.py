@@ -15,10 +15,8 @@ import torch
 from PIL import Image
 from test_compare import run_compare, table_rows, write_run
 
-import files
-import html_report
-import imaging
 import util
+from seg import files, html, imaging
 from util import VOID
 
 # names that would break out of text and of attributes
@@ -100,7 +98,7 @@ def write_report(out, has_test=True, epochs=2, classes=CLASSES):
     metadata = {"classes": classes, "size": [224, 320], "class": "Net", "arguments": {"width": 8}}
     metadata |= {"code": {"train.py": CODE}}
     shown = samples(np.random.default_rng(0))
-    html_report.write_run(run_files, "train_x: <idea>, Made", metrics, history_of(epochs), shown, metadata)
+    html.write_run(run_files, "train_x: <idea>, Made", metrics, history_of(epochs), shown, metadata)
     return run_files.report, json.loads(json.dumps(metrics))
 
 
@@ -168,8 +166,8 @@ def test_images_are_those_of_the_samples(report):
         wrong[predicted != mask] = imaging.WRONG
         wrong[mask == VOID] = imaging.PALETTE[VOID]
         assert np.abs(shown["wrong pixels"].astype(float) - wrong).mean() < 5
-    plots = page.images(html_report.PLOTS["curves"])
-    assert [plot.size for plot in plots] == [(130, 70)] and not page.images(html_report.PLOTS["augmentation"])
+    plots = page.images(html.PLOTS["curves"])
+    assert [plot.size for plot in plots] == [(130, 70)] and not page.images(html.PLOTS["augmentation"])
     void = images["ground truth"][0].convert("RGB").getpixel((0, 0))
     assert void == tuple(imaging.PALETTE[VOID].tolist())
 

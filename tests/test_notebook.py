@@ -13,13 +13,11 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
-import checkpoint
-import engine
-import imaging
 import util
 import voc
 from basic_fcn import FCN
 from custom_fcn import CustomFCN
+from seg import checkpoint, engine, imaging
 
 NOTEBOOK = ROOT / "SegmentationVisualization.ipynb"
 

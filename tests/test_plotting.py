@@ -10,10 +10,9 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
-import imaging
-import plotting
 import util
 import voc
+from seg import imaging, plotting
 from util import Scores
 
 CLASSES = ("a", "b", "c")

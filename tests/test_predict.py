@@ -13,11 +13,10 @@ from conftest import run_main, write_pair, write_split
 from PIL import Image
 from torch.nn import functional
 
-import checkpoint
-import imaging
 import predict
 import voc
 from basic_fcn import FCN
+from seg import checkpoint, imaging
 from util import Scores, UserError, baseline_name
 
 

@@ -9,10 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_net import TinyNet
 
-import checkpoint
-import imaging
 import util
 import voc
+from seg import checkpoint, imaging
 from util import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_net")

@@ -48,7 +48,7 @@ def test_each_study_that_is_kept_has_its_command_in_the_report():
 @pytest.mark.parametrize("flags", ABLATIONS)
 def test_ablations_are_those_of_the_runs(flags, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    monkeypatch.setattr("engine.fit", None)  # a missing run is a failure, not trained
+    monkeypatch.setattr("seg.engine.fit", None)  # a missing run is a failure, not trained
     assert run_main(ROOT, importlib.import_module("ablation"), flags) == 0
     rows = table_rows(capsys.readouterr().out)
     assert len(rows) > 3 and [row for row in rows if row not in REPORT] == []

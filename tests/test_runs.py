@@ -7,9 +7,8 @@ import pytest
 import torch
 from conftest import ROOT, run_main
 
-import checkpoint
-import files
 import train
+from seg import checkpoint, files
 
 pytestmark = pytest.mark.usefixtures("tiny_net")
 
@@ -116,7 +115,7 @@ def test_a_run_killed_in_its_first_epoch_is_resumed_from_the_start(folder):
 
 HOLDER = """
 import pathlib, sys, time
-import files
+from seg import files
 with files.RunFiles(pathlib.Path(sys.argv[1]), "train", 0).locked():
     print("locked", flush=True)
     time.sleep(60)

@@ -14,13 +14,13 @@ import pytest
 from conftest import ROOT, SHARED, linked, run_main, skip_drawing, use_tiny_net
 from PIL import Image
 
-import checkpoint
 import compare
 import train
 import train_4_a
 import train_5_b
 import train_6
 import voc
+from seg import checkpoint
 
 FLAGS = "--device cpu --limit 2 --batch-size 2"
 EXPERIMENTS = list(compare.EXPERIMENTS)

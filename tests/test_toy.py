@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-import toy
 import voc
+from seg import toy
 
 
 @pytest.fixture(scope="module")

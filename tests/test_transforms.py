@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional
 from torchvision.transforms.v2 import functional as v2
 
-import imaging
 import util
 import voc
-from transforms import Augmentation, adjust_colours
+from seg import imaging
+from seg.transforms import Augmentation, adjust_colours
 
 SIZE, CELL = 128, 16
 ALL = {"flip": 0.5, "degrees": 40, "scale": (0.4, 1.6)}

@@ -15,8 +15,8 @@ import torch
 from conftest import ROOT
 from torchmetrics.classification import MulticlassJaccardIndex
 
-import processes
 import util
+from seg import distributed
 from util import VOID
 
 DEVICES = [
@@ -108,7 +108,7 @@ def test_a_seed_repeats_the_random_numbers_of_torch_and_numpy():
 def test_malloc_keeps_freed_memory_for_the_next_batch_on_a_cpu():
     code = """
 import re, sys, torch, processes
-processes.set_malloc_options(torch.device(sys.argv[1]))
+distributed.set_malloc_options(torch.device(sys.argv[1]))
 del (block := [torch.ones(64 << 18)])[0]  # 64 MiB
 print(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
@@ -140,5 +140,7 @@ def test_each_rank_and_epoch_has_its_own_random_numbers():
 
 def test_apple_gpus_get_contiguous_tensors():
     """Batch norm on channels_last tensors gives wrong gradients there (pytorch issue 175189)."""
-    assert processes.memory_format("mps") is processes.memory_format(torch.device("mps:0")) is torch.contiguous_format
-    assert processes.memory_format("cpu") is processes.memory_format("cuda:1") is torch.channels_last
+    assert (
+        distributed.memory_format("mps") is distributed.memory_format(torch.device("mps:0")) is torch.contiguous_format
+    )
+    assert distributed.memory_format("cpu") is distributed.memory_format("cuda:1") is torch.channels_last

@@ -16,11 +16,9 @@ from conftest import ROOT, make_tiny, run_main, write_split
 from PIL import ExifTags, Image, ImageOps
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
-import dataset
-import imaging
-import transforms
 import util
 import voc
+from seg import imaging, layout, transforms
 from util import UserError
 
 
@@ -637,7 +635,7 @@ def test_colours_of_all_image_files_are_converted_in_strips_and_hidden_files_are
     with Image.open(path) as image:
         image.save(path.with_suffix(".BMP"))
     path.replace(path.with_name("._000001.png"))  # as macOS leaves them
-    monkeypatch.setattr(dataset, "STRIP_PIXELS", 500)
+    monkeypatch.setattr(layout, "STRIP_PIXELS", 500)
     assert run_main(root.parent, voc, f"--data {root.name} --from-colours colours.txt") == 0
     assert len(list((root / "SegmentationClass").iterdir())) == len(indices)
     for name, expected in indices.items():
@@ -650,7 +648,7 @@ def test_a_failed_conversion_leaves_the_masks_and_other_class_names_are_not_repl
     (root / "classes.txt").write_text("other\nnames\n")
     before = {path: path.is_file() and path.read_bytes() for path in root.rglob("*")}
     with pytest.raises(UserError, match="classes.txt: names other classes than"):
-        dataset.from_colours(root, root.parent / "colours.txt")
+        layout.from_colours(root, root.parent / "colours.txt")
 
     def disk_is_full(image, path):
         raise OSError(28, "No space left on device")
@@ -659,7 +657,7 @@ def test_a_failed_conversion_leaves_the_masks_and_other_class_names_are_not_repl
     before[root / "classes.txt"] = (root / "classes.txt").read_bytes()
     monkeypatch.setattr(Image.Image, "save", disk_is_full)
     with pytest.raises(UserError, match="No space left"):
-        dataset.from_colours(root, root.parent / "colours.txt")
+        layout.from_colours(root, root.parent / "colours.txt")
     assert {path: path.is_file() and path.read_bytes() for path in root.rglob("*")} == before
 
 

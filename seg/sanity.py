@@ -11,9 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 from torch.optim import lr_scheduler
 
-import checkpoint
-import imaging
-import processes
+from seg import checkpoint, distributed, imaging
 from util import VOID, UserError, is_out_of_memory, learning_rates, reason, seed_everything
 
 # files in which a user's mistake may surface
@@ -50,7 +48,7 @@ def check(args, metadata, train, forward, training_step, scheduler_interval, *, 
         rates, numbers = learning_rates(optimizer), _numbers(criterion)
         with _stage(script, "the training step"), _frozen_batch_norm(model.train()) as following:
             used, wanted = set(), set(map(id, _optimized(optimizer)))
-            for _ in range(NUM_TRIES if processes.world_size() == 1 else 1):  # some leave out layers at random
+            for _ in range(NUM_TRIES if distributed.world_size() == 1 else 1):  # some leave out layers at random
                 used |= _try_training_step(training_step, model, images, masks, criterion, optimizer)
                 if wanted <= used:
                     break
@@ -156,7 +154,7 @@ def _stage(script, name):
     except UserError as error:
         raise UserError(f"{script}: {error}") from None
     except Exception as error:  # whatever a user's own code raises
-        if is_out_of_memory(error) or processes.is_connection_lost(error):
+        if is_out_of_memory(error) or distributed.is_connection_lost(error):
             raise
         frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
         frames = [(path, line) for path, line in frames if path.parent == checkpoint.ROOT and path.stem not in SHARED]
@@ -393,7 +391,7 @@ def _check_parameters(model, criterion, optimizer, used):
         advice = "no checkpoint would save them: make it from model.parameters()"
         raise UserError(f"the optimizer holds {problem}: {advice}")
     in_criterion = [name for index, name in names.items() if index in optimized and name.startswith("criterion.")]
-    if in_criterion and processes.world_size() > 1:
+    if in_criterion and distributed.world_size() > 1:
         problem = "several processes train the parameters of the network only"
         raise UserError(f"{_some(in_criterion)}: {problem}: train in one process")
     unused = [name for index, name in names.items() if index in optimized - used]
@@ -404,7 +402,7 @@ def _check_parameters(model, criterion, optimizer, used):
     trainable = {name: id(parameter) for name, parameter in parameters.items() if parameter.requires_grad}
     left_out = [name for name, index in trainable.items() if index not in optimized]
     without_gradient = [name for name in left_out if trainable[name] not in used]
-    if without_gradient and processes.world_size() > 1:
+    if without_gradient and distributed.world_size() > 1:
         advice = "freeze what is not used, requires_grad_(False)"
         raise UserError(f"several processes need a gradient for {_some(without_gradient)}: {advice}")
     problem = f"{len(left_out)} trainable parameters are not in the optimizer, and change only if training_step does it"

@@ -7,7 +7,7 @@ import os
 import sys
 
 import torch
-from torch import distributed
+from torch import distributed as dist
 
 from util import UserError
 
@@ -31,9 +31,7 @@ def join(device):
         raise UserError(f"--device {device}: several processes run on cuda or cpu only: choose one of these")
     is_cuda = device.type == "cuda"
     timeout = datetime.timedelta(hours=1)  # the main process may decode all images before the others go on
-    distributed.init_process_group(
-        "nccl" if is_cuda else "gloo", timeout=timeout, device_id=device if is_cuda else None
-    )
+    dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timeout, device_id=device if is_cuda else None)
     return device
 
 
@@ -41,11 +39,11 @@ def leave():
     """End this process normally if it is one of several."""
     if world_size() == 1:
         return
-    if distributed.get_backend() == "nccl":
-        distributed.destroy_process_group()
+    if dist.get_backend() == "nccl":
+        dist.destroy_process_group()
         return
     # Destroying a gloo group hangs in torch 2.6, and sometimes aborts if another process has left before.
-    distributed.barrier()
+    dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -53,17 +51,17 @@ def leave():
 
 def is_connection_lost(error):
     """Whether an exception means that another process is gone."""
-    return world_size() > 1 and (isinstance(error, distributed.DistBackendError) or "gloo" in str(error))
+    return world_size() > 1 and (isinstance(error, dist.DistBackendError) or "gloo" in str(error))
 
 
 def rank():
     """The rank of this process; 0 unless torchrun started several."""
-    return distributed.get_rank() if world_size() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
 def world_size():
     """The number of processes; 1 unless torchrun started several."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_main():
@@ -78,7 +76,7 @@ def all_reduce(tensor, device):
     """
     if world_size() > 1:
         tensor = tensor.to(device, copy=True)
-        distributed.all_reduce(tensor)
+        dist.all_reduce(tensor)
     return tensor
 
 
@@ -86,17 +84,17 @@ def broadcast(tensors):
     """Copy the main process's values of some tensors to the other processes."""
     if world_size() > 1:
         for tensor in tensors:
-            distributed.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=0)
 
 
 @contextlib.contextmanager
 def main_process_first():
     """Run the block in the main process before the others, for example to write a file that they read."""
     if not is_main():
-        distributed.barrier()
+        dist.barrier()
     yield
     if is_main() and world_size() > 1:
-        distributed.barrier()
+        dist.barrier()
 
 
 def has_bfloat16(device):

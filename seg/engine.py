@@ -12,12 +12,8 @@ from torch.nn import CrossEntropyLoss, functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-import checkpoint
-import files
-import preflight
-import processes
-import reporting
 import util
+from seg import checkpoint, distributed, files, report, sanity
 from util import VOID, Scores, UserError
 
 STRIP_SIZE = 1 << 22  # logits that are upsampled at a time: 16 MB, about one VOC image of 21 classes
@@ -29,7 +25,7 @@ def forward(network, images, full_precision=False):
     Returns a dict whose ``out`` are the logits, float32 [B, C, H, W]. A network may return smaller logits, which are
     upsampled bilinearly, or itself a dict with ``out`` and others, as those of torchvision do.
     """
-    bfloat16 = processes.has_bfloat16(images.device) and not full_precision
+    bfloat16 = distributed.has_bfloat16(images.device) and not full_precision
     with torch.autocast(images.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
         outputs = network(images)
     outputs = dict(outputs) if isinstance(outputs, Mapping) else {"out": outputs}
@@ -78,7 +74,7 @@ def _mean_loss(losses, device=None):
     """
     losses, weights = losses.double().T
     sums = torch.stack(((losses * weights).sum(), weights.sum()))
-    total, weight = (sums if device is None else processes.all_reduce(sums, device)).tolist()
+    total, weight = (sums if device is None else distributed.all_reduce(sums, device)).tolist()
     return total / weight if weight else math.nan
 
 
@@ -152,10 +148,10 @@ def evaluate(model, loader, criterion, full_resolution=True):
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     image_ious, assignment_ious = torch.zeros(2, len(loader.split), dtype=torch.float64)
     losses = [torch.zeros(2, device=device)]  # a process may have no batch
-    num_batches = math.ceil(len(loader) / processes.world_size())
+    num_batches = math.ceil(len(loader) / distributed.world_size())
     with ThreadPoolExecutor() as pool:
         name = f"evaluating {loader.split.name}"
-        for images, masks, indices in reporting.progress(loader.batches(), num_batches, name):
+        for images, masks, indices in report.progress(loader.batches(), num_batches, name):
             logits = forward(model, images, full_precision=full_resolution)["out"]
             losses.append(torch.stack(batch_loss(criterion, logits, masks)))
             if not full_resolution:
@@ -170,10 +166,10 @@ def evaluate(model, loader, criterion, full_resolution=True):
                     matrix += util.confusion_matrix(mask[:, columns], prediction, num_classes)
                 image_ious[index] = util.mean_iou((matrix - before).cpu())  # Apple GPUs lack float64
     loss = _mean_loss(torch.stack(losses).cpu(), device)
-    matrix = processes.all_reduce(matrix, device).cpu()
+    matrix = distributed.all_reduce(matrix, device).cpu()
     if not full_resolution:
         return Scores(loss, matrix, loader.classes)
-    image_ious, assignment_ious = processes.all_reduce(torch.stack((image_ious, assignment_ious)), device).cpu()
+    image_ious, assignment_ious = distributed.all_reduce(torch.stack((image_ious, assignment_ious)), device).cpu()
     return Scores(loss, matrix, loader.classes, image_ious, assignment_ious.mean().item())
 
 
@@ -192,7 +188,7 @@ def _check_loader(model, loader):
 def backward(network, loss, weight):
     """Compute the gradients of a batch's loss and return their norm; loss and weight as from ``batch_loss``."""
     # DistributedDataParallel averages the gradients: scaled like this, the average is that of the whole batch
-    scale = processes.world_size() * weight / processes.all_reduce(weight, loss.device).clamp(min=1e-12)
+    scale = distributed.world_size() * weight / distributed.all_reduce(weight, loss.device).clamp(min=1e-12)
     (loss * scale).backward()
     return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
@@ -233,7 +229,7 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
     num_classes, device = len(loader.classes), loader.device
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     results, batch_indices, learning_rates = [], [], []
-    batches = reporting.progress(
+    batches = report.progress(
         loader.batches(epoch),
         len(loader),
         f"epoch {epoch}",
@@ -250,7 +246,7 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
     losses, weights, norms = torch.stack(results).T.cpu()  # only here: .cpu() synchronises with a GPU
     _check_finite(losses, norms, batch_indices, loader.split.ids, epoch)
     loss = _mean_loss(torch.stack((losses, weights), 1), device)
-    return Scores(loss, processes.all_reduce(matrix, device).cpu(), loader.classes), learning_rates
+    return Scores(loss, distributed.all_reduce(matrix, device).cpu(), loader.classes), learning_rates
 
 
 def _sampled_confusion_matrix(masks, logits, num_classes):
@@ -294,7 +290,7 @@ def fit(
 
     Writes the files of ``files.RunFiles``. The best epoch has the highest mean IoU on val at the loader's size, and of
     several the lowest val loss. After Ctrl-C or an error, the checkpoints and plots of the epochs before are kept.
-    Raises a UserError if ``preflight.check`` finds a fault, if a file cannot be written, if another run's files are in
+    Raises a UserError if ``sanity.check`` finds a fault, if a file cannot be written, if another run's files are in
     the way, or if the loss is not finite.
 
     Args:
@@ -318,36 +314,36 @@ def fit(
     annealed = not (scheduler is None or isinstance(scheduler, ReduceLROnPlateau))
     stops_early = not annealed and patience is not None
     parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
-    preflight.check_types(args, train, val, test, parts)
-    with run_files.locked() if processes.is_main() else contextlib.nullcontext():
+    sanity.check_types(args, train, val, test, parts)
+    with run_files.locked() if distributed.is_main() else contextlib.nullcontext():
         resuming = args.resume and run_files.last.exists()
         if not (resuming or args.overwrite):
             checkpoint.check_new_run(run_files, args.resume)
-        processes.set_malloc_options(args.device)
-        processes.set_memory_format(model, args.device)
+        distributed.set_malloc_options(args.device)
+        distributed.set_memory_format(model, args.device)
         modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
         for module in modules:
             module.to(args.device)
         loaders = [loader for loader in (train, val, test) if loader is not None]
         metadata = checkpoint.metadata(args, model, loaders)
-        warnings = preflight.check(args, metadata, train, forward, training_step, scheduler_interval, **parts)
-        if args.overwrite and processes.is_main():
+        warnings = sanity.check(args, metadata, train, forward, training_step, scheduler_interval, **parts)
+        if args.overwrite and distributed.is_main():
             run_files.delete()
         history = checkpoint.resume(run_files, metadata, annealed, **parts) if resuming else []
-        report = reporting.Report(run_files, args, criterion, train, val, test, predict_index)
+        run_report = report.Report(run_files, args, criterion, train, val, test, predict_index)
         stopping = f"patience {patience} epochs" if stops_early else f"all {args.epochs} epochs are run"
-        report.start(model, history, stopping, warnings)
+        run_report.start(model, history, stopping, warnings)
         network, parallel = _wrap(model, args)
 
         def run_epoch(epoch):
             """Train and validate for an epoch; return its row of the history and the Scores on val."""
-            util.seed_epoch(args.seed, epoch, processes.rank())
+            util.seed_epoch(args.seed, epoch, distributed.rank())
             batch_scheduler = scheduler if scheduler_interval == "batch" else None
             train_scores, learning_rates = train_epoch(
                 parallel, train, epoch, criterion, optimizer, training_step, batch_scheduler
             )
             for module in modules:
-                processes.broadcast(module.buffers())  # each process has its own statistics of batch norm
+                distributed.broadcast(module.buffers())  # each process has its own statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
             if not math.isfinite(scores.loss):
                 raise UserError(f"the val loss is {scores.loss} in epoch {epoch}: lower the learning rate")
@@ -355,13 +351,13 @@ def fit(
                 scheduler.step(scores.miou if scheduler.mode == "max" else scores.loss)
             elif scheduler is not None and scheduler_interval == "epoch":
                 scheduler.step()
-            return reporting.history_row(epoch, learning_rates, train_scores, scores), scores
+            return report.history_row(epoch, learning_rates, train_scores, scores), scores
 
         try:
             epochs = range(len(history) + 1, args.epochs + 1)
-            for epoch in reporting.progress(epochs, len(epochs), args.experiment, unit="epoch"):
+            for epoch in report.progress(epochs, len(epochs), args.experiment, unit="epoch"):
                 if history and stops_early and epochs_without_progress(history, val.baseline.miou) >= patience:
-                    reporting.log(f"no progress on val for {patience} epochs: stopping early")
+                    report.log(f"no progress on val for {patience} epochs: stopping early")
                     break
                 start = time.perf_counter()
                 row, scores = run_epoch(epoch)
@@ -371,24 +367,24 @@ def fit(
                 row["seconds"] = round(time.perf_counter() - start, 3)
                 checkpoint.save_last(run_files.last, metadata, [*history, row], **parts)
                 history.append(row)
-                report.epoch(history, best_epoch(history))
-            with processes.main_process_first():  # it has written the file
+                run_report.epoch(history, best_epoch(history))
+            with distributed.main_process_first():  # it has written the file
                 best_model = checkpoint.load(run_files.best, args.device)
             scored = zip(("val", "test"), loaders[1:])
             results = {name: evaluate(best_model, loader, criterion) for name, loader in scored}
-            report.finish(metadata, best_model, history, best_epoch(history), results)
+            run_report.finish(metadata, best_model, history, best_epoch(history), results)
             args.finished = {*finished, args.experiment}
             model.train()  # as it was
             util.seed_epoch(args.seed, 0, len(args.finished))  # what follows does not depend on --resume
         except BaseException:
-            report.stop(history)
+            run_report.stop(history)
             raise
 
 
 def _wrap(model, args):
     """The model as it is evaluated, compiled if so asked, and as it is trained, in one or several processes."""
     network = torch.compile(model) if args.compile else model
-    if processes.world_size() == 1:
+    if distributed.world_size() == 1:
         return network, network
     if args.device.type == "cuda":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch norm over the whole batch

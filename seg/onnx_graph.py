@@ -8,9 +8,7 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import engine
-import imaging
+from seg import checkpoint, engine, imaging
 from util import UserError, reason
 
 # The end of the graph. Classes are upsampled one after another: together they would take 4 bytes per class and pixel.
@@ -54,6 +52,7 @@ def resize_weights(source, target):
 def convert(model, end, metadata):
     """Convert a TrainedModel on the CPU, with MASK or PROBABILITIES as its ``end``, to an onnx.ModelProto."""
     import onnx.parser  # only here: an optional package
+
     photo, sides = torch.zeros(300, 400, 3, dtype=torch.uint8), dict(enumerate(torch.export.dims("H", "W")))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # where PyTorch prints the graph of a network that fails

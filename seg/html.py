@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import files
-import imaging
 import util
+from seg import files, imaging
 from util import VOID
 
 # read here, so that a run without this file ends before its training rather than after it
-TEMPLATE = string.Template(Path(__file__).resolve().with_name("report_template.html").read_text(encoding="utf-8"))
+TEMPLATE = string.Template(
+    Path(__file__).resolve().with_name("templates").joinpath("report.html").read_text(encoding="utf-8")
+)
 SAMPLE_SIDE = 400  # of these in pixels, so that a report has a few MB at most
 
 PLOTS = {

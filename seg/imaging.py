@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-import processes
+from seg import distributed
 from util import VOID, UserError, background_label, reason
 
 # Mean and standard deviation of ImageNet's photos in 0..1, as red, green, blue: torchvision's weights expect them.
@@ -183,5 +183,5 @@ def scale_and_shift(device, mean, std):
 def normalise(images, device, mean=MEAN, std=STD):
     """Move uint8 images [B, 3, H, W] to a device and map 0..1 to ``(value - mean) / std``: float32."""
     scale, shift = scale_and_shift(device, tuple(map(float, mean)), tuple(map(float, std)))
-    images = images.to(device, torch.float32, memory_format=processes.memory_format(device))
+    images = images.to(device, torch.float32, memory_format=distributed.memory_format(device))
     return images.mul_(scale).sub_(shift)  # in place: the conversion to float32 has made a copy

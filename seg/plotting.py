@@ -18,9 +18,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-import files
-import imaging
 import util
+from seg import files, imaging
 from util import VOID
 
 # Okabe and Ito's palette for the colour-blind; each colour has its own line style or hatch for black-and-white print.
@@ -104,7 +103,7 @@ def _save(figure, path):
 def curves(path, title, history, best_epoch, baseline, weighted):
     """Draw loss, pixel accuracy, mean IoU and learning rates over the epochs.
 
-    ``history`` is a list of the dicts of ``reporting.history_row``, ``baseline`` has the resolution of its val metrics,
+    ``history`` is a list of the dicts of ``report.history_row``, ``baseline`` has the resolution of its val metrics,
     and ``weighted`` tells whether the loss has class weights.
     """
     figure = _figure(WIDTH, 7, title)

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from files import atomic_folder, writing
-from imaging import palette_image
+from seg.files import atomic_folder, writing
+from seg.imaging import palette_image
+from seg.layout import CLASSES
 from util import VOID
-from voc import CLASSES
 
 SPLITS = {"train": 209, "val": 213, "test": 210}
 SIZES = (

@@ -18,11 +18,8 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-import checkpoint
-import files
-import html_report
-import processes
 import util
+from seg import checkpoint, distributed, files, html
 from util import Scores, UserError
 
 LINE_INTERVAL = 30  # seconds without a line after which ``progress`` prints one
@@ -40,12 +37,12 @@ def progress(iterable, total, name, unit="batch", status=lambda: ""):
     If stderr is not a terminal, print a line instead whenever nothing was printed for 30 seconds. ``status()`` is shown
     with either; it is called at most once per second.
     """
-    bar = tqdm(iterable, name, total, leave=False, unit=unit, disable=None if processes.is_main() else True)
+    bar = tqdm(iterable, name, total, leave=False, unit=unit, disable=None if distributed.is_main() else True)
     shown = time.perf_counter()
     for done, item in enumerate(bar, 1):
         yield item
         now = time.perf_counter()
-        if not processes.is_main():
+        if not distributed.is_main():
             continue
         if bar.disable and now - _last_line > LINE_INTERVAL:
             log(f"{name}: {done}/{total}  {status()}".rstrip())
@@ -57,7 +54,7 @@ def progress(iterable, total, name, unit="batch", status=lambda: ""):
 def log(text):
     """Print a line in the main process, without breaking the progress bars, and flush it."""
     global _last_line
-    if processes.is_main():
+    if distributed.is_main():
         tqdm.write(text)
         sys.stdout.flush()
         _last_line = time.perf_counter()
@@ -106,7 +103,7 @@ class Report:
 
     def __init__(self, run_files, args, criterion, train, val, test, predict):
         # not at the top: wrong flags are reported without waiting for Matplotlib
-        import plotting  # before the first epoch, after which a signal could leave Matplotlib half imported
+        from seg import plotting  # before the first epoch, after which a signal could leave Matplotlib half imported
 
         self.plotting = plotting
         self.files, self.args, self.criterion, self.predict = run_files, args, criterion, predict
@@ -120,7 +117,7 @@ class Report:
         self.predicted_epoch = None
 
     def start(self, model, history, stopping, warnings):
-        """Print what is about to run. ``stopping`` says when it ends, ``warnings`` is from ``preflight.check``."""
+        """Print what is about to run. ``stopping`` says when it ends, ``warnings`` is from ``sanity.check``."""
         args, train, val, test = self.args, self.train, self.val, self.test
         images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
         if train.repeats > 1:
@@ -130,7 +127,7 @@ class Report:
         log(f"{self.files.experiment}: {train.split.dataset}, {images}, {len(train.classes)} classes")
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         network = f"{type(model).__name__}, {num_parameters(model):,} parameters ({trained:,} trainable)"
-        log(f"{network}, batch {args.batch_size}, seed {args.seed}, device {processes.device_name(args.device)}")
+        log(f"{network}, batch {args.batch_size}, seed {args.seed}, device {distributed.device_name(args.device)}")
         if util.class_weights(self.criterion) is not None:
             weights = zip(train.classes, self.criterion.weight.tolist())
             log(f"class weights of the loss: {', '.join(f'{name} {weight:.2f}' for name, weight in weights)}")
@@ -162,7 +159,7 @@ class Report:
             f"mean IoU {row['val_miou']:.4f} (best {best['val_miou']:.4f}, epoch {best['epoch']})  "
             f"{row['seconds']:.1f} s{warning}"
         )
-        if processes.is_main() and self.can_draw:
+        if distributed.is_main() and self.can_draw:
             try:
                 self._draw_during_run(history, best["epoch"])
             except Exception as error:  # such as a full disk: training may go on
@@ -173,7 +170,7 @@ class Report:
         """After Ctrl-C or an error: draw the plots of the epochs before, and print what is kept."""
         if not history:
             log(f"{self.files.experiment}: stopped before the end of its first epoch: there is nothing to keep")
-        if not history or not processes.is_main():
+        if not history or not distributed.is_main():
             return
         plots = ""
         try:
@@ -195,7 +192,7 @@ class Report:
 
         ``model`` is that of the epoch whose row is ``best``, ``scores`` maps splits to its Scores, val first.
         """
-        if not processes.is_main():
+        if not distributed.is_main():
             return
         epoch = best["epoch"]
         metrics = self._write_metrics(metadata, model, history, epoch, scores)
@@ -212,7 +209,7 @@ class Report:
 
     def _write_history(self, history):
         """Write the CSV, a row per epoch. It holds no times: the same seed gives the same file."""
-        if processes.is_main():
+        if distributed.is_main():
             left_out = ("batch_learning_rates", "seconds")
             rows = [{name: value for name, value in row.items() if name not in left_out} for row in history]
             lines = [",".join(rows[0])] + [",".join(map(str, row.values())) for row in rows]
@@ -227,7 +224,7 @@ class Report:
             "idea": self.args.idea,
             "dataset": metadata["dataset"],
             "seed": metadata["seed"],
-            "device": processes.device_name(device),
+            "device": distributed.device_name(device),
             "epochs": len(history),
             "best_epoch": epoch,
             "loss": loss_name(self.criterion),
@@ -256,7 +253,7 @@ class Report:
             (", ".join([self.val.split.ids[index], *ranks]), image_ious[index].item(), *sample)
             for (index, ranks), sample in samples
         )
-        html_report.write_run(self.files, self.title, metrics, history, samples, metadata)
+        html.write_run(self.files, self.title, metrics, history, samples, metadata)
 
     def _choose_images(self, count, image_ious):
         """Choose images of val, evenly spaced, and the best, the median and the worst.

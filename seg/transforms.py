@@ -6,7 +6,7 @@ import math
 import torch
 from torch.nn import functional
 
-from imaging import MEAN
+from seg.imaging import MEAN
 from util import VOID
 
 

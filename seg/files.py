@@ -23,7 +23,7 @@ except ImportError:  # Windows
 
 STALE_AFTER = 3600  # seconds after which an unfinished file belongs to a process that was killed
 # files that every script imports, directly or not: no part of the code that a run keeps
-NOT_KEPT = ("checkpoint.py", "cli.py", "engine.py", "imaging.py", "util.py", "voc.py")
+NOT_KEPT = ("util.py", "voc.py")
 PLOTS = ("curves", "iou", "confusion", "predictions", "augmentation")
 
 
@@ -138,7 +138,7 @@ def read_code(script):
     while paths:
         path = paths.pop(0)
         name = path.relative_to(folder).as_posix()
-        if name in texts or name in NOT_KEPT or not path.is_file():
+        if name in texts or name in NOT_KEPT or name.startswith("seg/") or not path.is_file():
             continue
         with contextlib.suppress(SyntaxError, UnicodeDecodeError):  # such as a file that is being edited
             texts[name] = importlib.util.decode_source(path.read_bytes())

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-import files
-import processes
+from seg import distributed, files
 from util import UserError, is_out_of_memory, reason
 
 _running = False  # whether ``run`` has been called
@@ -51,7 +50,7 @@ def arguments(script, doc, epochs, batch_size=16, pretrained=False):
     args.code = files.read_code(args.script)  # at the start: it may be edited during the run
     args.idea = idea(doc)
     args.experiment = args.script.stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
-    args.device = processes.join(args.device)
+    args.device = distributed.join(args.device)
     return args
 
 
@@ -125,7 +124,7 @@ def run(main):
         signal.signal(signal.SIGINT, _handle_signal)
     try:
         main()
-        processes.leave()
+        distributed.leave()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -133,9 +132,9 @@ def run(main):
         if is_out_of_memory(error):
             print(f"error: out of memory ({reason(error)}): lower the batch size or the input's size", file=sys.stderr)
             sys.exit(2)
-        if not processes.is_connection_lost(error):
+        if not distributed.is_connection_lost(error):
             raise
-        print(f"error: rank {processes.rank()} stopped because another process is gone: {error}", file=sys.stderr)
+        print(f"error: rank {distributed.rank()} stopped because another process is gone: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)

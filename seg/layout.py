@@ -1,6 +1,6 @@
 """The files of a folder in VOC layout: split lists, class names, masks, and the conversion of colour masks.
 
-What a run reads is in voc.py. docs/DATA.md describes the formats.
+What a run reads is in data.py. docs/DATA.md describes the formats.
 """
 
 import glob
@@ -17,10 +17,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-import files
-import imaging
-import processes
+from seg import distributed, files, imaging
 from util import VOID, UserError, background_label
+
+CLASSES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
 
 LISTS = Path("ImageSets", "Segmentation")
 MASK_SUFFIXES = (".png",)
@@ -326,7 +329,7 @@ def map_images(function, items, name):
     ``name`` labels a progress bar.
     """
     with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:  # a photo of 24 million pixels takes 300 MB
-        disable = None if processes.is_main() else True  # None shows it in a terminal only
+        disable = None if distributed.is_main() else True  # None shows it in a terminal only
         return list(tqdm(pool.map(function, items), name, len(items), unit=" images", disable=disable))
 
 

@@ -19,12 +19,10 @@ import numpy as np
 import PIL
 import torch
 
-import files
-import imaging
-import processes
+from seg import distributed, files, imaging
 from util import UserError, reason
 
-ROOT = Path(__file__).resolve().parent  # where ``load`` looks for the files of networks
+ROOT = Path(__file__).resolve().parent.parent  # where ``load`` looks for the files of networks
 ADVICE = "resume with the original, or start again with --overwrite"
 _loaded = {}  # by file name: the code of each network that ``load`` has imported, see ``files.read_code``
 
@@ -137,7 +135,7 @@ def serialise(state):
 
 
 def _save(path, state):
-    if processes.is_main():
+    if distributed.is_main():
         with files.atomic_write(path) as file:
             file.write(serialise(state).getbuffer())
 
@@ -300,7 +298,7 @@ def load(path, device="cpu"):
         raise UserError(f"{path}: its network {name} of {module}.py is not in {ROOT}: put the file there") from None
     except Exception as error:  # a missing or wrong entry raises one of many types
         raise UserError(f"{path}: does not fit the {name} in {module}.py ({reason(error)}): has it changed?") from None
-    processes.set_memory_format(model, device)
+    distributed.set_memory_format(model, device)
     return model.eval().to(device)
 
 
@@ -387,7 +385,7 @@ def check_rebuilding(model, images, forward, metadata):
     if changed:
         advice = "keep the weights of each mode in a module of its own, as resnet_unet.AveragedResNetUNet does"
         raise UserError(f"the network {metadata['class']} changes {min(changed)} in eval mode: {advice}")
-    processes.set_memory_format(rebuilt.to(images.device), images.device)
+    distributed.set_memory_format(rebuilt.to(images.device), images.device)
     first, other = (forward(network.eval(), images, full_precision=True)["out"] for network in (model, rebuilt))
     rng_state = _rng_state(images.device)
     second = forward(model, images, full_precision=True)["out"]
