@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from seg import checkpoint, cli, engine, files, imaging, report
+from seg import checkpoint, cli, files, imaging, inference, report
 from util import UserError, background_label
 
 MAX_PIXELS = 2 * imaging.MAX_PIXELS  # Pillow refuses larger images itself
@@ -145,8 +145,8 @@ def segment(model, photo, device="cpu"):
     """
     image = torch.tensor(imaging.resize(photo, model.size)).permute(2, 0, 1)[None]
     images = imaging.normalise(image, device, model.mean, model.std)
-    logits = engine.forward(model, images, full_precision=True)["out"][0]
-    return engine.predict_mask(logits, (photo.height, photo.width)).cpu().numpy()
+    logits = inference.forward(model, images, full_precision=True)["out"][0]
+    return inference.predict_mask(logits, (photo.height, photo.width)).cpu().numpy()
 
 
 def overlay(photo, mask, classes):

@@ -19,9 +19,7 @@ def main():
     util.seed_everything(args.seed)
 
     augment = None
-    train, val, test = voc.loaders(
-        args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
-    )
+    train, val, test = voc.loaders(args, size=224, augment=augment)
 
     model = FCN(len(train.classes)).to(args.device)
 
@@ -35,9 +33,7 @@ def main():
 
     scheduler = None
 
-    engine.fit(
-        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, patience=10
-    )
+    engine.fit(args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
 
 
 if __name__ == "__main__":

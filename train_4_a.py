@@ -21,9 +21,7 @@ def main():
     util.seed_everything(args.seed)
 
     augment = None
-    train, val, test = voc.loaders(
-        args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
-    )
+    train, val, test = voc.loaders(args, size=224, augment=augment)
 
     model = FCN(len(train.classes)).to(args.device)
 
@@ -37,9 +35,7 @@ def main():
 
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 
-    engine.fit(
-        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, patience=10
-    )
+    engine.fit(args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,7 @@ def main():
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5, degrees=15, scale=(0.5, 1.1), unchanged=1, augmented=2)
-    train, val, test = voc.loaders(
-        args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
-    )
+    train, val, test = voc.loaders(args, size=224, augment=augment)
 
     model = FCN(len(train.classes)).to(args.device)
 
@@ -37,9 +35,7 @@ def main():
 
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 
-    engine.fit(
-        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, patience=10
-    )
+    engine.fit(args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
 
 
 if __name__ == "__main__":

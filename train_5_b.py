@@ -18,14 +18,12 @@ from seg import checkpoint, cli, engine, transforms
 
 
 def main():
-    args = cli.arguments(__file__, __doc__, epochs=40, pretrained=True)
+    args = cli.arguments(__file__, __doc__, epochs=40, batch_size=16, pretrained=True)
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5, scale=(0.7, 1.1), brightness=0.3, contrast=0.3, saturation=0.3)
     # at 224, the backbone's features would be a grid of only 7x7
-    train, val, test = voc.loaders(
-        args.data, args.batch_size, size=320, augment=augment, limit=args.limit, seed=args.seed, device=args.device
-    )
+    train, val, test = voc.loaders(args, size=320, augment=augment)
 
     weights = ResNet18_Weights.IMAGENET1K_V1 if args.pretrained else None
     checkpoint.download(weights)
@@ -38,9 +36,7 @@ def main():
 
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 
-    engine.fit(
-        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, patience=10
-    )
+    engine.fit(args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
 
 
 if __name__ == "__main__":

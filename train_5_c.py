@@ -19,9 +19,7 @@ def main():
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5, scale=(0.7, 1.1), brightness=0.3, contrast=0.3, saturation=0.3)
-    train, val, test = voc.loaders(
-        args.data, args.batch_size, size=224, augment=augment, limit=args.limit, seed=args.seed, device=args.device
-    )
+    train, val, test = voc.loaders(args, size=224, augment=augment)
 
     model = UNet(len(train.classes), width=16).to(args.device)
 

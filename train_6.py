@@ -24,9 +24,7 @@ def main():
 
     augment = transforms.Augmentation(flip=0.5, scale=(0.7, 1.1), brightness=0.3, contrast=0.3, saturation=0.3)
     size = (352, 480)  # landscape photos nearly keep their shape, and thin objects are wider than at 224
-    train, val, test = voc.loaders(
-        args.data, args.batch_size, size=size, augment=augment, limit=args.limit, seed=args.seed, device=args.device
-    )
+    train, val, test = voc.loaders(args, size=size, augment=augment)
 
     weights = ResNet18_Weights.IMAGENET1K_V1 if args.pretrained else None
     checkpoint.download(weights)
@@ -43,9 +41,7 @@ def main():
 
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 
-    engine.fit(
-        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, patience=None
-    )
+    engine.fit(args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
 
 
 if __name__ == "__main__":

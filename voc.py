@@ -13,7 +13,7 @@ per line. Masks hold class indices, and 255 for void, the unlabelled pixels: voi
 import numpy as np
 import torch
 
-from seg import cli, distributed, layout
+from seg import cli, distributed, imaging, layout
 from seg.data import Loader, Split, naming_check
 from util import VOID, UserError
 
@@ -38,18 +38,24 @@ def class_weights(split):
     return torch.tensor(1 / np.log(1.02 + pixels / pixels.sum()), dtype=torch.float32)
 
 
-def loaders(root, batch_size, size, augment=None, limit=None, seed=0, device="cpu"):
+def loaders(args, size, augment=None, mean=imaging.MEAN, std=imaging.STD):
     """Loaders of the splits train, val and test; only train is shuffled and augmented. See Split and Loader.
 
     The third is None if there is no ``test.txt``: the reported metrics are then on val only. The main process prints
     a line for each suspicious property of the data, such as classes without a pixel in train.
+
+    Args:
+        args: from ``cli.arguments``: data, batch_size, limit, seed and device.
+        size: of the network's input in pixels: (height, width), or the side of a square.
+        augment: see Loader. mean, std: of the normalisation, three numbers each.
     """
-    root = layout.find_root(root)
-    shared = {"size": size, "batch_size": batch_size, "seed": seed, "device": device}
+    root = layout.find_root(args.data)
+    shared = {"size": size, "batch_size": args.batch_size, "seed": args.seed, "device": args.device}
+    shared |= {"mean": mean, "std": std}
     with naming_check(root):
         names = layout.split_names(root)
-        splits = [Split(root, names[0], limit)]
-        splits += [Split(root, name, limit, like=splits[0]) for name in names[1:]]
+        splits = [Split(root, names[0], args.limit)]
+        splits += [Split(root, name, args.limit, like=splits[0]) for name in names[1:]]
     train = Loader(splits[0], training=True, augment=augment, **shared)
     others = [Loader(split, **shared) for split in splits[1:]]
     if distributed.is_main():

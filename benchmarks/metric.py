@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import compare
 import util
 import voc
-from seg import checkpoint, cli, engine, imaging
+from seg import checkpoint, cli, imaging, inference
 
 SIZE = 224
 
@@ -49,7 +49,7 @@ def predict(path, split):
     for index in range(len(split)):
         photo = torch.tensor(imaging.resize(split.photo(index), (SIZE, SIZE))).permute(2, 0, 1)
         images = imaging.normalise(photo[None], "cpu", model.mean, model.std)
-        yield engine.forward(model, images, full_precision=True)["out"][0].argmax(0)
+        yield inference.forward(model, images, full_precision=True)["out"][0].argmax(0)
 
 
 def main():

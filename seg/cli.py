@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains the flags)")
 
 
-def arguments(script, doc, epochs, batch_size=16, pretrained=False):
+def arguments(script, doc, epochs, batch_size, pretrained=False):
     """Parse the flags of an experiment, and join the other processes if torchrun started several.
 
     Args:

@@ -191,7 +191,7 @@ class PerImage:
     def draw(self, count, generator):
         return torch.randint(2**32, (count,), generator=generator)
 
-    def __call__(self, images, masks, seeds):
+    def __call__(self, images, masks, seeds, fill):
         from torchvision import tv_tensors  # only here: importing torchvision takes seconds
 
         pairs = []
@@ -215,11 +215,13 @@ class Loader:
         training: shuffle in every epoch. Otherwise the images come in the order of the split.
         augment: None, an augmentation of single images as for PerImage, or an object that augments batches, such as
             ``transforms.Augmentation``: ``augment.draw(count, generator)`` returns random parameters, one row of a
-            tensor per image, from a torch.Generator on the CPU, and ``augment(images, masks, params)`` maps uint8
-            tensors [B, 3, H, W] and [B, H, W] on the device to others of the same shape. An epoch shows each image
+            tensor per image, from a torch.Generator on the CPU, and ``augment(images, masks, params, fill)`` maps
+            uint8 tensors [B, 3, H, W] and [B, H, W] on the device to others of the same shape; fill, float32 [3, 1, 1]
+            in 0..255, is the mean colour, for what lies outside a photo. An epoch shows each image
             ``augment.unchanged`` times as it is and ``augment.augmented`` times augmented; these default to 0 and 1.
         seed: order and augmentation depend on ``seed`` and the epoch only, so that any epoch can be repeated.
         device: where batches go.
+        mean, std: of ``normalise``, three numbers each. Their mean colour fills the borders of augmented photos.
 
     Attributes:
         repeats: how many times an epoch shows each image.
@@ -227,15 +229,24 @@ class Loader:
         images, masks: the whole split, uint8 [N, 3, H, W] and [N, H, W], on the GPU if it takes less than a quarter of
             its free memory, else on the CPU.
         counts: the result of ``count`` at the start. ids: those of the split then.
-        mean, std: of ``normalise``, three numbers each.
     """
 
-    mean, std = imaging.MEAN, imaging.STD
-
-    def __init__(self, split, size, batch_size, training=False, augment=None, seed=0, device="cpu"):
+    def __init__(
+        self,
+        split,
+        size,
+        batch_size,
+        training=False,
+        augment=None,
+        seed=0,
+        device="cpu",
+        mean=imaging.MEAN,
+        std=imaging.STD,
+    ):
         self.split, self.size, self.classes = split, imaging.height_width(size), split.classes
         self.batch_size, self.training, self.seed, self.device = batch_size, training, seed, torch.device(device)
         self.augment, self.ids = augment, tuple(split.ids)
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
         with distributed.main_process_first():
             self.data = load_resized(split, self.size)
         self.counts = self.count()
@@ -295,7 +306,8 @@ class Loader:
 
         Raises a UserError if the result has another shape or type.
         """
-        results = self.augment(images, masks, self._move(params))
+        fill = 255 * torch.tensor(self.mean, device=self.device).view(3, 1, 1)
+        results = self.augment(images, masks, self._move(params), fill)
         for name, before, after in zip(("images", "masks"), (images, masks), results, strict=True):
             if (after.shape, after.dtype) != (before.shape, torch.uint8):
                 found, expected = f"{after.dtype} {list(after.shape)}", f"torch.uint8 {list(before.shape)}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from seg import checkpoint, engine, imaging
+from seg import checkpoint, imaging, inference
 from util import UserError, reason
 
 # The end of the graph. Classes are upsampled one after another: together they would take 4 bytes per class and pixel.
@@ -39,7 +39,7 @@ class Graph(torch.nn.Module):
         rows, columns = (resize_weights(*sides) for sides in zip(photo.shape, self.model.size))
         pixels = (torch.einsum("HWc,wW->cHw", photo.float(), columns) + 0.5).floor()  # Pillow, too, rounds in between
         images = ((torch.einsum("cHw,hH->chw", pixels, rows) + 0.5).floor() * self.scale - self.shift)[None]
-        return engine.forward(self.model, images, full_precision=True)["out"][0]
+        return inference.forward(self.model, images, full_precision=True)["out"][0]
 
 
 def resize_weights(source, target):

@@ -1,12 +1,10 @@
 """Random flips, rotations, scaled crops and colours of batches of photos together with their masks."""
 
-import functools
 import math
 
 import torch
 from torch.nn import functional
 
-from seg.imaging import MEAN
 from util import VOID
 
 
@@ -14,7 +12,7 @@ class Augmentation:
     """Change the colours of each image of a batch at random, then flip, rotate and crop it by one affine map.
 
     Photo and mask are sampled at the same points, the photo bilinearly, the mask at the nearest pixel. Points outside
-    the image become void in the mask and the mean colour of the normalisation in the photo, whatever its colours.
+    the image become void in the mask and ``fill`` in the photo.
 
     Args:
         flip: probability of a horizontal flip.
@@ -63,8 +61,10 @@ class Augmentation:
             factors = lowest + (highest - lowest) * torch.rand(3, count, generator=generator)
         return torch.stack((sign * cos, -sin, x, sign * sin, cos, y, *factors), 1).view(count, 3, 3)
 
-    def __call__(self, images, masks, params):
+    def __call__(self, images, masks, params, fill):
         """Augment images, uint8 [B, 3, H, W], and masks, uint8 [B, H, W], with params [B, 3, 3] from ``draw``.
+
+        ``fill``, float32 [3, 1, 1] in 0..255, is the colour of the photo's borders.
 
         Returns:
             images and masks, new tensors of the same shapes and type.
@@ -73,11 +73,10 @@ class Augmentation:
         # Both sides run from -1 to 1: on a rectangle, a rotation would shear without these factors.
         aspect_ratios = params.new_tensor([[1, height / width, 1], [width / height, 1, 1]])
         grid = functional.affine_grid(params[:, :2] * aspect_ratios, images.shape, align_corners=False)
-        if any(self.colour):  # before the border is added, so that it stays the mean colour
+        if any(self.colour):  # before the border is added, whose colour stays
             images = adjust_colours(images, params[:, 2])
-        # grid_sample fills with 0, which is made to mean the mean colour and void by subtracting them beforehand
-        mean = _mean_colour(images.device)
-        images = functional.grid_sample(images - mean, grid, "bilinear", "zeros", align_corners=False) + mean
+        # grid_sample fills with 0, which is made to mean fill and void by subtracting them beforehand
+        images = functional.grid_sample(images - fill, grid, "bilinear", "zeros", align_corners=False) + fill
         masks = functional.grid_sample(masks[:, None] - float(VOID), grid, "nearest", "zeros", align_corners=False)
         return images.round().to(torch.uint8), (masks[:, 0] + VOID).to(torch.uint8)
 
@@ -95,8 +94,3 @@ def adjust_colours(images, factors):
     mean = grey.mean((2, 3), keepdim=True)
     images = torch.lerp(grey, images, saturation)
     return (brightness * torch.lerp(mean, images, contrast)).clamp_(0, 255)
-
-
-@functools.cache
-def _mean_colour(device):
-    return 255 * torch.tensor(MEAN, device=device).view(3, 1, 1)

@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +18,7 @@ from tiny_net import TinyNet
 import train
 import util
 import voc
-from seg import checkpoint, cli, imaging, plotting
+from seg import checkpoint, cli, distributed, imaging, plotting
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -95,6 +96,12 @@ def make_tiny(root, splits=(("train", 5), ("val", 4), ("test", 3))):
             index += 1
         write_split(root, split, ids)
     return root
+
+
+def make_loaders(root, batch_size, size, limit=None, seed=0, device="cpu", **options):
+    """``voc.loaders`` without a command line."""
+    args = Namespace(data=root, batch_size=batch_size, limit=limit, seed=seed, device=device)
+    return voc.loaders(args, size, **options)
 
 
 def run_main(folder, module, flags):

@@ -11,7 +11,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import ROOT, make_tiny, run_main, use_float32, use_tiny_net
+from conftest import ROOT, make_loaders, make_tiny, run_main, use_float32, use_tiny_net
 from tiny_net import TinyNet
 
 import util
@@ -25,7 +25,7 @@ def main():
     os.write(1, f"rank {distributed.rank()} pid {os.getpid()}\n".encode())  # print would mix the lines of two processes
     augment = transforms.Augmentation(flip=0.5, degrees=20, scale=(0.5, 1.2), unchanged=1, augmented=1)
     # 14 samples in batches of 4, 4, 3 and 3: the processes get batches of unequal size
-    train, val, test = voc.loaders(args.data, args.batch_size, size=32, augment=augment, seed=args.seed)
+    train, val, test = voc.loaders(args, size=32, augment=augment)
     criterion = AveragedLoss(voc.class_weights(train.split), ignore_index=util.VOID)
 
     # 5 val images are 2 batches, one per process; 3 test images are 1 batch, and the second process has none
@@ -132,7 +132,7 @@ def test_val_is_evaluated_with_the_same_batch_norm_in_all_processes(runs, float3
     folder = runs / "2" / "norm"
     best = checkpoint.load(folder / "best_test_distributed.pt")
     criterion = torch.nn.CrossEntropyLoss(voc.class_weights(voc.Split(runs / "Tiny", "train")), ignore_index=util.VOID)
-    val = voc.loaders(runs / "Tiny", 4, size=32)[1]
+    val = make_loaders(runs / "Tiny", 4, size=32)[1]
     row = engine.best_epoch(torch.load(folder / "last_test_distributed.pt", weights_only=True)["history"])
     scores = engine.evaluate(best, val, criterion, full_resolution=False)
     assert scores.miou == row["val_miou"]
@@ -176,7 +176,7 @@ def test_a_batch_too_small_for_the_processes_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     monkeypatch.setattr(distributed, "main_process_first", contextlib.nullcontext)
     with pytest.raises(util.UserError, match="2 images are too few for 4 processes: raise --batch-size"):
-        voc.loaders(tiny, 3, size=16)
+        make_loaders(tiny, 3, size=16)
 
 
 if __name__ == "__main__":

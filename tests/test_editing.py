@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, TESTS, make_tiny, run_main, skip_drawing
+from conftest import ROOT, TESTS, make_loaders, make_tiny, run_main, skip_drawing
 from tiny_net import TinyNet
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -366,7 +366,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tiny, project, float
     criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
     namespace = {"engine": engine}
     exec(block("loss / accumulated").split("engine.fit(")[0], namespace)
-    images, masks = (part[:count] for part in next(voc.loaders(tiny, 4, size=32)[1].batches())[:2])
+    images, masks = (part[:count] for part in next(make_loaders(tiny, 4, size=32)[1].batches())[:2])
     masks[masks == util.VOID] = 0  # every image then weighs the same
     weights = []
     for step, size in ((engine.training_step, count), (namespace["training_step"], 1)):
@@ -400,7 +400,7 @@ def test_fine_tuning_changes_the_backbone_and_the_script_as_shipped_does_not(pro
 def test_v2_augmentation_depends_only_on_seed_and_epoch(tiny):
     namespace = {"util": util}
     exec(block("v2.Compose"), namespace)
-    train, val, _ = voc.loaders(tiny, 3, size=32, augment=namespace["augment"])
+    train, val, _ = make_loaders(tiny, 3, size=32, augment=namespace["augment"])
     first, second, other = (torch.cat([images for images, _, _ in train.batches(epoch)]) for epoch in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
     for images, masks, indices in train.batches(1):
@@ -625,7 +625,7 @@ scheduler = Poly()
         "Poly has no state_dict and load_state_dict",
     ),
     "other batches than the flag says": (
-        "train, val, test = voc.loaders(args.data, 3, size=32, limit=args.limit)",
+        "train, val, test = voc.loaders(args, size=32)",
         "train has batches of 3, not of 2: pass args.batch_size .* batch_size=3 in cli.arguments",
     ),
     "filled with background": (f"{V2}v2.RandomRotation((30, 40))", "gives masks a new label, 0: keep labels, and fill"),
@@ -757,7 +757,7 @@ def test_an_augmentation_is_tried_on_labels_that_the_data_may_have(tiny, num_cla
             table = torch.arange(num_classes, dtype=torch.uint8)
             return images, torch.where(masks == util.VOID, masks, table[masks.long() % util.VOID])
 
-    train = voc.loaders(tiny, 2, size=32, augment=Remapping())[0]
+    train = make_loaders(tiny, 2, size=32, augment=Remapping())[0]
     train.classes = train.classes[:num_classes]
     assert sanity._check_augmentation(train) == []
 
@@ -1054,7 +1054,7 @@ def test_the_checks_leave_no_trace(project, monkeypatch):
 
 
 def test_a_loader_that_shuffles_or_augments_is_not_evaluated(tiny):
-    train, _, _ = voc.loaders(tiny, 2, size=32)
+    train, _, _ = make_loaders(tiny, 2, size=32)
     augmented = voc.Loader(train.split, 32, 2, augment=lambda image, mask: (image, mask))
     for loader in (train, augmented):
         with pytest.raises(util.UserError, match="evaluate needs a loader without training=True and augment"):

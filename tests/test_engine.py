@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_tiny, write_pair, write_split
+from conftest import ROOT, make_loaders, make_tiny, write_pair, write_split
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
@@ -26,7 +26,7 @@ from torch.nn import CrossEntropyLoss, functional
 
 import util
 import voc
-from seg import checkpoint, cli, distributed, engine, files, imaging, plotting, report
+from seg import checkpoint, cli, distributed, engine, files, imaging, inference, plotting, report
 from util import UserError
 
 draw_curves = plotting.curves  # which the fixture tiny_net replaces
@@ -46,7 +46,7 @@ def fit(data, out, *, criterion=CRITERION, scheduler=None, patience=9, lr=1e-3, 
     args = Namespace(**defaults | flags)
     args.code = files.read_code(args.script)
     util.seed_everything(args.seed)
-    train, val, test = voc.loaders(data, args.batch_size, size=SIZE, seed=args.seed)
+    train, val, test = voc.loaders(args, size=SIZE)
     if change:
         batches = train.batches
         train.batches = lambda epoch=0: (change(epoch, step, *batch) for step, batch in enumerate(batches(epoch)))
@@ -165,7 +165,7 @@ def test_the_best_epoch_is_reported_and_the_run_stops_after_its_patience(finishe
     best, last = (checkpoint.load(out / name) for name in ("best_train.pt", "last_train.pt"))
     assert best.classes == voc.CLASSES and not best.training
     best.train()  # evaluate has to leave this mode, for dropout and batch norm
-    for split, loader in zip(("val", "test"), voc.loaders(data, 3, size=SIZE)[1:]):
+    for split, loader in zip(("val", "test"), make_loaders(data, 3, size=SIZE)[1:]):
         best_scores, last_scores = (engine.evaluate(model, loader, CRITERION).as_dict() for model in (best, last))
         assert best_scores == metrics[split] != last_scores
     assert metrics["val"]["miou"] != metrics["test"]["miou"]
@@ -218,7 +218,7 @@ def test_bfloat16_is_used_where_it_is_fast(available, monkeypatch):
     torch.manual_seed(0)
     network, images = TinyNet(21).eval(), torch.randn(2, 3, SIZE, SIZE)
     with torch.no_grad():
-        fast, full = (engine.forward(network, images, full_precision=value)["out"] for value in (False, True))
+        fast, full = (inference.forward(network, images, full_precision=value)["out"] for value in (False, True))
         exact = network(images)
         rough = copy.deepcopy(network).bfloat16()(images.bfloat16()).float()
     assert fast.dtype == full.dtype == torch.float32
@@ -236,7 +236,7 @@ def test_final_metrics_are_in_float32_and_so_are_the_logits_that_a_loss_gets(tin
         return functional.cross_entropy(logits, masks, ignore_index=util.VOID)
 
     torch.manual_seed(0)
-    model, val = TinyNet(21), voc.loaders(tiny, 2, size=SIZE)[1]
+    model, val = TinyNet(21), make_loaders(tiny, 2, size=SIZE)[1]
     scores = {}
     for available in (True, False):
         monkeypatch.setattr(distributed, "has_bfloat16", lambda device, available=available: available)
@@ -256,7 +256,7 @@ def test_bfloat16_on_cpus_that_have_its_instructions():
 def test_the_mean_loss_over_batches_equals_the_mean_over_all_pixels(finished, class_weights, float32):
     data, out, _ = finished
     model = checkpoint.load(out / "best_train.pt")
-    val = voc.loaders(data, 4, size=SIZE)[1]
+    val = make_loaders(data, 4, size=SIZE)[1]
     images, masks, indices = next(val.batches())
     masks[0, :20], masks[1] = util.VOID, util.VOID  # the weights of the batches differ, one may be 0
     criterion = CrossEntropyLoss(class_weights, ignore_index=util.VOID)
@@ -289,7 +289,7 @@ def test_the_loss_of_a_batch_is_that_of_the_criterion(options):
 
 @pytest.mark.parametrize("class_weights", [None, torch.linspace(1, 2, 21), torch.arange(21.0)])
 def test_a_batch_without_labelled_pixels_moves_no_weight(tiny, class_weights):
-    images, masks, _ = next(voc.loaders(tiny, 2, size=SIZE)[0].batches(1))
+    images, masks, _ = next(make_loaders(tiny, 2, size=SIZE)[0].batches(1))
     criterion = CrossEntropyLoss(class_weights, ignore_index=util.VOID)
     model = TinyNet(21)
     optimizer = torch.optim.SGD(model.parameters(), lr=1)
@@ -426,7 +426,7 @@ def test_a_model_is_not_scored_on_data_with_other_classes(tiny):
 def test_a_model_is_not_used_with_another_normalisation(tiny, name):
     loader = voc.Loader(voc.Split(tiny, "val"), 32, 2)
     model = checkpoint.TrainedModel(TinyNet(21), loader.classes, (32, 32), loader.mean, loader.std)
-    for use in (engine.evaluate, lambda *args: engine.predict_index(*args[:2], 0, (9, 9))):
+    for use in (engine.evaluate, lambda *args: inference.predict_index(*args[:2], 0, (9, 9))):
         setattr(loader, name, (0.5, 0.5, 0.5))
         with pytest.raises(UserError, match="set loader.mean, loader.std = model.mean, model.std"):
             use(model, loader, CRITERION)
@@ -496,7 +496,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(
 ):
     with pytest.raises(UserError, match=f"{problem} in epoch 2, batch {batch} of 2.*did not grow") as error:
         fit(tiny, tmp_path, epochs=3, criterion=criterion)
-    train = voc.loaders(tiny, 3, size=SIZE)[0]
+    train = make_loaders(tiny, 3, size=SIZE)[0]
     _, _, indices = list(train.batches(2))[batch - 1]
     assert f"(images {', '.join(train.split.ids[index] for index in indices)})" in str(error.value)
     for name in ("best", "last"):
@@ -544,10 +544,10 @@ def test_prediction_in_strips_equals_that_of_the_whole_upsampled_logits(num_clas
     logits = torch.randn(num_classes, *size, generator=torch.Generator().manual_seed(0))
     logits = logits.round() if ties else logits
     expected = functional.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0].argmax(0)
-    assert torch.equal(engine.predict_mask(logits, shape), expected.byte())
-    strips = list(engine.predict_strips(logits, shape))
-    assert len(strips) == -(-num_classes * shape[0] * shape[1] // engine.STRIP_SIZE)
-    assert max(prediction.numel() for _, prediction in strips) * num_classes < 1.1 * engine.STRIP_SIZE
+    assert torch.equal(inference.predict_mask(logits, shape), expected.byte())
+    strips = list(inference.predict_strips(logits, shape))
+    assert len(strips) == -(-num_classes * shape[0] * shape[1] // inference.STRIP_SIZE)
+    assert max(prediction.numel() for _, prediction in strips) * num_classes < 1.1 * inference.STRIP_SIZE
 
 
 def report_of(folder, size=(60, 50), predict=None, **flags):
@@ -555,7 +555,7 @@ def report_of(folder, size=(60, 50), predict=None, **flags):
     for split in ("train", "val"):
         write_pair(folder, split, np.zeros((*size, 3), np.uint8), np.ones(size, np.uint8))
         write_split(folder, split, [split])
-    train, val, _ = voc.loaders(folder, 1, size=SIZE)
+    train, val, _ = make_loaders(folder, 1, size=SIZE)
     scores = util.Scores(1.0, torch.eye(21, dtype=torch.int64), val.classes)
     args = Namespace(idea="an idea", epochs=9, limit=None, device=torch.device("cpu"), **flags)
     made = report.Report(files.RunFiles(folder, "train", 0), args, CRITERION, train, val, None, predict)
@@ -579,10 +579,10 @@ def test_plots_take_large_photos_downscaled_and_show_their_progress(tmp_path, mo
 
 def test_best_median_and_worst_image_are_shown_with_their_iou(finished, monkeypatch):
     data, out, _ = finished
-    model, val = checkpoint.load(out / "best_train.pt"), voc.loaders(data, 3, size=SIZE)[1]
+    model, val = checkpoint.load(out / "best_train.pt"), make_loaders(data, 3, size=SIZE)[1]
     drawn = []
     monkeypatch.setattr(plotting, "predictions", lambda path, title, classes, samples: drawn.extend(samples))
-    report, *_ = report_of(out.parent / "shown", predict=engine.predict_index)
+    report, *_ = report_of(out.parent / "shown", predict=inference.predict_index)
     report.val, ids = val, val.split.ids
     ious = torch.linspace(0.1, 0.9, len(ids)).double()
     ious[0] = torch.nan  # an image without a labelled pixel has no IoU
@@ -606,7 +606,7 @@ def test_images_are_chosen_evenly_spaced_and_by_their_iou(tmp_path):
 
 def test_the_html_report_of_a_run_shows_what_its_model_predicts(finished):
     data, out, _ = finished
-    model, val = checkpoint.load(out / "best_train.pt"), voc.loaders(data, 3, size=SIZE)[1]
+    model, val = checkpoint.load(out / "best_train.pt"), make_loaders(data, 3, size=SIZE)[1]
     scores = engine.evaluate(model, val, CRITERION)
     text = (out / "plots" / "train_report.html").read_text(encoding="utf-8")
     for index, name in enumerate(val.split.ids):
@@ -614,19 +614,19 @@ def test_the_html_report_of_a_run_shows_what_its_model_predicts(finished):
         article = text.split(f"<h3>{name}")[1].split("</article>")[0]
         image = re.search('<figcaption>prediction</figcaption><img[^>]*base64,([^"]+)"', article)[1]
         mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
-        assert np.array_equal(mask, engine.predict_index(model, val, index, mask.shape))
+        assert np.array_equal(mask, inference.predict_index(model, val, index, mask.shape))
 
 
 def test_evaluation_scores_each_image_by_itself(finished):
     """A single image has the IoU of a split that consists of it."""
     data, out, _ = finished
     model = checkpoint.load(out / "best_train.pt")
-    val = voc.loaders(data, 3, size=SIZE)[1]
+    val = make_loaders(data, 3, size=SIZE)[1]
     scores = engine.evaluate(model, val, CRITERION)
     expected = []
     for index in range(len(val.split)):
         mask = val.split.mask(index)
-        prediction = engine.predict_index(model, val, index, mask.shape)
+        prediction = inference.predict_index(model, val, index, mask.shape)
         labels = sorted((set(np.unique(mask)) | set(np.unique(prediction[mask != util.VOID]))) - {util.VOID})
         ious = jaccard_score(mask[mask != util.VOID], prediction[mask != util.VOID], labels=labels, average=None)
         expected.append(ious.mean())
@@ -636,7 +636,7 @@ def test_evaluation_scores_each_image_by_itself(finished):
 
 
 def test_metrics_on_train_are_those_of_the_logits_that_were_trained_on(tiny):
-    train = voc.loaders(tiny, 2, size=SIZE)[0]
+    train = make_loaders(tiny, 2, size=SIZE)[0]
     model = TinyNet(21, norm=False)  # without dropout
     optimizer = torch.optim.SGD(model.parameters(), lr=0)
     scores, rates = engine.train_epoch(model, train, 1, CRITERION, optimizer)
@@ -718,7 +718,7 @@ def test_progress_prints_lines_where_there_is_no_terminal(monkeypatch, capsys):
 def test_the_progress_bar_of_an_epoch_shows_the_running_loss(tiny, monkeypatch):
     bars = []
     monkeypatch.setattr(report, "progress", lambda items, *args, status: bars.append(status) or items)
-    train = voc.loaders(tiny, 2, size=SIZE)[0]
+    train = make_loaders(tiny, 2, size=SIZE)[0]
     model = TinyNet(21)
     scores, _ = engine.train_epoch(model, train, 1, CRITERION, torch.optim.SGD(model.parameters(), lr=0.1))
     assert bars[0]() == f"loss {scores.loss:.4f}"  # after the last batch: that of the epoch
@@ -726,7 +726,7 @@ def test_the_progress_bar_of_an_epoch_shows_the_running_loss(tiny, monkeypatch):
 
 def test_evaluation_counts_strips_like_whole_masks(finished, monkeypatch):
     data, out, _ = finished
-    model, loader = checkpoint.load(out / "best_train.pt"), voc.loaders(data, 3, size=SIZE)[1]
+    model, loader = checkpoint.load(out / "best_train.pt"), make_loaders(data, 3, size=SIZE)[1]
     generator = torch.Generator().manual_seed(0)
     model.network.classifier.weight.data.normal_(generator=generator)  # predicts many classes
     expected = engine.evaluate(model, loader, CRITERION).matrix
@@ -741,7 +741,7 @@ def test_evaluation_counts_strips_like_whole_masks(finished, monkeypatch):
 def test_a_class_that_is_left_out_of_a_strip_is_nowhere_the_largest(rows):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(30, rows, 4, generator=generator) + torch.linspace(-3, 3, 30).view(-1, 1, 1)
-    labels = engine._possible_classes(logits)
+    labels = inference._possible_classes(logits)
     means = [weight * logits[:, :-1] + (1 - weight) * logits[:, 1:] for weight in torch.linspace(0, 1, 33)]
     winners = torch.cat([logits, *means], 1).argmax(0).unique()
     assert set(winners.tolist()) <= set(labels.tolist()) and len(labels) < 30

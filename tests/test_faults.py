@@ -16,12 +16,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, TESTS, make_tiny, run_main
+from conftest import ROOT, TESTS, make_loaders, make_tiny, run_main
 
 import download
 import train
 import util
-import voc
 from seg import engine, files, toy
 
 resource = pytest.importorskip("resource", reason="needs a system that limits the size of files")
@@ -230,7 +229,7 @@ with files.atomic_write(sys.argv[1]) as file:
 
 
 def test_what_a_process_killed_while_writing_left_is_deleted_by_a_later_write(folder):
-    voc.loaders(folder / "Tiny", 2, size=32)  # writes the data cache, whose name ends with a digest
+    make_loaders(folder / "Tiny", 2, size=32)  # writes the data cache, whose name ends with a digest
     (cache,) = (folder / "Tiny" / ".cache").glob("train_*.npy")
     last = folder / "last_train.pt"
     before = last.read_bytes()
@@ -245,5 +244,5 @@ def test_what_a_process_killed_while_writing_left_is_deleted_by_a_later_write(fo
         os.utime(path, (time.time() - files.STALE_AFTER - 60,) * 2)
     cache.unlink()
     assert run_train(folder, "--epochs 3 --resume") == 0
-    voc.loaders(folder / "Tiny", 2, size=32)
+    make_loaders(folder / "Tiny", 2, size=32)
     assert not any(path.exists() for path in stale) and all(path.exists() for path in recent)

@@ -8,7 +8,7 @@ import sys
 import nbformat
 import pytest
 import torch
-from conftest import ROOT, make_tiny
+from conftest import ROOT, make_loaders, make_tiny
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
@@ -86,7 +86,7 @@ def test_notebook_shows_the_models_of_all_usual_places_on_the_data_of_each(tiny,
     assert f"val of {other}: 1 models: train_mine, seed 7" in text
     criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
     for path, name, size in zip(paths, names, (32, 32, 32, 32, 48)):
-        loader = voc.loaders(tiny, 4, size=size)[1]
+        loader = make_loaders(tiny, 4, size=size)[1]
         scores = engine.evaluate(checkpoint.load(tmp_path / path), loader, criterion)
         assert f"{name} {scores.miou:.4f} {scores.pixel_accuracy:.4f}" in " ".join(text.split())
         assert f"scoring {name}: 100%" in text

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_main, write_pair, write_split
+from conftest import make_loaders, run_main, write_pair, write_split
 from PIL import Image
 from torch.nn import functional
 
@@ -54,7 +54,7 @@ def read(path):
 def test_mask_is_the_upsampled_prediction_at_the_size_of_the_photo(tiny, best, tmp_path, capsys):
     assert run_predict(tmp_path, tiny / "JPEGImages") == 0
     output = capsys.readouterr().out.splitlines()
-    loader, model = voc.loaders(tiny, 1, 64)[1], checkpoint.load(best)
+    loader, model = make_loaders(tiny, 1, 64)[1], checkpoint.load(best)
     for images, _, (index,) in loader.batches():
         name, shape = loader.split.ids[index], loader.split.mask(index).shape
         with torch.inference_mode():

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import make_loaders, make_tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_net import TinyNet
@@ -65,7 +65,7 @@ def test_a_damaged_data_set_is_read_or_refused(intact, tmp_path, faults):
             (root / path).unlink()
         else:
             (root / path).write_bytes(damage((root / path).read_bytes()))
-    for loader in (read_or_refuse(lambda: voc.loaders(root, 2, size=32)) or ())[:2]:
+    for loader in (read_or_refuse(lambda: make_loaders(root, 2, size=32)) or ())[:2]:
         for images, masks, _ in loader.batches():
             labels = set(masks.unique().tolist())
             assert images.isfinite().all() and labels <= {*range(len(loader.classes)), util.VOID}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_tiny, run_main, write_split
+from conftest import ROOT, make_loaders, make_tiny, run_main, write_split
 from PIL import ExifTags, Image, ImageOps
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
@@ -198,7 +198,7 @@ def test_umlauts_match_composed_and_decomposed(tiny, in_list, on_disk):
 
 
 def printed_warnings(capsys, root, **options):
-    voc.loaders(root, 2, 16, **options)
+    make_loaders(root, 2, 16, **options)
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
 
 
@@ -287,7 +287,7 @@ def test_data_with_all_classes_and_disjoint_splits_gives_no_warning(tiny, capsys
 
 
 def test_loaders_show_each_image_of_their_split_once_normalised_with_void_kept(tiny):
-    for name, loader in zip(("train", "val", "test"), voc.loaders(tiny, size=32, batch_size=2)):
+    for name, loader in zip(("train", "val", "test"), make_loaders(tiny, size=32, batch_size=2)):
         ids = (tiny / "ImageSets" / "Segmentation" / f"{name}.txt").read_text().split()
         shown = []
         for images, masks, indices in loader.batches():
@@ -310,7 +310,7 @@ def test_train_is_shuffled_in_every_epoch_depending_only_on_the_seed(tmp_path):
     root = make_tiny(tmp_path / "Tiny", (("train", 12), ("val", 2)))
 
     def order(seed, epoch):
-        train, _, _ = voc.loaders(root, size=8, batch_size=5, seed=seed)
+        train, _, _ = make_loaders(root, size=8, batch_size=5, seed=seed)
         return torch.cat([indices for _, _, indices in train.batches(epoch)]).tolist()
 
     assert order(0, 1) == order(0, 1)
@@ -320,7 +320,7 @@ def test_train_is_shuffled_in_every_epoch_depending_only_on_the_seed(tmp_path):
 
 def test_batches_of_an_epoch_are_of_nearly_equal_size(tmp_path):
     root = make_tiny(tmp_path / "Tiny", (("train", 9), ("val", 2)))
-    train, _, _ = voc.loaders(root, size=8, batch_size=4)
+    train, _, _ = make_loaders(root, size=8, batch_size=4)
     assert [len(masks) for _, masks, _ in train.batches()] == [3, 3, 3] and len(train) == 3
 
 
@@ -336,8 +336,8 @@ def test_only_train_is_augmented_with_new_params_in_every_epoch(tiny):
             assert images.dtype == masks.dtype == torch.uint8 and torch.equal(params, drawn[-1])
             return images.flip(-1), masks.flip(-1)
 
-    originals = voc.loaders(tiny, size=16, batch_size=8)
-    mirrored = voc.loaders(tiny, size=16, batch_size=8, augment=Mirror())
+    originals = make_loaders(tiny, size=16, batch_size=8)
+    mirrored = make_loaders(tiny, size=16, batch_size=8, augment=Mirror())
     for original, other, augmented in zip(originals, mirrored, (True, False, False)):
         (images, masks, _), (other_images, other_masks, _) = next(original.batches(3)), next(other.batches(3))
         assert torch.equal(images.flip(-1) if augmented else images, other_images)
@@ -352,8 +352,8 @@ def test_only_train_is_augmented_with_new_params_in_every_epoch(tiny):
 
 def test_an_augmentation_that_is_set_later_is_applied_as_often_as_it_says(tiny):
     augment = transforms.Augmentation(flip=1.0, unchanged=1, augmented=2)
-    expected = voc.loaders(tiny, size=16, batch_size=8, augment=augment)[0]
-    train = voc.loaders(tiny, size=16, batch_size=8)[0]
+    expected = make_loaders(tiny, size=16, batch_size=8, augment=augment)[0]
+    train = make_loaders(tiny, size=16, batch_size=8)[0]
     train.augment = augment
     assert (train.repeats, len(train)) == (3, 2)
     for batch, expected_batch in zip(train.batches(1), expected.batches(1), strict=True):
@@ -369,7 +369,7 @@ def test_batches_are_on_the_device_of_the_loader(tiny):
 
 def test_limit_keeps_the_first_images_and_the_test_split_may_be_missing(tiny):
     (tiny / "ImageSets" / "Segmentation" / "test.txt").unlink()
-    train, val, test = voc.loaders(tiny, size=8, batch_size=2, limit=2)
+    train, val, test = make_loaders(tiny, size=8, batch_size=2, limit=2)
     assert (train.split.ids, val.split.ids, test) == (["000000", "000001"], ["000005", "000006"], None)
 
 
@@ -589,7 +589,7 @@ def test_masks_in_colours_are_converted_and_the_originals_kept(coloured, capsys)
     for name, expected in indices.items():
         with Image.open(root / "SegmentationClass" / name) as image:
             assert image.mode == "P" and np.array_equal(np.array(image), expected)
-    voc.loaders(root, 2, 16)
+    make_loaders(root, 2, 16)
     capsys.readouterr()
     assert run_main(root.parent, voc, flags) == 2  # does not convert class indices
     assert "SegmentationClass_colours: exists" in capsys.readouterr().err

@@ -1,0 +1,107 @@
+"""From images to logits and masks, the same in training, evaluation and prediction."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Mapping
+
+import torch
+from torch.nn import functional
+
+from seg import checkpoint, distributed
+from util import UserError
+
+STRIP_SIZE = 1 << 22  # logits that are upsampled at a time: 16 MB, about one VOC image of 21 classes
+
+
+def forward(network, images, full_precision=False):
+    """Apply a network to images [B, 3, H, W], in bfloat16 on devices that have it unless ``full_precision``.
+
+    Returns a dict whose ``out`` are the logits, float32 [B, C, H, W]. A network may return smaller logits, which are
+    upsampled bilinearly, or itself a dict with ``out`` and others, as those of torchvision do.
+    """
+    bfloat16 = distributed.has_bfloat16(images.device) and not full_precision
+    with torch.autocast(images.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+        outputs = network(images)
+    outputs = dict(outputs) if isinstance(outputs, Mapping) else {"out": outputs}
+    if not isinstance(outputs.get("out"), torch.Tensor):
+        raise UserError("the network has to return logits, or a dict with logits as out")
+    return {name: _at_size(value, images.shape[2:]) for name, value in outputs.items()}
+
+
+def _at_size(value, shape):
+    """Logits [B, C, h, w] in float32 at ``shape``; anything else as it is."""
+    if not isinstance(value, torch.Tensor) or value.ndim != 4:
+        return value
+    logits = value.float()
+    if logits.shape[2:] == shape:
+        return logits
+    return functional.interpolate(logits, shape, mode="bilinear", align_corners=False)
+
+
+def predict_strips(logits, shape):
+    """Upsample logits bilinearly and take the argmax, strip by strip, so that memory stays bounded.
+
+    The result is exactly that of a single ``interpolate``, which also interpolates horizontally first: here that is
+    done for all columns at the logits' height, then the vertical step per strip. Of equal logits, the first wins.
+
+    Args:
+        logits: [C, h, w], contiguous. shape: (H, W) of the mask.
+
+    Yields:
+        A slice of the mask's columns, from left to right, and the prediction for them: int64 [H, columns].
+    """
+    height, width = shape
+    resize = functools.partial(functional.interpolate, mode="bilinear", align_corners=False)
+    logits = logits[None].float()
+    num_strips = min(width, math.ceil(logits.shape[1] * height * width / STRIP_SIZE))
+    if num_strips == 1:
+        yield slice(0, width), resize(logits, shape).max(1).indices[0]  # several times faster than argmax
+        return
+    start = 0
+    for strip in resize(logits, (logits.shape[2], width)).tensor_split(num_strips, 3):
+        stop = start + strip.shape[3]
+        labels = _possible_classes(strip[0])
+        upsampled = resize(strip[:, labels], (height, stop - start))
+        yield slice(start, stop), labels[upsampled.max(1).indices[0]]
+        start = stop
+
+
+def _possible_classes(logits):
+    """The classes that may have the largest of logits [C, h, W] after vertical interpolation: int64 [at most C].
+
+    A value between two rows is a mean of both. It cannot be the largest if another class is larger in both.
+    """
+    below = torch.cat((logits[:, 1:], logits[:, -1:]), 1)
+    smallest_maximum = torch.minimum(logits, below).amax(0)
+    margin = 1e-5 * logits.abs().max()  # far more than the rounding of a mean
+    cannot_win = torch.maximum(logits, below) < smallest_maximum - margin
+    return (~cannot_win).flatten(1).any(1).nonzero().flatten()
+
+
+def predict_mask(logits, shape):
+    """The prediction of ``predict_strips`` for logits [C, h, w] in any memory format: uint8 [H, W]."""
+    mask = torch.empty(shape, dtype=torch.uint8, device=logits.device)
+    for columns, prediction in predict_strips(logits.contiguous(), shape):
+        mask[:, columns] = prediction
+    return mask
+
+
+@torch.inference_mode()
+def predict_index(model, loader, index, shape):
+    """The prediction for one image of a loader at ``shape`` [H, W]: uint8 array [H, W]; errors as in ``check_loader``."""
+    check_loader(model, loader)
+    logits = forward(model, loader.normalise(loader.images[index : index + 1]), full_precision=True)["out"][0]
+    return predict_mask(logits, shape).cpu().numpy()
+
+
+def check_loader(model, loader):
+    """Raise a UserError if a TrainedModel was trained with other classes or another normalisation than a loader's."""
+    if not isinstance(model, checkpoint.TrainedModel):
+        return
+    if model.classes != loader.classes:
+        problem = f"the classes of {loader.split.root} or their order differ from the model's"
+        raise UserError(f"{problem} ({', '.join(model.classes)}): score it on data with the same classes.txt")
+    if (*model.mean, *model.std) != (*loader.mean, *loader.std):
+        problem = "the loader's mean or std differs from that with which the model was trained"
+        raise UserError(f"{problem}: set loader.mean, loader.std = model.mean, model.std")
