@@ -130,7 +130,7 @@ def learning_rates(optimizer):
     return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def class_weights(criterion):
+def criterion_weights(criterion):
     """The class weights of a cross-entropy, float32 [C], or None."""
     return criterion.weight if isinstance(criterion, torch.nn.CrossEntropyLoss) else None
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from seg import distributed, files
+from seg import distributed
 from util import UserError, is_out_of_memory, reason
 
 _running = False  # whether ``run`` has been called
@@ -36,9 +36,9 @@ def arguments(script, doc, epochs, batch_size, pretrained=False):
         pretrained: whether the experiment starts from pretrained weights; adds the flag ``--no-pretrained``.
 
     Returns:
-        argparse.Namespace with the flags, script (Path), code (of the script at the start, see ``files.read_code``),
-        experiment (the stem of its files' names), idea (see ``idea``) and defaults (dict with the experiment's own
-        epochs and batch_size). data is a str, device a torch.device and out a Path; limit may be None.
+        argparse.Namespace with the flags, script (Path), experiment (the stem of its files' names), title (see
+        ``title``) and defaults (dict with the experiment's own epochs and batch_size). data is a str, device a
+        torch.device and out a Path; limit may be None.
     """
     parser = shared_flags(doc, epochs, batch_size, pretrained)
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")
@@ -47,14 +47,13 @@ def arguments(script, doc, epochs, batch_size, pretrained=False):
     existing.add_argument("--overwrite", action="store_true", help="delete the experiment's earlier run in --out first")
     args = parser.parse_args()
     args.script, args.defaults = Path(script), {"epochs": epochs, "batch_size": batch_size}
-    args.code = files.read_code(args.script)  # at the start: it may be edited during the run
-    args.idea = idea(doc)
+    args.title = title(doc)
     args.experiment = args.script.stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
     args.device = distributed.join(args.device)
     return args
 
 
-def idea(doc):
+def title(doc):
     """What an experiment is about, for titles: its docstring up to the first colon, full stop or end of line."""
     text = re.split(r":|\.(?=\s|$)|\n", (doc or "").strip())[0]
     rest_of_word = text.partition(" ")[0][1:]

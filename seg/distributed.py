@@ -80,6 +80,14 @@ def all_reduce(tensor, device):
     return tensor
 
 
+def broadcast_object(value, device):
+    """The main process's ``value``, of plain types, in all processes."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=0, device=device)
+    return values[0]
+
+
 def broadcast(tensors):
     """Copy the main process's values of some tensors to the other processes."""
     if world_size() > 1:

@@ -1,8 +1,8 @@
 """Evaluation and training, the same for all experiments."""
 
-import contextlib
 import math
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -11,8 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import util
-from seg import checkpoint, distributed, files, report, sanity
-from seg.inference import check_loader, forward, predict_index, predict_strips
+from seg import checkpoint, distributed, report, sanity
+from seg.inference import check_loader, forward, predict_strips
+from seg.run import Run
 from util import VOID, Scores, UserError
 
 
@@ -22,7 +23,7 @@ def batch_loss(criterion, logits, masks):
     The weight is the number of labelled pixels, or for a cross-entropy with class weights the sum of their weights.
     It is 0 for a batch without labelled pixels, whose loss is finite but means nothing.
     """
-    class_weights = util.class_weights(criterion)
+    class_weights = util.criterion_weights(criterion)
     if class_weights is not None:
         weight = functional.pad(class_weights, (0, VOID + 1 - len(class_weights)))[masks].sum()  # 0 for void
     else:
@@ -118,6 +119,7 @@ def training_step(network, images, masks, criterion, optimizer, index, count):
         [B, C, H, W], for the metrics on train.
     """
     optimizer.zero_grad()
+    network.zero_grad()  # also of what the optimizer does not hold: it would add up, and count in the norm
     logits = forward(network, images)["out"]
     loss, weight = batch_loss(criterion, logits, masks)
     norm = backward(network, loss, weight)
@@ -197,13 +199,12 @@ def fit(
     patience=10,
     scheduler_interval="epoch",
     training_step=training_step,
+    name=None,
 ):
     """Train a model, save its best and last state, then evaluate the best on val and test, plot and print a summary.
 
-    Writes the files of ``files.RunFiles``. The best epoch has the highest mean IoU on val at the loader's size, and of
-    several the lowest val loss. After Ctrl-C or an error, the checkpoints and plots of the epochs before are kept.
-    Raises a UserError if ``sanity.check`` finds a fault, if a file cannot be written, if another run's files are in
-    the way, or if the loss is not finite.
+    Writes the files of ``run.Run``. The best epoch has the highest mean IoU on val at the loader's size, and of several
+    the lowest val loss. After Ctrl-C or an error, the checkpoints and plots of the epochs before are kept.
 
     Args:
         args: from ``cli.arguments``.
@@ -214,45 +215,65 @@ def fit(
         optimizer: over the model's parameters.
         scheduler: None, or stepped once per ``scheduler_interval``, "epoch" or "batch". ReduceLROnPlateau is stepped
             after each epoch, with the val loss, or in mode "max" with the mean IoU on val.
-        patience: stop after so many ``epochs_without_progress``; None: never. It has no effect with any scheduler but
-            ReduceLROnPlateau: an annealed run goes to its end.
+        patience: stop after so many ``epochs_without_progress``; None: never. It counts only without a scheduler: a
+            scheduled run goes to its end.
         training_step: takes the place of ``engine.training_step``.
-    """
-    finished = getattr(args, "finished", ())  # by earlier calls of this function in the same script
-    if args.experiment in finished:
-        problem = f"{args.script.name}: engine.fit is called twice for {args.experiment}"
-        raise UserError(f"{problem}: set args.experiment to a name of its own before each call")
-    run_files = files.RunFiles(args.out, args.experiment, args.seed)
-    annealed = not (scheduler is None or isinstance(scheduler, ReduceLROnPlateau))
-    stops_early = scheduler is None and patience is not None
-    parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
-    sanity.check_types(args, train, val, test, parts)
-    with run_files.locked() if distributed.is_main() else contextlib.nullcontext():
-        resuming = args.resume and run_files.last.exists()
-        if not (resuming or args.overwrite):
-            checkpoint.check_new_run(run_files, args.resume)
-        distributed.set_malloc_options(args.device)
-        distributed.set_memory_format(model, args.device)
-        modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
-        for module in modules:
-            module.to(args.device)
-        loaders = [loader for loader in (train, val, test) if loader is not None]
-        metadata = checkpoint.metadata(args, model, loaders)
-        warnings = sanity.check(args, metadata, train, forward, training_step, scheduler_interval, **parts)
-        if args.overwrite and distributed.is_main():
-            run_files.delete()
-        history = checkpoint.resume(run_files, metadata, annealed, **parts) if resuming else []
-        run_report = report.Report(run_files, args, criterion, train, val, test, predict_index)
-        stopping = f"patience {patience} epochs" if stops_early else f"all {args.epochs} epochs are run"
-        run_report.start(model, history, stopping, warnings)
-        network, parallel = _wrap(model, args)
+        name: of the run's files; by default the script's. A script that calls ``fit`` several times names each.
 
-        def run_epoch(epoch):
-            """Train and validate for an epoch; return its row of the history and the Scores on val."""
-            util.seed_epoch(args.seed, epoch, distributed.rank())
-            batch_scheduler = scheduler if scheduler_interval == "batch" else None
+    Raises:
+        UserError: ``sanity.check`` finds a fault, a file cannot be written, another run's files are in the way, or the
+            loss is not finite.
+    """
+    parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
+    loaders = [loader for loader in (train, val, test) if loader is not None]
+    patience = patience if scheduler is None else None
+    distributed.set_malloc_options(args.device)
+    distributed.set_memory_format(model, args.device)
+    if isinstance(criterion, torch.nn.Module):
+        criterion.to(args.device)
+    run = Run(args.out, name or args.experiment, args.seed)
+    with run.open(args, model, criterion, loaders) as resuming:
+        scheduled = not (scheduler is None or isinstance(scheduler, ReduceLROnPlateau))
+        warnings = run.restore(parts, scheduled) if resuming else []
+        warnings += sanity.check(run.metadata, train, val, **parts)
+        if args.overwrite:
+            run.delete()
+        reporter = report.Reporter(run, args, criterion, train, val, test)
+        reporter.start(model, scheduler is not None, scheduler_interval, patience, warnings)
+        try:
+            _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_interval, training_step)
+            with distributed.main_process_first():  # it has written the file
+                best_model = checkpoint.load(run.best, args.device)
+            scored = zip(("val", "test"), loaders[1:])
+            scores = {split: evaluate(best_model, loader, criterion) for split, loader in scored}
+            if distributed.is_main():
+                run.finish(scores)
+            reporter.finish(best_model, scores)
+        except BaseException:
+            reporter.stop()
+            raise
+    model.train()  # as it was
+    util.seed_epoch(args.seed, 0, zlib.crc32(run.name.encode()))  # what follows does not depend on --resume
+
+
+def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_interval, training_step):
+    """Train, validate and record the epochs that are left, see ``fit``; stop early if ``patience`` says so."""
+    model, criterion, optimizer, scheduler = parts.values()
+    network, parallel = _wrap(model, args)
+    training_step = sanity.watched(training_step, model, optimizer)
+    steps_batches = scheduler is not None and scheduler_interval == "batch"
+    modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
+    is_rebuilt = False  # whether the round trip of a saved best checkpoint was tried
+    epochs = range(len(run.history) + 1, args.epochs + 1)
+    for epoch in report.progress(epochs, len(epochs), run.name, unit="epoch"):
+        if patience and run.history and epochs_without_progress(run.history, val.baseline.miou) >= patience:
+            report.log(f"no progress on val for {patience} epochs: stopping early")
+            break
+        start = time.perf_counter()
+        util.seed_epoch(args.seed, epoch, distributed.rank())
+        with sanity.doing(f"training epoch {epoch}"):
             train_scores, learning_rates = train_epoch(
-                parallel, train, epoch, criterion, optimizer, training_step, batch_scheduler
+                parallel, train, epoch, criterion, optimizer, training_step, scheduler if steps_batches else None
             )
             for module in modules:
                 distributed.broadcast(module.buffers())  # each process has its own statistics of batch norm
@@ -261,36 +282,15 @@ def fit(
                 raise UserError(f"the val loss is {scores.loss} in epoch {epoch}: lower the learning rate")
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(scores.miou if scheduler.mode == "max" else scores.loss)
-            elif scheduler is not None and scheduler_interval == "epoch":
+            elif scheduler is not None and not steps_batches:
                 scheduler.step()
-            return report.history_row(epoch, learning_rates, train_scores, scores), scores
-
-        try:
-            epochs = range(len(history) + 1, args.epochs + 1)
-            for epoch in report.progress(epochs, len(epochs), args.experiment, unit="epoch"):
-                if history and stops_early and epochs_without_progress(history, val.baseline.miou) >= patience:
-                    report.log(f"no progress on val for {patience} epochs: stopping early")
-                    break
-                start = time.perf_counter()
-                row, scores = run_epoch(epoch)
-                # best before last: a run that is killed in between repeats the epoch and finds the same best
-                if best_epoch([*history, row]) is row:
-                    checkpoint.save_best(run_files.best, metadata, model, epoch, scores)
-                row["seconds"] = round(time.perf_counter() - start, 3)
-                checkpoint.save_last(run_files.last, metadata, [*history, row], **parts)
-                history.append(row)
-                run_report.epoch(history, best_epoch(history))
-            with distributed.main_process_first():  # it has written the file
-                best_model = checkpoint.load(run_files.best, args.device)
-            scored = zip(("val", "test"), loaders[1:])
-            results = {name: evaluate(best_model, loader, criterion) for name, loader in scored}
-            run_report.finish(metadata, best_model, history, best_epoch(history), results)
-            args.finished = {*finished, args.experiment}
-            model.train()  # as it was
-            util.seed_epoch(args.seed, 0, len(args.finished))  # what follows does not depend on --resume
-        except BaseException:
-            run_report.stop(history)
-            raise
+        row = report.history_row(epoch, learning_rates, train_scores, scores)
+        row["seconds"] = round(time.perf_counter() - start, 3)
+        run.record(row, scores.matrix, parts)
+        if run.best_row is row and not is_rebuilt and distributed.is_main():  # again, now that the weights have moved
+            sanity.check_round_trip(checkpoint.read(run.best), model, sanity.val_batch(val)[0])
+            is_rebuilt = True
+        reporter.epoch()
 
 
 def _wrap(model, args):
@@ -301,11 +301,6 @@ def _wrap(model, args):
     if args.device.type == "cuda":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch norm over the whole batch
     return network, DistributedDataParallel(network)
-
-
-def best_epoch(history):
-    """The row of the epoch with the highest mean IoU on val; of several, the one with the lowest val loss."""
-    return max(history, key=lambda row: (row["val_miou"], -row["val_loss"]))
 
 
 def epochs_without_progress(history, baseline_miou):

@@ -20,13 +20,31 @@ def forward(network, images, full_precision=False):
     Returns a dict whose ``out`` are the logits, float32 [B, C, H, W]. A network may return smaller logits, which are
     upsampled bilinearly, or itself a dict with ``out`` and others, as those of torchvision do.
     """
-    bfloat16 = distributed.has_bfloat16(images.device) and not full_precision
-    with torch.autocast(images.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
-        outputs = network(images)
+    if full_precision:
+        with _float32():
+            outputs = network(images)
+    else:
+        bfloat16 = distributed.has_bfloat16(images.device)
+        with torch.autocast(images.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+            outputs = network(images)
     outputs = dict(outputs) if isinstance(outputs, Mapping) else {"out": outputs}
     if not isinstance(outputs.get("out"), torch.Tensor):
         raise UserError("the network has to return logits, or a dict with logits as out")
     return {name: _at_size(value, images.shape[2:]) for name, value in outputs.items()}
+
+
+@contextlib.contextmanager
+def _float32():
+    """Compute in float32 on GPUs, too: since Ampere, cuDNN's convolutions round to the digits of TF32 by default."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, value in zip(backends, before):
+            backend.allow_tf32 = value
 
 
 def _at_size(value, shape):
@@ -89,7 +107,7 @@ def predict_mask(logits, shape):
 
 @torch.inference_mode()
 def predict_index(model, loader, index, shape):
-    """The prediction for one image of a loader at ``shape`` [H, W]: uint8 array [H, W]; errors as in ``check_loader``."""
+    """The prediction for one image of a loader at ``shape`` [H, W]: uint8 array [H, W]; see ``check_loader``."""
     check_loader(model, loader)
     logits = forward(model, loader.normalise(loader.images[index : index + 1]), full_precision=True)["out"][0]
     return predict_mask(logits, shape).cpu().numpy()

@@ -1,33 +1,48 @@
 """A run on disk: its folder, lock, metadata, history, results and checkpoints; written here and read here."""
 
-import ast
+import contextlib
 import csv
-import itertools
+import glob
 import json
 import math
 
 import numpy as np
+import torch
 
-from seg.checkpoint import ROOT
+from seg import checkpoint, distributed, files, provenance
 from util import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
+PLOTS = ("curves", "iou", "confusion", "predictions", "augmentation")
+ADVICE = "resume with the original, or start again with --overwrite"
+TRAINING_STATE = ("history", "criterion", "optimizer", "scheduler")  # what last_*.pt holds and best_*.pt does not
 
 
 class Run:
     """The files of a run below the output folder ``out``. A folder holds one run of an experiment.
 
+    ``fit`` opens a run, records each epoch, and writes the results; everything else reads it.
+
     Attributes:
         name: the experiment, the stem of its files' names. seed: an int.
         best, last: the Paths of the checkpoints. csv: of the history, a row per epoch. json: of the metrics.
-        report: of the HTML report in the folder ``plots``.
+        report: of the HTML report, in ``plots``.
+        metadata: what checkpoints and the JSON hold about the run, see ``open``.
         history: list of dicts, one per epoch, see ``report.history_row``.
-        metrics: the content of the JSON, a dict.
+        metrics: the content of the JSON, a dict, when the run is finished.
     """
 
     def __init__(self, out, name, seed):
-        self.name, self.seed = name, seed
-        self.plots, results = out / "plots", out / "results"
+        self.out, self.name, self.seed, self.history = out, name, seed, []
+        self.plots, self.results = out / "plots", out / "results"
         self.best, self.last = out / f"best_{name}.pt", out / f"last_{name}.pt"
-        self.csv, self.json = (results / f"{name}_seed{seed}{suffix}" for suffix in (".csv", ".json"))
+        self.csv, self.json = (self.results / f"{name}_seed{seed}{suffix}" for suffix in (".csv", ".json"))
         self.report = self.plots / f"{name}_report.html"
 
     @classmethod
@@ -70,37 +85,214 @@ class Run:
 
     def code_change(self):
         """How the code of this run differs from that in the project's folder today, as text; None if it does not."""
-        code = self.metrics.get("code", [])
-        for version in code:
-            now = {name: _text(ROOT / name) for name in version["files"]}
-            if change := code_change(version["files"], now):
+        for version in self.metrics.get("code", []):
+            now = {name: provenance.read_text(files.ROOT / name) for name in version["files"]}
+            if change := provenance.code_change(version["files"], now):
                 return change
         return None
 
+    @property
+    def best_row(self):
+        """The row of the epoch with the highest mean IoU on val; of several, the one with the lowest val loss."""
+        return max(self.history, key=lambda row: (row["val_miou"], -row["val_loss"]))
 
-def _text(path):
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    @contextlib.contextmanager
+    def open(self, args, model, criterion, loaders):
+        """Lock the run during the block; yield whether it is to be resumed.
+
+        The main process alone looks at the folder and decides, before anything is read or written.
+
+        Args:
+            args: from ``cli.arguments``. model, criterion: those of the training.
+            loaders: those of train, val and, if there is one, test.
+
+        Raises:
+            UserError: the folder cannot be written, or another run or its files are in the way.
+        """
+        with contextlib.ExitStack() as stack:
+            decision = None
+            if distributed.is_main():
+                try:
+                    for folder in (self.plots, self.results):
+                        with files.writing(folder):
+                            folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(self._locked())
+                    decision = args.resume and self.last.exists()
+                    if not (decision or args.overwrite):
+                        self._check_new()
+                except UserError as error:
+                    decision = str(error)
+            decision = distributed.broadcast_object(decision, args.device)
+            if isinstance(decision, str):
+                raise UserError(decision) if distributed.is_main() else SystemExit(2)
+            self.metadata = provenance.metadata(args, self.name, model, criterion, loaders)
+            yield decision
+
+    def restore(self, parts, scheduled):
+        """Continue the run: restore the state of ``parts``, see ``record``, and the history.
+
+        Returns a list of messages about what has changed since. With ``scheduled``, the learning rates depend on the
+        number of epochs, which then has to be the same.
+
+        Raises a UserError if the checkpoints are damaged or belong to another run than ``metadata`` describes.
+        """
+        state = checkpoint.read(self.last, "history")
+        try:
+            messages = self._check_same_run(state, scheduled)
+            for name, part in parts.items():
+                if isinstance(part, torch.optim.Optimizer):
+                    _load_optimizer(part, state[name])
+                elif hasattr(part, "load_state_dict"):
+                    part.load_state_dict(state[name])
+            self.history = list(state["history"])
+        except UserError:
+            raise
+        except Exception as error:  # a missing or wrong entry raises one of many types
+            problem = f"does not fit the model or optimizer ({type(error).__name__}: {error})".splitlines()[0]
+            raise UserError(f"{self.last}: {problem}: {ADVICE}") from None
+        self._complete(state)
+        return messages
+
+    def _complete(self, state):
+        """Write what a kill after writing last, whose content is ``state``, has prevented."""
+        if not distributed.is_main():
+            return
+        epoch = checkpoint.read(self.best, "epoch")["epoch"] if self.best.exists() else None
+        best = self.best_row["epoch"]
+        if epoch != best and best != state["epoch"]:
+            found = "is missing" if epoch is None else f"is of epoch {epoch}, not of the best, {best}"
+            raise UserError(f"{self.best}: {found}, so the run cannot be continued: start again with --overwrite")
+        if epoch != best:
+            self._save_best(state)
+        self._write_csv()
+
+    def _check_same_run(self, state, scheduled):
+        """Raise a UserError that names the first thing in which ``state`` is of another run; return messages."""
+        before, now = ({**source["flags"], **source} for source in (state, self.metadata))
+        for name in (
+            "seed",
+            "batch_size",
+            "limit",
+            "dataset",
+            "classes",
+            "size",
+            "mean",
+            "std",
+            *["epochs"] * scheduled,
+        ):
+            if before[name] != now[name]:
+                raise UserError(f"{self.last}: its run had {name} {before[name]}, not {now[name]}: {ADVICE}")
+        if before["data_sha256"] != now["data_sha256"]:
+            raise UserError(f"{self.last}: its run had other image ids or masks, on train, val or test: {ADVICE}")
+        done = len(state["history"])
+        if done > now["epochs"]:
+            raise UserError(f"{self.last}: its run has {done} epochs, more than {now['epochs']}: raise --epochs")
+        (code,), versions = self.metadata["code"], list(state["code"])
+        change = provenance.code_change(versions[-1]["files"], code["files"])
+        if change:
+            versions.append(code | {"epoch": done + 1})
+        self.metadata["code"] = versions
+        return [f"{change} since epoch {done}: the run goes on with it"] if change else []
+
+    def record(self, row, matrix, parts):
+        """Add an epoch's row to the history, and write its checkpoints and the CSV.
+
+        Last is written first: whatever a kill leaves can be completed from it.
+
+        Args:
+            row: a dict, see ``report.history_row``. matrix: the confusion matrix on val, int64 [C, C].
+            parts: dict of model, criterion, optimizer and scheduler, some without a state.
+        """
+        self.history.append(row)
+        if not distributed.is_main():
+            return
+        state = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
+        state = self.metadata | dict.fromkeys(parts) | checkpoint.plain(state)
+        state |= {"epoch": row["epoch"], "val_miou": row["val_miou"], "val_matrix": matrix, "history": self.history}
+        checkpoint.save(self.last, state)
+        if self.best_row is row:
+            self._save_best(state)
+        self._write_csv()
+
+    def _save_best(self, state):
+        checkpoint.save(self.best, {key: value for key, value in state.items() if key not in TRAINING_STATE})
+
+    def _write_csv(self):
+        """Write the CSV, a row per epoch. It holds no times: the same seed gives the same file."""
+        left_out = ("batch_learning_rates", "seconds")
+        rows = [{name: value for name, value in row.items() if name not in left_out} for row in self.history]
+        lines = [",".join(rows[0])] + [",".join(map(str, row.values())) for row in rows]
+        with files.atomic_write(self.csv) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
+
+    def finish(self, scores):
+        """Write the JSON. ``scores`` maps val and, if there is one, test to the Scores of the best epoch."""
+        about, flags = dict(self.metadata), self.metadata["flags"]
+        for name in ("mean", "std", "module", "class", "arguments"):  # what only ``checkpoint.load`` needs
+            del about[name]
+        self.metrics = about | {
+            "flags": {name: flags[name] for name in ("epochs", "batch_size", "limit")},
+            "epochs": len(self.history),
+            "best_epoch": self.best_row["epoch"],
+            "seconds": round(sum(row["seconds"] for row in self.history), 3),
+            "epoch_seconds": [row["seconds"] for row in self.history],
+            "val": scores["val"].as_dict(),
+            "test": scores["test"].as_dict() if "test" in scores else None,
+        }
+        with files.atomic_write(self.json) as file:
+            file.write(json.dumps(self.metrics, indent=2, allow_nan=False).encode() + b"\n")
+
+    def _existing(self):
+        """The files that runs of this experiment, with any seed, have left: a list of Paths."""
+        results = sorted(self.results.glob(f"{glob.escape(self.name)}_seed*"))
+        return [path for path in (self.best, self.last, *map(self.plot, PLOTS), self.report, *results) if path.exists()]
+
+    def _check_new(self):
+        """Raise a UserError if the files of an earlier run are in the way."""
+        existing = self._existing()
+        if not existing:
+            return
+        run = ""
+        with contextlib.suppress(UserError, KeyError):
+            state = checkpoint.read(self.best, "epoch")
+            run = f" (seed {state['seed']} on {state['dataset']}, best epoch {state['epoch']})"
+        advice = "continue it with --resume, " if self.last.exists() else ""
+        advice += "replace it with --overwrite, or choose another --out"
+        raise UserError(f"{existing[0]}: is from an earlier run{run}: {advice}")
+
+    def delete(self):
+        """Delete what earlier runs of this experiment have left."""
+        for path in self._existing() if distributed.is_main() else ():
+            with files.writing(path):
+                path.unlink()
+
+    @contextlib.contextmanager
+    def _locked(self):
+        """Keep other runs of this experiment out of the folder during the block; UserError if one is in it.
+
+        The lock is the system's own, on an empty file: it ends with the process, even if that is killed.
+        """
+        path = self.out / f".{self.name}.lock"
+        with files.writing(path):
+            file = open(path, "w")
+        with file:
+            try:
+                if fcntl is None:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                else:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                problem = f"another run of {self.name} is writing to this folder"
+                raise UserError(f"{self.out}: {problem}: wait, or choose another --out") from None
+            except OSError:  # a file system without locks
+                pass
+            yield
 
 
-def code_change(before, now):
-    """The first difference between two dicts from a file's name to its text, as text; None if there is none.
-
-    The docstring of a file does not count: it holds results.
-    """
-    for name in {**before, **now}:
-        old, new = (_below_docstring(files.get(name, "")) for files in (before, now))
-        for first, second in itertools.zip_longest(old, new):
-            if first != second:
-                line = second if second is not None else first
-                return f"{name} has changed ({line.strip()!r})"
-    return None
-
-
-def _below_docstring(text):
-    """The lines of a file below its docstring; all of them if it has a syntax error."""
-    lines = text.splitlines()
-    try:
-        tree = ast.parse(text)
-    except SyntaxError:
-        return lines
-    return lines if ast.get_docstring(tree) is None else lines[tree.body[0].end_lineno :]
+def _load_optimizer(optimizer, state):
+    """Load the state of an optimizer, but keep the dicts of its parameter groups, which a script may hold."""
+    groups = list(optimizer.param_groups)
+    optimizer.load_state_dict(state)
+    for index, group in enumerate(groups):
+        group.update(optimizer.param_groups[index])
+        optimizer.param_groups[index] = group
