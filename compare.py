@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from seg import cli, files, html, plotting
-from seg.report import Run
+from seg.run import Run
 from util import UserError
 
 ROOT = Path(__file__).resolve().parent

@@ -186,7 +186,7 @@ def _words(name):
     return name.replace("miou", "mean IoU").replace("_", " ")
 
 
-def write_run(run_files, title, metrics, history, samples, metadata):
+def write_run(run, title, samples):
     """Write the report of a finished run.
 
     Args:
@@ -195,6 +195,7 @@ def write_run(run_files, title, metrics, history, samples, metadata):
         samples: see ``predictions``.
         metadata: from ``checkpoint.metadata``.
     """
+    run_files, metrics, history, metadata = run, run.metrics, run.history, run.metrics
     splits = {name: metrics[name] for name in ("val", "test") if metrics[name]}
     classes, best_epoch, epochs = metadata["classes"], metrics["best_epoch"], metrics["epochs"]
     baseline = util.baseline_name(classes)
@@ -217,8 +218,7 @@ def write_run(run_files, title, metrics, history, samples, metadata):
     best = [row["epoch"] for row in history].index(best_epoch)
     epoch_table = table([_words(name) for name in columns], rows, best=best)
 
-    arguments = ", ".join(f"{name}={value!r}" for name, value in metadata["arguments"].items())
-    items = {"network": f"{metadata['class']}({arguments})", "input size": "{1}x{0}".format(*metadata["size"])}
+    items = {"network": metadata["network"], "input size": "{1}x{0}".format(*metadata["size"])}
     left_out = ("val", "test", "epoch_seconds", "size", "code")
     items |= {_words(name): _format(name, value) for name, value in metrics.items() if name not in left_out}
     items |= {f"{split} loss": _format("loss", scores["loss"]) for split, scores in splits.items()}
@@ -232,7 +232,7 @@ def write_run(run_files, title, metrics, history, samples, metadata):
         "Confusion matrix": plots["confusion"],
         "Epochs": text("The best epoch is marked.") + epoch_table,
         "Augmentation": plots["augmentation"],
-        "Settings": settings(items) + folded("The script as it ran", next(iter(metadata["code"].values()))),
+        "Settings": settings(items) + folded("The script as it ran", next(iter(metadata["code"][-1]["files"].values()))),
     }
     summary = f"Best epoch {best_epoch} of {epochs}, seed {metrics['seed']}. Void pixels are not evaluated."
     write(run_files.report, title, summary, {name: content for name, content in sections.items() if content})
