@@ -17,14 +17,13 @@ from conftest import ROOT, TESTS, make_tiny, run_main
 import train
 from seg import engine, files
 
-if os.name == "nt":
-    pytest.skip("needs signals and forks", allow_module_level=True)
+pytest.importorskip("fcntl", reason="needs signals and forks")
 pytestmark = pytest.mark.usefixtures("tiny_net")
 
 FLAGS = "--data Tiny --limit 2 --batch-size 2 --device cpu"
-PLOTS = [f"plots/train_{name}.png" for name in ("curves", "iou", "confusion", "predictions")]
-RESULTS = ["results/train_seed0.csv", "results/train_seed0.json", "plots/train_report.html"]
-FILES = ["last_train.pt", "best_train.pt", *PLOTS, *RESULTS]
+FILES = ["last_train.pt", "best_train.pt", "results/train_seed0.csv", "results/train_seed0.json"]
+FILES += [f"plots/train_{name}.png" for name in ("curves", "iou", "confusion", "predictions")]
+FILES += ["plots/train_report.html"]
 
 
 def run_train(folder, flags):
@@ -109,7 +108,7 @@ def test_a_folder_that_vanishes_during_the_run_is_reported(folder, monkeypatch, 
 
 def start(folder, *line):
     """Start Python in a process of its own, which finds this project and its tests."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "PYTHONUNBUFFERED": ""}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{TESTS}", "PYTHONUNBUFFERED": ""}
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, *line], cwd=folder, stdout=pipe, stderr=pipe, text=True, env=env)
 
@@ -133,9 +132,7 @@ def test_a_second_signal_ends_the_run_at_once_and_leaves_every_file_complete(fol
     for _ in range(2):  # in the third epoch, and while the plots of the second are drawn
         next(line for line in process.stdout if line == "slow\n")
         process.send_signal(number)
-        sent = time.monotonic()
-    assert (process.communicate(timeout=60)[1], process.returncode) == ("", -number)
-    assert time.monotonic() - sent < 5
+    assert (process.communicate(timeout=5)[1], process.returncode) == ("", -number)
     after = contents(folder)
     assert [name for name in FILES if after[name] != before[name]] == ["plots/train_curves.png"]
     assert not list(folder.rglob("*.unfinished"))
