@@ -22,9 +22,7 @@ pytestmark = pytest.mark.usefixtures("tiny_net")
 
 FLAGS = "--data Tiny --limit 2 --batch-size 2 --device cpu"
 FILES = ["last_train.pt", "best_train.pt", "results/train_seed0.csv", "results/train_seed0.json"]
-FILES += ["plots/train_report.html"] + [
-    f"plots/train_{plot}.png" for plot in ("curves", "iou", "confusion", "predictions")
-]
+FILES += [f"plots/train_{name}" for name in "curves.png iou.png confusion.png predictions.png report.html".split()]
 
 
 def run_train(folder, flags):
