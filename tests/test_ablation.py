@@ -14,9 +14,9 @@ from seg.run import Run
 FOLDER = ROOT / "benchmarks" / "ablation"
 # the base, and what stands in the line that differs in the base and in the variant
 VARIANTS = {
-    "without_skips": ("train_5_a", "CustomFCN(len(train.classes))", "CustomFCN(len(train.classes), skips=False)"),
-    "without_shortcuts": ("train_5_a", "CustomFCN(len(train.classes))", "CustomFCN(len(train.classes), residual=False)"),
-    "without_context": ("train_5_a", "CustomFCN(len(train.classes))", "CustomFCN(len(train.classes), context=False)"),
+    "without_skips": ("train_5_a", "CustomFCN(len(train.classes))", "(len(train.classes), skips=False)"),
+    "without_shortcuts": ("train_5_a", "CustomFCN(len(train.classes))", "(len(train.classes), residual=False)"),
+    "without_context": ("train_5_a", "CustomFCN(len(train.classes))", "(len(train.classes), context=False)"),
     "copies": ("train_4_b", "unchanged=1, augmented=2)", "Augmentation(unchanged=3, augmented=0)"),
     "constant_learning_rate": ("train_4_b", "CosineAnnealingLR(", "ConstantLR(optimizer, factor=1.0)"),
     "without_average": ("train_6", "decay=0.99)", "decay=0.0)"),
