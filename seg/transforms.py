@@ -28,15 +28,7 @@ class Augmentation:
     """
 
     def __init__(
-        self,
-        flip=0.0,
-        degrees=0.0,
-        scale=(1.0, 1.0),
-        brightness=0.0,
-        contrast=0.0,
-        saturation=0.0,
-        unchanged=0,
-        augmented=1,
+        self, flip=0, degrees=0, scale=(1, 1), brightness=0, contrast=0, saturation=0, unchanged=0, augmented=1
     ):
         self.flip, self.degrees, self.scale = flip, degrees, scale
         self.colour = (brightness, contrast, saturation)
