@@ -1,9 +1,7 @@
 """PASCAL VOC segmentation: class names, class weights, and loaders for any folder in VOC layout.
 
-A folder in VOC layout holds ``JPEGImages/<id>.jpg``, ``SegmentationClass/<id>.png`` and
-``ImageSets/Segmentation/<split>.txt`` with one id per line; for other classes than VOC's, ``classes.txt`` with one name
-per line. Masks hold class indices, and 255 for void, the unlabelled pixels: void stays 255 up to the loss
-(``ignore_index``) and the metrics. docs/DATA.md has the details.
+Masks hold class indices, and 255 for void, the unlabelled pixels: void stays 255 up to the loss (``ignore_index``) and
+the metrics. docs/DATA.md describes the files of such a folder.
 
     python voc.py --data DIR --split train              print how often each class occurs in a split
     python voc.py --data DIR --check                    open every photo and mask of the splits and list all faults

@@ -20,19 +20,13 @@ CACHE_FORMAT = 1  # raise it when the pixels that ``Split.resized`` returns chan
 
 
 class Split:
-    """The photos and masks of one split of a folder in VOC layout, read from disk and checked at every access.
+    """The photos and masks of one split, read from disk and checked at every access.
 
-    Args:
-        root: the folder in VOC layout.
-        name: name of the list in ``ImageSets/Segmentation``, without ``.txt``.
-        limit: keep only the first N ids; None keeps all.
+    ``root`` is a folder in VOC layout, ``name`` that of a list in ``ImageSets/Segmentation``, and ``limit`` the number
+    of ids to keep (None: all). Raises a UserError if one of them, or ``classes.txt``, is missing or has a fault.
 
-    Attributes:
-        dataset: name of the folder.
-        ids: list of str, see ``layout.read_ids``.
-        classes: tuple of class names. A subclass that merges classes in ``mask`` sets its own.
-
-    Raises a UserError if the folder or the split does not exist, or the list or ``classes.txt`` has a fault.
+    Attributes: ``ids``, a list of str; ``classes``, a tuple of str, which a subclass that merges classes in ``mask``
+    sets itself; ``dataset``, the name of the folder.
     """
 
     def __init__(self, root, name, limit=None):
@@ -48,11 +42,9 @@ class Split:
         return len(self.ids)
 
     def photo_path(self, index):
-        """The path of a photo; that of a JPEG if there is none."""
         return self._photos.get(self.ids[index], self.root / "JPEGImages" / f"{self.ids[index]}.jpg")
 
     def mask_path(self, index):
-        """The path of a mask, whether or not it exists."""
         return self._masks.get(self.ids[index], self.root / "SegmentationClass" / f"{self.ids[index]}.png")
 
     def photo(self, index):
@@ -66,8 +58,7 @@ class Split:
     def resized(self, index, size):
         """Photo and mask at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
 
-        The photo is resized bilinearly with antialiasing, the mask to the nearest pixel. Raises a UserError if one of
-        them is invalid, or if they differ in size.
+        The mask is resized to the nearest pixel. Raises a UserError if one is invalid, or if they differ in size.
         """
         photo, mask = self.photo(index), Image.fromarray(self.mask(index))
         layout.check_sizes(self.photo_path(index), self.mask_path(index), photo.size, mask.size)
@@ -89,8 +80,8 @@ def _cache_path(split, size):
 def load_resized(split, size):
     """``Split.resized`` of all images at ``size``, (H, W): uint8 tensor [N, H, W, 4] on the CPU.
 
-    They are decoded and checked once, and cached in ``.cache`` in the data's folder, in a file that later runs map into
-    memory. Nothing is cached with a limit, for a subclass of Split, or if the folder cannot be written.
+    They are cached in ``.cache`` in the data's folder, in a file that later runs map into memory; but not with a limit,
+    for a subclass of Split, or if the folder cannot be written.
     """
     is_cached = type(split) is Split and split.limit is None
     path = _cache_path(split, size)
@@ -110,19 +101,17 @@ def load_resized(split, size):
     if is_cached:
         with contextlib.suppress(OSError, UserError):
             path.parent.mkdir(exist_ok=True)
+            for outdated in path.parent.glob(f"{split.name}_{size[0]}x{size[1]}_*.npy"):
+                outdated.unlink()
             with files.atomic_write(path) as file:
                 np.save(file, pixels)
-            for outdated in path.parent.glob(f"{split.name}_{size[0]}x{size[1]}_*.npy"):
-                if outdated != path:
-                    outdated.unlink()
     return torch.from_numpy(pixels)
 
 
 class PerImage:
     """Lets a Loader use an augmentation of one image and its mask, such as torchvision's v2 transforms.
 
-    ``augment(image, mask)`` gets tv_tensors, uint8 [3, H, W] and [H, W], and returns two of the same shapes and type.
-    The random numbers of Python, NumPy and PyTorch are seeded for each image.
+    ``augment(image, mask)`` maps tv_tensors, uint8 [3, H, W] and [H, W], to others alike, and is seeded for each image.
     """
 
     def __init__(self, augment):
@@ -148,24 +137,21 @@ class Loader:
     and whole batches of the other splits: together the batches of a single process.
 
     Args:
-        split: a Split.
         size: of the network's input in pixels: (height, width), or the side of a square.
         batch_size: the largest batch, over all processes. Batches are of nearly equal size, so that from 3 on none has
             a single image, on which batch norm would learn noise.
         training: shuffle in every epoch. Otherwise the images come in the order of the split.
-        augment: None, an augmentation of single images as for PerImage, or an object that augments batches, such as
-            ``transforms.Augmentation``: ``augment.draw(count, generator)`` returns random parameters, one row of a
-            tensor per image, from a torch.Generator on the CPU, and ``augment(images, masks, params, fill)`` maps
-            uint8 tensors [B, 3, H, W] and [B, H, W] on the device to others of the same shape; fill, float32 [3, 1, 1]
-            in 0..255, is the mean colour, for what lies outside a photo. An epoch shows each image
-            ``augment.unchanged`` times as it is and ``augment.augmented`` times augmented; these default to 0 and 1.
+        augment: None; an augmentation of single images as for PerImage; or one of batches, with two methods.
+            ``augment.draw(count, generator)`` returns random parameters, a CPU tensor with a row for each image.
+            ``augment(images, masks, params, fill)`` maps uint8 tensors [B, 3, H, W] and [B, H, W] to others of the same
+            shape; fill, float32 [3, 1, 1] in 0..255, is the mean colour, for what lies outside a photo. An epoch shows
+            an image ``augment.unchanged`` (default: 0) times as it is, and ``augment.augmented`` (1) times augmented.
         seed: order and augmentation depend on ``seed`` and the epoch only, so that any epoch can be repeated.
         device: where batches go. mean, std: of the normalisation, three numbers each.
 
     Attributes:
         repeats: how many times an epoch shows each image, ``unchanged`` of them as it is.
-        images, masks: the whole split, uint8 [N, 3, H, W] and [N, H, W], on the GPU if it takes less than a quarter of
-            its free memory, else on the CPU.
+        images, masks: the whole split, uint8 [N, 3, H, W] and [N, H, W], on the GPU if it has four times the memory.
         counts: the pixels of each class over all masks at this size, int64 [C] on the CPU.
     """
 
@@ -211,10 +197,7 @@ class Loader:
         return self.augmented(images, masks, self.augment.draw(count, torch.Generator().manual_seed(self.seed)))
 
     def augmented(self, images, masks, params):
-        """Augment uint8 tensors [B, 3, H, W] and [B, H, W] with params from ``augment.draw``.
-
-        Raises a UserError if the result has another shape or type.
-        """
+        """Augment uint8 tensors [B, 3, H, W] and [B, H, W]; UserError if the result has another shape or type."""
         fill = 255 * torch.tensor(self.mean, device=self.device).view(3, 1, 1)
         results = self.augment(images, masks, self._move(params), fill)
         for name, before, after in zip(("images", "masks"), (images, masks), results, strict=True):
@@ -225,11 +208,9 @@ class Loader:
         return results
 
     def batches(self, epoch=0):
-        """Yield this process's batches of an epoch.
+        """Yield this process's batches of an epoch: images, masks and their positions in the split.
 
-        Yields:
-            images: float32 [B, 3, H, W], normalised. masks: int64 [B, H, W], class indices and VOID.
-            indices: int64 [B] on the CPU, the position of each image in the split.
+        float32 [B, 3, H, W], normalised; int64 [B, H, W], class indices and VOID; int64 [B] on the CPU.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         num_samples = len(self.split) * self.repeats

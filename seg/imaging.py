@@ -26,11 +26,8 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImageP
 
 def _palette():
     """VOC's colour map: the bits of an index, three at a time, fill red, green and blue from the top bit down."""
-    palette = np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((np.arange(256) >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
+    index, channel = np.arange(256)[:, None], np.arange(3)
+    return sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)).astype(np.uint8)
 
 
 PALETTE = _palette()  # uint8 [256, 3], RGB; row 255 is the colour of void
@@ -54,11 +51,7 @@ def _oklab(colours):
 
 @functools.cache
 def distinct_colours():
-    """A colour for each class that differs clearly from the others: uint8 [255, 3], RGB, the same in every run.
-
-    VOC's palette gives neighbours such as classes 1 and 8 dark reds. Here each colour is, of 4,096, the one that is
-    farthest from all before, void and wrong pixels in the Oklab colour space, without greys and extremes of lightness.
-    """
+    """A colour for each class, far from the others, void and WRONG in the Oklab colour space: uint8 [255, 3], RGB."""
     levels = np.linspace(0, 255, 16)
     colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     lab = _oklab(colours)
@@ -74,10 +67,7 @@ def distinct_colours():
 
 
 def class_colours(classes):
-    """The colours of classes in a plot: uint8 [256, 3], RGB; row 255 is void.
-
-    VOC's palette, whose first colour is black, for classes with a background, else ``distinct_colours``.
-    """
+    """VOC's palette, whose first colour is black; ``distinct_colours`` and void for classes without a background."""
     return np.vstack((distinct_colours(), PALETTE[VOID:])) if background_label(classes) is None else PALETTE
 
 
@@ -115,10 +105,7 @@ def to_rgb(image):
 
 
 def height_width(size):
-    """The size of a network's input as a tuple (height, width): ``size`` is such a pair, or the side of a square.
-
-    Raises a UserError if it is neither.
-    """
+    """``size``, which is (height, width) or the side of a square, as a tuple (height, width), or a UserError."""
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
     if len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in sides):
         raise UserError(f"size={size!r}: pass the side of a square in pixels, or (height, width), up to {MAX_SIDE}")
@@ -126,11 +113,9 @@ def height_width(size):
 
 
 def resize(image, size, resampling=Image.Resampling.BILINEAR):
-    """Resize a PIL image to ``size``, (height, width), by default bilinear with antialiasing, as a uint8 array.
-
-    First horizontally, then vertically: of a single call, the order depends on Pillow's release, and so does rounding.
-    """
+    """Resize a PIL image to ``size``, (height, width), by default bilinear with antialiasing, as a uint8 array."""
     height, width = size
+    # First horizontally: the order in which a single call does it, and so rounding, depends on Pillow's release.
     return np.asarray(image.resize((width, image.height), resampling).resize((width, height), resampling))
 
 
@@ -141,10 +126,7 @@ def bounded_size(shape, side):
 
 
 def wrong_pixels(photo, truth, prediction):
-    """The photo in light grey, its wrong pixels in WRONG, and those without ground truth in the colour of void.
-
-    Photo is uint8 [H, W, 3], the masks are [H, W]; returns uint8 [H, W, 3].
-    """
+    """A photo, uint8 [H, W, 3], in light grey, with wrong pixels in WRONG, and void of ``truth`` in its colour."""
     picture = np.repeat(150 + 0.4 * photo.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)
     picture[prediction != truth] = WRONG
     picture[truth == VOID] = PALETTE[VOID]

@@ -1,7 +1,4 @@
-"""The files of a folder in VOC layout: split lists, class names, masks, and the conversion of masks in colours.
-
-data.py makes batches of them. docs/DATA.md describes the formats.
-"""
+"""The files of a folder in VOC layout, as in docs/DATA.md: lists, class names, masks, and masks in colours."""
 
 import itertools
 import os
@@ -51,10 +48,9 @@ def split_names(root):
 
 
 def list_images(folder, suffixes=imaging.PHOTO_SUFFIXES):
-    """List the image files of ``folder`` and its subfolders: a dict from image ids to Paths.
+    """The image files in a folder and its subfolders: a dict from ids, paths without suffix, to Paths.
 
-    An id is a path below ``folder`` without its suffix. Suffixes may be in any case, and hidden files are left out.
-    Raises a UserError for two files with the same id.
+    Suffixes may be in any case, and hidden files are left out. Raises a UserError for two files with the same id.
     """
     images = {}
     for parent, _, names in os.walk(folder, followlinks=True):
@@ -81,18 +77,13 @@ def _read_lines(path):
     """The stripped lines of a text file, without empty ones at its end; UserError if it cannot be read."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error}): save it as UTF-8") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}): put a text file there") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}): save it as UTF-8") from None
     return [line.strip() for line in text.rstrip().split("\n")]
 
 
 def read_ids(path):
-    """Read a split list, of one id or name of a photo per line: the image ids, a list of str.
-
-    Raises a UserError if the file cannot be read, is empty, holds an id twice, or one that is not below a folder.
-    """
+    """Read a split list, an id or the name of a photo per line: the ids, a list of str. UserError if it has a fault."""
     if not path.exists():
         names = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt"))) or "none"
         raise UserError(f"{path}: no such split (there are: {names}): write one image id per line into it")
@@ -111,10 +102,7 @@ def read_ids(path):
 
 
 def read_classes(root):
-    """The class names of a folder, a tuple of str: from ``classes.txt`` if there is one, else VOC's 21.
-
-    Raises a UserError if the file cannot be read, or if its lines are not 2 to 255 different names.
-    """
+    """The class names in ``classes.txt``, or VOC's 21 without it: a tuple of str. UserError if the file has a fault."""
     path = root / "classes.txt"
     if not path.exists():
         return CLASSES
@@ -165,11 +153,7 @@ def check_labels(split, counts, training):
 
 
 def warnings(splits, counts):
-    """What is suspicious about a dataset, a list of messages.
-
-    Args:
-        splits: Splits, train first. counts: for each, the pixels of each class, [C].
-    """
+    """What is suspicious in Splits, train first, and the pixels of their classes, [C] each: a list of messages."""
     texts = []
     absent = [name for name, count in zip(splits[0].classes, counts[0]) if not count]
     if absent:
@@ -186,13 +170,10 @@ def warnings(splits, counts):
 
 
 def map_images(function, items, name):
-    """Call a function for each item, in up to 8 threads; return the results as a list, or raise the first error.
-
-    ``name`` labels a progress bar.
-    """
+    """Call a function for each item, in up to 8 threads, with a progress bar of this name: a list of the results."""
     with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:  # a photo of 24 million pixels takes 300 MB
-        disable = None if distributed.is_main() else True  # None shows it in a terminal only
-        return list(tqdm(pool.map(function, items), name, len(items), unit=" images", disable=disable))
+        hidden = None if distributed.is_main() else True  # None shows it in a terminal only
+        return list(tqdm(pool.map(function, items), name, len(items), unit=" images", disable=hidden))
 
 
 def report_faults(root, faults):
@@ -204,14 +185,11 @@ def report_faults(root, faults):
 
 
 def _read_colours(path):
-    """Read lines ``R G B name``: the class names, and a dict from colours, R * 65536 + G * 256 + B, to values.
-
-    A class's value is its position; the name ``void``, which may occur several times, stands for VOID.
-    """
+    """Read lines ``R G B name``, void included: the class names, and a dict from R * 65536 + G * 256 + B to values."""
     names, values = [], {}
     for line in filter(None, _read_lines(path)):
         found = COLOUR.fullmatch(line)
-        if not found:
+        if not found or max(map(int, found.groups()[:3])) > 255:
             raise UserError(f"{path}: holds the line {line!r}: write R G B name, with R, G and B from 0 to 255")
         red, green, blue, name = *map(int, found.groups()[:3]), found[4]
         colour = red << 16 | green << 8 | blue
@@ -242,17 +220,14 @@ def from_colours(root, colours_path):
     """Convert the masks of a folder in VOC layout from colours to class indices, all of them or none.
 
     ``SegmentationClass`` gets palette PNGs, and ``SegmentationClass_colours`` the originals. Writes ``classes.txt``.
-
-    Args:
-        root: the folder. colours_path: a text file with a line ``R G B name`` for each class, and one for void.
-
-    Raises:
-        UserError: a colour has no class, a file cannot be read or written, or something would be overwritten.
+    The file ``colours_path`` has a line ``R G B name`` for each class, and for void. Raises a UserError if that fails.
     """
     root = find_root(root)
     names, values = _read_colours(Path(colours_path))
     masks, originals, classes = root / "SegmentationClass", root / "SegmentationClass_colours", root / "classes.txt"
     images, faults = list_images(masks), []
+    if not images:
+        raise UserError(f"{masks}: holds no image: put the masks in colours there")
     if originals.exists():
         advice = f"to convert them again, delete {masks} and rename this folder to {masks.name}"
         raise UserError(f"{originals}: exists, so the masks have been converted: {advice}")
