@@ -16,7 +16,7 @@ import torch
 from seg import cli, distributed, imaging, layout
 from seg.data import Loader, Split
 from seg.layout import CLASSES
-from util import VOID, UserError
+from util import VOID
 
 __all__ = ["CLASSES", "Loader", "Split", "check", "class_counts", "class_weights", "loaders"]
 
@@ -62,21 +62,16 @@ def check(root):
     """Open all photos and masks of the splits; print warnings or, with a UserError, the first fault of each image."""
     root = layout.find_root(root)
     faults, splits = [], []
-
-    def attempt(function, *args):
-        try:
-            return function(*args)
-        except UserError as error:
-            return faults.append(str(error))
-
     for name in layout.split_names(root):
-        if split := attempt(Split, root, name):
+        if split := layout.attempt(faults, Split, root, name):
             splits.append(split)
-            layout.map_images(lambda index: attempt(split.resized, index, (1, 1)), range(len(split)), name)
+            layout.map_images(
+                lambda index: layout.attempt(faults, split.resized, index, (1, 1)), range(len(split)), name
+            )
     if not faults:
         counts = [class_counts(split)[0] for split in splits]
         for split, pixels in zip(splits, counts):
-            attempt(layout.check_labels, split, pixels, split.name == "train")
+            layout.attempt(faults, layout.check_labels, split, pixels, split.name == "train")
         for text in layout.warnings(splits, counts):
             print(f"warning: {text}")
     layout.report_faults(root, faults)

@@ -23,10 +23,8 @@ class Split:
     """The photos and masks of one split, read from disk and checked at every access.
 
     ``root`` is a folder in VOC layout, ``name`` that of a list in ``ImageSets/Segmentation``, and ``limit`` the number
-    of ids to keep (None: all). Raises a UserError if one of them, or ``classes.txt``, is missing or has a fault.
-
-    Attributes: ``ids``, a list of str; ``classes``, a tuple of str, which a subclass that merges classes in ``mask``
-    sets itself; ``dataset``, the name of the folder.
+    of ids to keep (None: all). Raises a UserError if the folder, its list or its ``classes.txt`` has a fault.
+    ``ids`` is a list of str, ``classes`` a tuple of str; a subclass that merges classes in ``mask`` sets its own.
     """
 
     def __init__(self, root, name, limit=None):
@@ -203,8 +201,7 @@ class Loader:
         for name, before, after in zip(("images", "masks"), (images, masks), results, strict=True):
             if (after.shape, after.dtype) != (before.shape, torch.uint8):
                 problem = f"{name} of {after.dtype} {list(after.shape)}, not torch.uint8 {list(before.shape)}"
-                advice = "keep size and type (the loader resizes before it and normalises after it)"
-                raise UserError(f"augment returns {problem}: {advice}")
+                raise UserError(f"augment returns {problem}: keep size and type (the loader normalises after it)")
         return results
 
     def batches(self, epoch=0):
@@ -232,9 +229,7 @@ class Loader:
 
     def take(self, indices):
         """Copies of some images and masks of the split, on the device."""
-        if self.data.is_cuda:
-            return _unpack(self.data[self._move(indices)])
-        return _unpack(self._move(self.data[indices]))
+        return _unpack(self.data[self._move(indices)] if self.data.is_cuda else self._move(self.data[indices]))
 
     def _move(self, tensor):
         """A tensor on the device; to a GPU it is copied from pinned memory, without waiting."""

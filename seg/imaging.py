@@ -78,8 +78,7 @@ def open_image(path):
             image.load()
             return image
     except FileNotFoundError:
-        advice = "photos are JPEG, PNG, WebP, BMP or TIFF, masks PNG"
-        raise UserError(f"{path}: no such file: add it ({advice}), or leave it out") from None
+        raise UserError(f"{path}: no such file: add it (photos: JPEG, PNG, WebP, BMP or TIFF; masks: PNG)") from None
     except Exception as error:  # a damaged file raises one of many types
         raise UserError(f"{path}: cannot be read as an image ({reason(error)}): replace the file") from None
 

@@ -146,8 +146,7 @@ def check_labels(split, counts, training):
     if not len(present):
         raise UserError(f"{split.root}: no mask of the split {split.name} has a labelled pixel: all is void ({VOID})")
     if training and len(present) == 1 and (present[0] == 0 or background_label(split.classes) != 0):
-        only = f"{split.classes[present[0]]} (value {present[0]})"
-        problem = f"the masks of the split {split.name} show only {only} and void"
+        problem = f"the masks of {split.name} show only {split.classes[present[0]]} (value {present[0]}) and void"
         advice = f"{VOID} is void, and an object needs the value of its class, such as 1: correct the masks"
         raise UserError(f"{split.root}: {problem}: {advice}{', or raise --limit' if split.limit else ''}")
 
@@ -174,6 +173,14 @@ def map_images(function, items, name):
     with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:  # a photo of 24 million pixels takes 300 MB
         hidden = None if distributed.is_main() else True  # None shows it in a terminal only
         return list(tqdm(pool.map(function, items), name, len(items), unit=" images", disable=hidden))
+
+
+def attempt(faults, function, *args):
+    """Call a function and return its result; add the message of a UserError to the list ``faults``, and return None."""
+    try:
+        return function(*args)
+    except UserError as error:
+        return faults.append(str(error))
 
 
 def report_faults(root, faults):
@@ -210,9 +217,8 @@ def _read_coloured_mask(path, values, colours_path):
     colours, inverse = np.unique(packed.ravel(), return_inverse=True)
     unknown = [f"{colour >> 16} {colour >> 8 & 255} {colour & 255}" for colour in colours if colour not in values]
     if unknown:
-        problem = f"holds {len(unknown)} colours without a class, such as {unknown[0]}"
         advice = f"add them to {colours_path}, or export the mask as PNG without smoothing (anti-aliasing)"
-        raise UserError(f"{path}: {problem}: {advice}")
+        raise UserError(f"{path}: holds {len(unknown)} colours without a class, such as {unknown[0]}: {advice}")
     return np.array([values[colour] for colour in colours], np.uint8)[inverse].reshape(packed.shape)
 
 
@@ -220,7 +226,7 @@ def from_colours(root, colours_path):
     """Convert the masks of a folder in VOC layout from colours to class indices, all of them or none.
 
     ``SegmentationClass`` gets palette PNGs, and ``SegmentationClass_colours`` the originals. Writes ``classes.txt``.
-    The file ``colours_path`` has a line ``R G B name`` for each class, and for void. Raises a UserError if that fails.
+    The file ``colours_path`` has a line ``R G B name`` for each class, and for void. Raises a UserError if it fails.
     """
     root = find_root(root)
     names, values = _read_colours(Path(colours_path))
@@ -235,16 +241,12 @@ def from_colours(root, colours_path):
         raise UserError(f"{classes}: names other classes than {colours_path}: correct one of them, or move it away")
 
     def convert(image_id):
-        target = unfinished / f"{image_id}.png"
-        try:
-            mask = _read_coloured_mask(images[image_id], values, colours_path)
-        except UserError as error:
-            return faults.append(str(error))
+        mask, target = _read_coloured_mask(images[image_id], values, colours_path), unfinished / f"{image_id}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
-        return imaging.palette_image(mask).save(target)
+        imaging.palette_image(mask).save(target)
 
     with files.writing(masks), files.atomic_folder(masks) as unfinished:
-        map_images(convert, list(images), "converting")
+        map_images(lambda image_id: attempt(faults, convert, image_id), list(images), "converting")
         report_faults(root, faults)
         with files.atomic_write(classes) as file:
             file.write("".join(f"{name}\n" for name in names).encode())

@@ -11,8 +11,7 @@ from util import VOID
 class Augmentation:
     """Change the colours of each image of a batch at random, then flip, rotate and crop it by one affine map.
 
-    Photo and mask are sampled at the same points, the photo bilinearly, the mask at the nearest pixel. Points outside
-    the image become void in the mask and ``fill`` in the photo.
+    Photo (bilinearly) and mask (nearest) are sampled at the same points; outside are ``fill`` and void.
 
     Args:
         flip: probability of a horizontal flip.
