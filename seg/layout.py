@@ -54,7 +54,7 @@ def list_images(folder, suffixes=imaging.PHOTO_SUFFIXES):
     """
     images = {}
     for parent, _, names in os.walk(folder, followlinks=True):
-        for path in (Path(parent, name) for name in names if not name.startswith(".")):
+        for path in (Path(parent, name) for name in sorted(names) if not name.startswith(".")):
             if path.suffix.lower() in suffixes:
                 other = images.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
                 if other != path:
@@ -218,7 +218,7 @@ def _read_coloured_mask(path, values, colours_path):
     unknown = [f"{colour >> 16} {colour >> 8 & 255} {colour & 255}" for colour in colours if colour not in values]
     if unknown:
         advice = f"add them to {colours_path}, or export the mask as PNG without smoothing (anti-aliasing)"
-        raise UserError(f"{path}: holds {len(unknown)} colours without a class, such as {unknown[0]}: {advice}")
+        raise UserError(f"{path}: has colours without a class ({unknown[0]}; {len(unknown)} in all): {advice}")
     return np.array([values[colour] for colour in colours], np.uint8)[inverse].reshape(packed.shape)
 
 

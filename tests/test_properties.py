@@ -14,8 +14,6 @@ import voc
 from seg import checkpoint, imaging
 from util import UserError
 
-pytestmark = pytest.mark.usefixtures("tiny_net")
-
 # the same examples each time; writing files takes as long as the disk does
 SETTINGS = settings(max_examples=100, derandomize=True, deadline=10_000, suppress_health_check=list(HealthCheck))
 
@@ -90,6 +88,7 @@ VALUES = st.recursive(
 CHANGES = st.dictionaries(st.sampled_from(sorted(CHECKPOINT)), VALUES, min_size=1, max_size=2)
 
 
+@pytest.mark.usefixtures("tiny_net")
 @SETTINGS
 @given(damages() | CHANGES)
 def test_a_damaged_checkpoint_is_loaded_or_refused(tmp_path, fault):
