@@ -26,7 +26,6 @@ from PIL import Image, ImageDraw, ImageFont
 from seg import checkpoint, cli, files, imaging, inference, report
 from util import UserError, background_label
 
-MAX_PIXELS = 2 * imaging.MAX_PIXELS  # Pillow refuses larger images itself
 RESULTS = ("_mask.png", "_overlay.png")
 LEGEND, SHARES = "legend.png", "predictions.csv"
 MAX_NAME = 220  # bytes of a photo's name in those of its results: with what is appended, file systems allow 255
@@ -249,7 +248,7 @@ def main():
                 with files.writing(earlier):
                     earlier.unlink(missing_ok=True)
             try:
-                photo = imaging.open_photo(path, MAX_PIXELS)
+                photo = imaging.open_photo(path)
             except UserError as error:
                 errors.append(str(error))
                 continue

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Malicious, make_tiny, run_main, write_pair, write_split
-from PIL import ExifTags, Image, TiffImagePlugin
+from PIL import ExifTags, Image
 
 import compare
 import download
@@ -72,28 +72,6 @@ def photo(array):
     return both(lambda folder: Image.fromarray(array).save(folder / PHOTOS / f"{FIRST}.tif"), remove(PHOTO))
 
 
-def deep_photo(planar):
-    """A fault: the photo becomes a TIFF in RGB with 16 bits per channel, of which only the lower 12 are used."""
-    count = 1 if planar == 1 else 3  # of strips: with a plane per channel, one for each
-    tags = {256: 40, 257: 40, 258: (16, 16, 16), 259: 1, 262: 2, 277: 3, 278: 40, 284: planar}
-    tags |= {273: tuple(9600 // count * strip for strip in range(count)), 279: (9600 // count,) * count}
-    directory = TiffImagePlugin.ImageFileDirectory_v2()
-    for tag, value in tags.items():
-        directory[tag] = value
-    header = b"II*\0\x08\0\0\0" + directory.tobytes(8)  # adds its length to the offsets of the strips
-    content = header + (np.arange(4800) // 2).astype("<u2").tobytes()
-    return both(write(f"{PHOTOS}/{FIRST}.tif", content), remove(PHOTO))
-
-
-def linked_twice(folder):
-    """A fault: of two links to a folder of photos, a list names the second."""
-    (folder / "elsewhere").mkdir()
-    shutil.copy(folder / PHOTO, folder / "elsewhere/first.png")
-    for name in "ab":
-        (folder / PHOTOS / name).symlink_to(folder / "elsewhere")
-    (folder / LISTS / "train.txt").write_text("b/first\n")
-
-
 def jpeg_mask(folder):
     """A fault: a JPEG with the name of a PNG."""
     with Image.open(folder / MASK) as image:
@@ -129,16 +107,6 @@ def rotated_photo(folder):
         exif[ExifTags.Base.Orientation] = 6
         image.resize((30, 20)).save(folder / PHOTO, exif=exif)
     Image.new("L", (30, 20)).save(folder / MASK)
-
-
-def reordered_palette(folder):
-    """A fault: an image editor has saved the used colours only, in the order of their first pixels."""
-    with Image.open(folder / MASK) as image:
-        array, palette = np.array(image), np.array(image.getpalette()).reshape(-1, 3)
-    values, indices = np.unique(array, return_inverse=True)
-    image = Image.fromarray(indices.reshape(array.shape).astype(np.uint8))
-    image.putpalette(palette[values].astype(np.uint8).tobytes())
-    image.save(folder / MASK)
 
 
 def copied(source, target):
@@ -195,7 +163,7 @@ FLAGS += [
     (download, "--mirror ftp", "--mirror"),
     (voc, "--data Tiny --split none", "none.txt"),
     (voc, "--data Tiny --from-colours none.txt", "none.txt: cannot be read"),
-    (voc, "--data Tiny --from-colours afile", "afile: line 1 is"),
+    (voc, "--data Tiny --from-colours afile", "afile: holds the line"),
     (voc, "--data none --check", "none: no data in VOC layout"),
     (predict, "", "checkpoint"),
     (predict, "none.pt Tiny/JPEGImages", "none.pt: no such file"),
@@ -223,40 +191,33 @@ DATA = [
     (write(f"{LISTS}/val.txt", b""), "val.txt: the split is empty"),
     (write(f"{LISTS}/test.txt", b""), "test.txt"),
     (write(f"{LISTS}/train.txt", b"\xff\xfe\x00\x01"), "train.txt"),
-    (folder_at(f"{LISTS}/train.txt"), "(Is a directory): make it a text file that you may read"),
-    (write(f"{LISTS}/train.txt", b"000000\n000001\n000000\n"), "lists an id more than once (000000, 2 times)"),
+    (folder_at(f"{LISTS}/train.txt"), "train.txt: cannot be read as UTF-8 text ([Errno 21] Is"),
+    (write(f"{LISTS}/train.txt", b"000000\n000001\n000000\n"), "lists an id more than once (000000)"),
     (write(f"{LISTS}/train.txt", b"../../secret\n"), "lists an invalid id ('../../secret')"),
     (write(f"{LISTS}/train.txt", b"/etc/passwd\n"), "lists an invalid id ('/etc/passwd')"),
-    (write(f"{LISTS}/train.txt", b"a\x00b\n"), "train.txt: is not UTF-8 text"),
+    (write(f"{LISTS}/train.txt", b"a\x00b\n"), r"lists an invalid id ('a\x00b')"),
     (write(f"{LISTS}/train.txt", b"a\x1bb\n"), r"a\x1bb"),
     (write(f"{LISTS}/train.txt", b"a" * 400), "aaaa.jpg"),
     (write(f"{LISTS}/train.txt", "füchse und 'hunde'\n".encode()), "füchse und 'hunde'.jpg"),
-    (write(f"{LISTS}/train.txt", b"none  1\n"), "none.jpg: no such file"),
-    (write(f"{LISTS}/train.txt", b"000000 -1\n000001 -1\n"), "train.txt: the split is empty, as all its lines end"),
     (write(f"{LISTS}/train.txt", b"none.jpg\n"), "none.jpg: no such file"),
-    (write(f"{LISTS}/train.txt", b"a.jpg b.png\n"), "a photo and a mask of different names ('a.jpg b.png')"),
-    (write(f"{LISTS}/train.txt", "größe\n".encode("latin-1")), "train.txt: is not UTF-8 text"),
+    (write(f"{LISTS}/train.txt", "größe\n".encode("latin-1")), "train.txt: cannot be read as UTF-8 text"),
     (write(f"{LISTS}/train.txt", "000000\n".encode("utf-16")), "save it as UTF-8"),
-    (copied(PHOTO, f"{PHOTOS}/{FIRST}.JPEG"), f"is not the only file with its id (also {FIRST}.jpg): keep one"),
-    (copied(MASK, f"{MASKS}/{FIRST}.PNG"), f"is not the only file with its id (also {FIRST}.png): keep one"),
+    (copied(PHOTO, f"{PHOTOS}/{FIRST}.JPEG"), f"is not the only file with its id (also {FIRST}.JPEG): keep one"),
+    (copied(MASK, f"{MASKS}/{FIRST}.PNG"), f"is not the only file with its id (also {FIRST}.PNG): keep one"),
     (rotated_photo, f"{FIRST}.png: fits its photo only without the photo's EXIF orientation (30x20, but upright 20x3"),
-    (remove(PHOTOS), "JPEGImages: no such folder: put the photos there"),
-    (remove(MASKS), "SegmentationClass: no such folder: put the masks there"),
-    (both(copied(PHOTO, f"{MASKS}/{FIRST}.jpg"), remove(MASK)), f"{MASKS}/{FIRST}.jpg: is not a PNG, and JPEG changes"),
-    (both(copied(PHOTO, f"{PHOTOS}/{FIRST}.heic"), remove(PHOTO)), f"{FIRST}.heic: is in a format that is not read"),
+    (remove(PHOTOS), "JPEGImages/000000.jpg: no such file: add it (photos: JPEG, PNG"),
+    (remove(MASKS), "SegmentationClass/000000.png: no such file"),
+    (
+        both(copied(PHOTO, f"{MASKS}/{FIRST}.jpg"), remove(MASK)),
+        f"{FIRST}.png: no such file: add it (photos: JPEG, PNG, WebP, BMP or TIFF; masks: PNG)",
+    ),
     (photo(np.zeros((40, 40), np.float32)), f"{FIRST}.tif: is an image in mode F, with 32 bits per pixel"),
     (photo(np.zeros((40, 40), np.int32)), f"{FIRST}.tif: is an image in mode I, with 32 bits per pixel"),
-    (photo(np.full((40, 40), 4095, np.uint16)), f"{FIRST}.tif: has 16 bits per pixel, but only values from 4095 to"),
-    (photo(np.arange(7300, 8300, dtype=np.uint16).reshape(40, 25)), "but only values from 7300 to 8299"),
-    (deep_photo(planar=1), f"{FIRST}.tif: has 16 bits per pixel, but only values from 0 to 2559, too few for 8 bits"),
-    (deep_photo(planar=2), f"{FIRST}.tif: is a TIFF with 16 bits and a plane per channel, which Pillow reads wrongly"),
-    (linked_twice, "JPEGImages/b/first.png: is hidden, or in a folder that two links lead to: rename it"),
     (remove(PHOTO), f"{FIRST}.jpg: no such file"),
     (write(PHOTO, truncate), f"{FIRST}.jpg: cannot be read as an image"),
     (write(PHOTO, b""), f"{FIRST}.jpg"),
     (write(PHOTO, b"<html>404</html>"), f"{FIRST}.jpg"),
     (write(PHOTO, png_header(60000, 60000)), f"{FIRST}.jpg: cannot be read as an image (Image size"),
-    (write(PHOTO, png_header(12000, 9000)), f"{FIRST}.jpg: 12000x9000 pixels are too many"),
     (write(PHOTO, png_header(0, 5)), f"{FIRST}.jpg"),
     (folder_at(PHOTO), f"{FIRST}.jpg"),
     (remove(MASK), f"{FIRST}.png: no such file"),
@@ -266,23 +227,23 @@ DATA = [
     (mask(np.zeros((40, 40, 3), np.uint8)), f"{FIRST}.png: is an image in mode RGB,"),
     (mask(np.zeros((40, 40, 3), np.uint8)), "python voc.py --data Tiny --from-colours colours.txt converts"),
     (mask(np.zeros((40, 40, 4), np.uint8)), "python voc.py --data Tiny --from-colours colours.txt converts"),
-    (reordered_palette, f"{FIRST}.png: has VOC's colours in another order"),
-    (reordered_palette, "python voc.py --data Tiny --from-colours colours.txt converts"),
     (mask(np.zeros((40, 40), np.uint16)), f"{FIRST}.png"),
     (jpeg_mask, f"{FIRST}.png: is JPEG, not PNG, in spite of its name: export the mask as PNG"),
     (mask(np.full((40, 40), len(voc.CLASSES), np.uint8)), f"{FIRST}.png: holds the value 21,"),
     (mask(np.full((40, 40), 128, np.uint8)), "python voc.py --data Tiny --from-colours colours.txt converts"),
     (mask(np.zeros((7, 9), np.uint8)), f"{FIRST}.png: is 9x7, but its photo is"),
     (remove(MASK), "python voc.py --data Tiny --check lists all faults"),
-    (write(f"{LISTS}/val.txt", b""), "python voc.py --data Tiny --check lists all faults"),
     (all_masks("train", all_void), "no mask of the split train has a labelled pixel"),
     (all_masks("val", all_void), "no mask of the split val has a labelled pixel"),
     (all_masks("train", binary), "show only background (value 0) and void: 255 is void, and an object needs the value"),
     (both(all_masks("train", np.ones_like), write("Tiny/classes.txt", b"a\nb\n")), "show only b (value 1)"),
-    (write("Tiny/classes.txt", b"sky\nroad\n\ncar\n"), "classes.txt: line 3 is empty"),
-    (write("Tiny/classes.txt", b"sky\nroad\nsky\ncar\n"), "classes.txt: line 3 repeats a class name (sky)"),
-    (write("Tiny/classes.txt", b"# id name\nsky\nroad\n"), "classes.txt: line 1 begins with #, but each line is"),
-    (write("Tiny/classes.txt", "Größe\nsky\n".encode("latin-1")), "classes.txt: is not UTF-8 text"),
+    (write("Tiny/classes.txt", b"sky\nroad\n\ncar\n"), "classes.txt: line 3 ('') is empty, a comment or a repetition"),
+    (
+        write("Tiny/classes.txt", b"sky\nroad\nsky\ncar\n"),
+        "classes.txt: line 3 ('sky') is empty, a comment or a repetition",
+    ),
+    (write("Tiny/classes.txt", b"# id name\nsky\nroad\n"), "classes.txt: line 1 ('# id name') is empty, a comment"),
+    (write("Tiny/classes.txt", "Größe\nsky\n".encode("latin-1")), "classes.txt: cannot be read as UTF-8 text"),
     (write("Tiny/classes.txt", b"one\n"), "classes.txt: needs 2 to 255 different class names, one per line; it has 1"),
     (write("Tiny/classes.txt", b"same\nsame\n"), "classes.txt"),
     (write("Tiny/classes.txt", b"\n".join(b"%d" % label for label in range(256))), "classes.txt"),
@@ -293,11 +254,11 @@ DATA = [
 # contents of colours.txt, and the message of voc.py --from-colours
 COLOURS = [
     (b"0 0 0 sky\n", "colours.txt: needs 2 to 255 classes"),
-    (b"0 0 0 sky\n0,0,256,road\n", "colours.txt: line 2 is '0,0,256,road'"),
-    (b"# R G B name\n0 0 0 sky\n\nroad\n", "colours.txt: line 4 is 'road'"),
-    (b"0 0 0 sky\n0 0 0 road\n", "colours.txt: line 2 repeats a colour or a name (0 0 0 road)"),
-    (b"0 0 0 sky\n0 0 1 sky\n", "colours.txt: line 2 repeats a colour or a name (0 0 1 sky)"),
-    (b"\xff\xfe", "colours.txt: is not UTF-8 text"),
+    (b"0 0 0 sky\n0,0,256,road\n", "colours.txt: holds the line '0,0,256,road'"),
+    (b"0 0 0 sky\n\nroad\n", "colours.txt: holds the line 'road'"),
+    (b"0 0 0 sky\n0 0 0 road\n", "colours.txt: repeats a colour or a name (0 0 0 road)"),
+    (b"0 0 0 sky\n0 0 1 sky\n", "colours.txt: repeats a colour or a name (0 0 1 sky)"),
+    (b"\xff\xfe", "colours.txt: cannot be read as UTF-8 text"),
 ]
 # contents of a checkpoint, with which predict.py or train.py --resume then starts
 CHECKPOINT = [
@@ -389,7 +350,7 @@ def test_unusual_but_valid_input_is_accepted(tmp_path, capsys):
     assert (tmp_path / "plots" / "train_predictions.png").exists()
 
 
-def test_check_lists_every_fault_in_one_run_the_first_20_of_a_kind(tmp_path, capsys):
+def test_check_lists_every_fault_in_one_run(tmp_path, capsys):
     root = make_tiny(tmp_path / "Tiny", (("train", 30), ("val", 12), ("test", 2)))
     assert run_main(tmp_path, voc, "--data Tiny --check") == 0
     assert "Tiny: no faults in 30 train images, 12 val images, 2 test images" in capsys.readouterr().out
@@ -397,42 +358,34 @@ def test_check_lists_every_fault_in_one_run_the_first_20_of_a_kind(tmp_path, cap
     for index in range(25):
         (root / "JPEGImages" / f"{index:06d}.jpg").write_bytes(b"")
     faults = {  # of images of val, each with a part of its message
-        reordered_palette: "has VOC's colours in another order",
         rotated_photo: "fits its photo only without the photo's EXIF",
         mask(np.zeros((40, 40, 3), np.uint8)): "is an image in mode RGB",
         mask(np.full((40, 40), 99, np.uint8)): "holds the value 99",
         mask(np.zeros((7, 9), np.uint8)): "is 9x7, but its photo is",
         remove(MASK): "no such file",
         remove(PHOTO): "no such file",
-        copied(PHOTO, f"{PHOTOS}/{FIRST}.JPEG"): "is not the only file with its id",
         write(MASK, truncate): "cannot be read as an image",
     }
-    expected = [(f"{index:06d}.jpg", "cannot be read as an image") for index in range(20)]
+    expected = [(f"{index:06d}.jpg", "cannot be read as an image") for index in range(25)]
     for index, (spoil, text) in enumerate(faults.items(), start=30):
         one = make_tiny(tmp_path / f"one{index}" / "Tiny", (("val", 1),))
         spoil(one.parent)
         for path in (one / "JPEGImages", one / "SegmentationClass"):
-            for suffix in ("jpg", "JPEG", "png"):
+            for suffix in ("jpg", "png"):
                 source, target = path / f"{FIRST}.{suffix}", root / path.name / f"{index:06d}.{suffix}"
                 target.unlink(missing_ok=True)
                 if source.exists():
                     shutil.copy(source, target)
         expected.append((f"{index:06d}.", text))
-    with open(root / "ImageSets" / "Segmentation" / "val.txt", "a") as file:
-        file.write("000030\n../secret\na.jpg b.png\n")
     (root / "ImageSets" / "Segmentation" / "test.txt").write_text("")
-    (root / "classes.txt").write_text("\n".join((*voc.CLASSES[:16], "", "bird", "16", "17", "18", "19")))
-    expected += [("val.txt", "more than once (000030"), ("val.txt", "('../secret')"), ("val.txt", "a.jpg b.png")]
     expected += [("test.txt", "the split is empty")]
-    expected += [("classes.txt", "line 17 is empty"), ("classes.txt", "line 18 repeats")]
 
     assert run_main(tmp_path, voc, "--data Tiny --check") == 2
     output, error = capsys.readouterr()
     lines = output.splitlines()
     for name, text in expected:
         assert sum(name in line and text in line for line in lines) == 1, (name, text, output)
-    assert "... and 5 more of this kind" in lines and len(lines) == len(expected) + 1
-    assert error == f"error: Tiny: {25 + len(expected) - 20} faults, listed above\n"
+    assert len(lines) == len(expected) and error == f"error: Tiny: {len(expected)} faults, listed above\n"
 
 
 @pytest.mark.parametrize("classes", ["", "\n".join(map(str, range(300)))])
@@ -444,12 +397,11 @@ def test_a_wrong_number_of_classes_is_not_blamed_on_the_masks(tiny, capsys, clas
     assert error == "error: Tiny: 1 fault, listed above\n"
 
 
-def test_a_missing_folder_is_one_fault_and_what_all_masks_show_is_said_only_if_all_are_valid(tiny, capsys):
+def test_what_all_masks_show_is_said_only_if_all_are_valid(tiny, capsys):
     for path in sorted((tiny / "SegmentationClass").iterdir())[:5]:  # train
         Image.new("L", (40, 40), 99).save(path)
     Image.new("L", (40, 40)).save(tiny / "SegmentationClass" / f"{FIRST}.png")
-    shutil.rmtree(tiny / "JPEGImages")
     assert run_main(tiny.parent, voc, "--data Tiny --check") == 2
     output, error = capsys.readouterr()
-    assert output.count("no such folder") == 1 and output.count("holds the value 99") == 4
+    assert output.count("holds the value 99") == 4
     assert "5 faults" in error and "show only" not in output and "warning" not in output
