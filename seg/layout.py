@@ -132,12 +132,22 @@ def read_mask(path, num_classes, root):
     if image.mode == "L":  # undo that Pillow scales 2 and 4 bits to 0..255; the PNG's byte 24 is the number of bits
         mask //= 255 // (2 ** path.read_bytes()[24] - 1)
     values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+    if image.mode == "P" and _is_reordered(image, values, num_classes):
+        raise UserError(f"{path}: has VOC's colours in another order, as image editors save them: {convert}")
     invalid = values[(values >= num_classes) & (values != VOID)]
     if invalid.size:
         known = f"a class (0 .. {num_classes - 1}) nor void ({VOID})"
         advice = f"correct the mask or {root / 'classes.txt'}; {convert}"
         raise UserError(f"{path}: holds the value {invalid[0]}, which is neither {known}: {advice}")
     return mask
+
+
+def _is_reordered(image, values, num_classes):
+    """Whether the ``values`` of a palette image have VOC's colours of the classes and void, but in another order."""
+    palette = dict(enumerate(map(tuple, np.reshape(image.getpalette("RGB"), (-1, 3)).tolist())))
+    vocs = {tuple(imaging.PALETTE[value].tolist()): value for value in (*range(num_classes), VOID)}
+    colours = [(value, palette[value]) for value in values if any(palette.get(value, ()))]  # black is often a filling
+    return all(colour in vocs for _, colour in colours) and any(vocs[colour] != value for value, colour in colours)
 
 
 def check_labels(split, counts, training):
@@ -180,7 +190,8 @@ def attempt(faults, function, *args):
     try:
         return function(*args)
     except UserError as error:
-        return faults.append(str(error))
+        faults.append(str(error))
+        return None
 
 
 def report_faults(root, faults):

@@ -458,3 +458,19 @@ def test_a_failed_conversion_leaves_the_masks_and_other_class_names_are_not_repl
     with pytest.raises(UserError, match="No space left"):
         layout.from_colours(root, root.parent / "colours.txt")
     assert contents(root) == before
+
+
+@pytest.mark.parametrize(
+    "values, is_reordered", [([0, 1, 15, 255], False), ([0, 2, 1, 255], True), ([0, 0, 0, 0], False)]
+)
+def test_a_palette_that_an_image_editor_has_reordered_is_refused(tmp_path, values, is_reordered):
+    """``values``: which of VOC's colours the palette has at 0, 1, 15 and 255."""
+    palette = np.full((256, 3), 7, np.uint8)
+    palette[[0, 1, 15, 255]] = imaging.PALETTE[values]
+    path = tmp_path / "a.png"
+    imaging.palette_image(np.array([[0, 1], [15, 255]], np.uint8), palette).save(path)
+    if is_reordered:
+        with pytest.raises(util.UserError, match="a.png: has VOC's colours in another order"):
+            layout.read_mask(path, 21, tmp_path)
+    else:
+        assert layout.read_mask(path, 21, tmp_path).tolist() == [[0, 1], [15, 255]]
