@@ -71,7 +71,7 @@ def _fetch(url, path):
     with urlopen(Request(url, headers={"Range": f"bytes={start}-"}), timeout=TIMEOUT) as response:
         if response.status != 206:
             start = 0
-        total = start + int(response.headers["Content-Length"])
+        total = start + int(response.headers.get("Content-Length", 0))
         bar = tqdm(total=total, initial=start, desc=path.name, unit="B", unit_scale=True, disable=None)
         with bar, open(path, "ab" if start else "wb") as file:
             while block := response.read1(1 << 16):  # read would lose what arrived before a stall
@@ -87,6 +87,7 @@ def download(name, checksum, urls, folder):
     """
     path, failures = folder / name, []
     with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
         path.touch()
     if md5(path) == checksum:
         return path
@@ -165,8 +166,6 @@ def get_voc(year, out, mirrors, on_disk):
         return
     if root.exists():
         raise UserError(f"{root}: exists, but without {LISTS}/{missing[0]}.txt: move it away and start again")
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     archives = find_archives(year, out, mirrors, on_disk)
     unpack(archives, root)
     print(f"{root} is ready. No longer needed: {', '.join(map(str, archives))}")

@@ -34,48 +34,41 @@ def find_photos(paths, out, recursive=False):
 
     Returns a list of Paths, each file once. Raises a UserError if a path does not exist or holds no photo.
     """
-    photos = {}
+
+    def is_photo(file):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        return file.suffix.lower() in imaging.PHOTO_SUFFIXES and not is_hidden and out not in file.resolve().parents
+
+    photos, out = {}, out.resolve()
     for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder: correct the path")
-        found = [path] if path.is_file() else sorted(path.rglob("*") if recursive else path.iterdir())
         if path.is_dir():
-            found = [file for file in found if _is_photo(file, path) and out.resolve() not in file.resolve().parents]
-            if not found:
-                advice = "correct the path" if recursive else "correct the path, or pass --recursive for subfolders"
-                raise UserError(f"{path}: holds no photo, apart from what lies in {out}: {advice}")
+            found = sorted(filter(is_photo, path.rglob("*") if recursive else path.iterdir()))
+        else:
+            found = [path] if path.exists() else []
+        if not found:
+            problem = "holds no photo outside --out" if path.is_dir() else "no such file or folder"
+            raise UserError(f"{path}: {problem}: correct the path, or pass --recursive to search subfolders")
         photos |= {file.resolve(): file for file in found}
     return list(photos.values())
 
 
-def _is_photo(file, folder):
-    is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in imaging.PHOTO_SUFFIXES and not is_hidden and not file.is_dir()
-
-
 def output_names(photos):
-    """A name for the results of each photo, a list of str: without suffix, and after its folder's if several share it.
-
-    Raises a UserError if that does not suffice.
-    """
+    """The names of the photos' results, a list of str: without suffix, and after the folder's if several share one."""
     counts = Counter(photo.stem.lower() for photo in photos)  # some disks ignore the case of letters
     names = {}
     for photo in photos:
         name = photo.stem if counts[photo.stem.lower()] == 1 else f"{photo.parent.resolve().name}_{photo.stem}"
-        if name.lower() in map(str.lower, names):
-            raise UserError(
-                f"{photo}: another photo has the same name, in a folder of the same name: rename one of them"
-            )
-        names[name] = photo
-    return list(names)
+        if name.lower() in names:
+            raise UserError(f"{photo}: the results of another photo, too, would be called {name}: rename one of them")
+        names[name.lower()] = name
+    return list(names.values())
 
 
 def check_new(paths, overwrite, problem="exists already"):
     """Raise a UserError that names the first of ``paths`` that exists, unless ``overwrite``."""
-    existing = [path for path in paths if path.exists()]
-    if existing and not overwrite:
-        problem += f" (and {len(existing) - 1} more)" if len(existing) > 1 else ""
-        raise UserError(f"{existing[0]}: {problem}: replace with --overwrite, or choose another place")
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: {problem}: replace with --overwrite, or choose another place")
 
 
 def parse_size(text):
@@ -110,25 +103,20 @@ def overlay(photo, mask, classes):
     Returns:
         PIL image in RGB of the photo's size.
     """
-    photo, colours = np.asarray(photo), imaging.distinct_colours()[mask]
+    photo, colours, is_contour = np.asarray(photo), imaging.distinct_colours()[mask], np.zeros(mask.shape, bool)
+    width = 1 + max(mask.shape) // 2000  # of a contour in pixels, on either side of an outline
+    for labels, found in ((mask, is_contour), (mask.T, is_contour.T)):
+        differs = labels[width:] != labels[:-width]
+        found[width:] |= differs
+        found[:-width] |= differs
     result = photo // 2 + colours // 2
-    np.copyto(result, colours, where=find_contours(mask, 1 + max(mask.shape) // 2000)[..., None])
+    np.copyto(result, colours, where=is_contour[..., None])
     np.copyto(result, photo, where=(mask == background_label(classes))[..., None])
     return Image.fromarray(result)
 
 
-def find_contours(mask, distance):
-    """Where a pixel of another class is exactly ``distance`` pixels above, below, left or right: bool [H, W]."""
-    contours = np.zeros(mask.shape, bool)
-    for labels, found in ((mask, contours), (mask.T, contours.T)):
-        differs = labels[distance:] != labels[:-distance]
-        found[distance:] |= differs
-        found[:-distance] |= differs
-    return contours
-
-
 def draw_legend(classes):
-    """The overlays' colours of all classes, each with its name: PIL image in RGB."""
+    """The overlays' colours of all classes, each with its name, as a PIL image."""
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 16)
     width = max(round(font.getlength(name)) for name in classes) + 60
     image = Image.new("RGB", (width, 26 * len(classes) + 10), "white")
@@ -141,41 +129,35 @@ def draw_legend(classes):
     return image
 
 
-def write_image(path, image, **options):
-    """Write a PIL image as a PNG."""
+def png(image, **options):
+    """A PIL image as the bytes of a PNG."""
+    file = io.BytesIO()
+    image.save(file, format="png", **options)
+    return file.getvalue()
+
+
+def write(path, content):
+    """Write bytes to a file, which is complete at any moment."""
     with files.atomic_write(path) as file:
-        image.save(file, format="png", **options)
+        file.write(content)
 
 
-def write_legend(path, classes, overwrite):
-    """Write ``draw_legend``; UserError if another file has that name, unless ``overwrite``."""
-    legend = io.BytesIO()
-    draw_legend(classes).save(legend, format="png")
-    if path.exists() and path.read_bytes() != legend.getvalue():
-        check_new([path], overwrite, "is not the legend of this model's classes")
-    with files.atomic_write(path) as file:
-        file.write(legend.getvalue())
-
-
-def read_shares(path, header, overwrite):
-    """The rows of an earlier call by photo: dict of str to list of str; UserError if ``path`` has other columns than
-    ``header``, unless ``overwrite``."""
+def read_rows(path, header, overwrite):
+    """The rows of an earlier call by photo, lists of str; UserError for another ``header``, unless ``overwrite``."""
     if not path.exists():
         return {}
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = list(csv.reader(file))
-    if rows[:1] == [header]:
-        return {row[0]: row for row in rows[1:]}
-    check_new([path], overwrite, "is not a table of this model's classes")
-    return {}
+    if rows[:1] != [header]:
+        check_new([path], overwrite, "is not a table of this model's classes")
+        return {}
+    return {row[0]: row for row in rows[1:] if row}
 
 
-def write_shares(path, header, rows):
-    """Write what ``read_shares`` returns."""
+def write_rows(path, header, rows):
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([header, *rows.values()])
-    with files.atomic_write(path) as file:
-        file.write(text.getvalue().encode("utf-8", "surrogateescape"))  # a name may hold bytes that are not UTF-8
+    write(path, text.getvalue().encode("utf-8", "surrogateescape"))  # a name may hold bytes that are not UTF-8
 
 
 def main():
@@ -192,42 +174,45 @@ def main():
     args = parser.parse_args()
 
     photos = find_photos(args.photos, args.out, args.recursive)
-    names = output_names(photos)
-    outputs = [[args.out / f"{name}_{kind}.png" for kind in ("mask", "overlay")] for name in names]
-    check_new([path for paths in outputs for path in paths], args.overwrite)
+    masks = [args.out / f"{name}_mask.png" for name in output_names(photos)]
+    overlays = [args.out / f"{name}_overlay.png" for name in output_names(photos)]
+    check_new(masks + overlays, args.overwrite)
     model = checkpoint.load(args.checkpoint, args.device)
     model.size = args.size or model.size
     table, header = args.out / "predictions.csv", ["photo", "mask", *model.classes]
-    rows, errors = read_shares(table, header, args.overwrite), []
+    rows = read_rows(table, header, args.overwrite)
+    legend, legend_path = png(draw_legend(model.classes)), args.out / "legend.png"
+    if not args.masks_only and legend_path.exists() and legend_path.read_bytes() != legend:
+        check_new([legend_path], args.overwrite, "is not the legend of this model's classes")
     with files.writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
+    write_rows(table, header, rows)  # now, in case it cannot be written
     if not args.masks_only:
-        write_legend(args.out / "legend.png", model.classes, args.overwrite)
-    write_shares(table, header, rows)  # now, in case it cannot be written
+        write(legend_path, legend)
     report.log(f"masks are computed at {report.size_text(model.size)} and upsampled to each photo's size")
-    done = 0
+
+    done, errors = 0, []
     try:
-        for path, (mask_path, overlay_path) in zip(
-            report.progress(photos, len(photos), "predicting", "photo"), outputs
-        ):
+        jobs = zip(photos, masks, overlays)
+        for path, mask_path, overlay_path in report.progress(jobs, len(photos), "predicting", "photo"):
             try:
                 photo = imaging.open_photo(path, MAX_PIXELS)
             except UserError as error:
                 errors.append(str(error))
                 continue
             mask = segment(model, photo, args.device)
-            overlay_path.unlink(missing_ok=True)  # of an earlier mask
-            write_image(mask_path, imaging.palette_image(mask))
+            overlay_path.unlink(missing_ok=True)  # that of an earlier mask
+            write(mask_path, png(imaging.palette_image(mask)))
             if not args.masks_only:
-                write_image(overlay_path, overlay(photo, mask, model.classes), compress_level=1)
+                write(overlay_path, png(overlay(photo, mask, model.classes), compress_level=1))
             shares = np.bincount(mask.ravel(), minlength=len(model.classes)) / mask.size
-            rows[str(path)] = [str(path), mask_path.name, *(f"{share:.6f}" for share in shares)]
+            rows[str(path)] = [path, mask_path.name, *(f"{share:.6f}" for share in shares)]
             done += 1
             by_share = [f"{model.classes[label]} {shares[label]:.1%}" for label in np.argsort(-shares) if shares[label]]
             report.log(f"{path}: {', '.join(by_share)}")
     finally:  # also after Ctrl-C or an error
-        write_shares(table, header, rows)
-        report.log(f"{done} of {len(photos)} photos are segmented: results in {args.out}, class shares in {table}")
+        write_rows(table, header, rows)
+        report.log(f"masks of {done} of {len(photos)} photos are in {args.out}, the share of each class in {table}")
     if errors:
         raise UserError("\nerror: ".join(errors))
 
