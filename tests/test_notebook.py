@@ -18,6 +18,7 @@ import voc
 from basic_fcn import FCN
 from custom_fcn import CustomFCN
 from seg import checkpoint, engine, imaging
+from seg.layout import CLASSES
 
 NOTEBOOK = ROOT / "SegmentationVisualization.ipynb"
 
@@ -39,7 +40,7 @@ def run_notebook(folder, **settings):
     return "".join(output.get("text", "") for output in outputs), pictures
 
 
-def write_model(path, model, label, data, seed, classes=voc.CLASSES, size=32):
+def write_model(path, model, label, data, seed, classes=CLASSES, size=32):
     """Write the checkpoint of a model that predicts one class everywhere."""
     model.classifier.bias.data[label] = 100
     state = {"classes": list(classes), "size": size, "mean": list(imaging.MEAN), "std": list(imaging.STD)}
@@ -69,7 +70,7 @@ def test_notebook_is_committed_without_outputs():
 
 def test_notebook_shows_the_models_of_all_usual_places_on_the_data_of_each(tiny, tmp_path):
     other = make_tiny(tmp_path / "Other", (("train", 2), ("val", 3)))
-    classes = ("sky", *voc.CLASSES[1:])
+    classes = ("sky", *CLASSES[1:])
     (other / "classes.txt").write_text("\n".join(classes))
     paths = ["best_train.pt", "demo/best_train.pt", "seed1/best_train_4_a.pt", "comparison/seed0/best_train_5_a.pt"]
     paths += ["comparison/seed1/best_train_5_a.pt"]
