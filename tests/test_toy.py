@@ -50,19 +50,6 @@ def test_a_pixel_is_void_if_its_neighbourhood_contains_several_objects():
     assert np.array_equal(toy._border(instances), expected)
 
 
-def test_each_class_has_its_own_silhouette_and_texture():
-    y, x = np.mgrid[-1:1:64j, -1:1:64j]
-    noise = np.random.default_rng(0).random(x.shape)
-    shapes, textures = {}, {}
-    for name in toy.CLASSES[1:]:
-        shapes[name] = toy._inside(toy.SILHOUETTES[name], x, y)
-        textures[name] = np.broadcast_to(toy.TEXTURES[name](4 * x, 4 * y, noise), x.shape).astype(float)
-        assert 0.05 < shapes[name].mean() < 0.95 and textures[name].std() > 0.1
-        for other in list(shapes)[:-1]:
-            overlap = (shapes[name] & shapes[other]).sum() / (shapes[name] | shapes[other]).sum()
-            assert overlap < 0.9 and np.abs(textures[name] - textures[other]).mean() > 0.05, (name, other)
-
-
 def test_a_silhouette_is_a_union_of_polygons_and_ellipses_with_cuts():
     y, x = np.mgrid[-1:1:50j, -1:1:50j]
     triangle, hole, circle = (-0.9, -0.9, 0.8, -0.9, -0.9, 0.8), (-0.4, -0.5, 0.3, 0.2), (0.5, 0.5, 0.4, 0.4)
