@@ -63,10 +63,7 @@ def md5(path):
 
 
 def _fetch(url, path):
-    """Append what is missing of the file at ``url`` to ``path``; start again if the server cannot continue.
-
-    Raises OSError or http.client.HTTPException if the connection is refused, stalls or is lost.
-    """
+    """Append what is missing of the file at ``url`` to ``path``; start again if the server cannot continue."""
     start = path.stat().st_size
     with urlopen(Request(url, headers={"Range": f"bytes={start}-"}), timeout=TIMEOUT) as response:
         if response.status != 206:
@@ -139,10 +136,7 @@ def find_archives(key, out, mirrors, on_disk):
 
 
 def unpack(archives, root):
-    """Unpack the files in ``VOCdevkit/<name of root>`` of tar archives into ``root``, completely or not at all.
-
-    Raises a UserError if an archive holds a link or a path that leads elsewhere, or if the disk is full.
-    """
+    """Unpack the files in ``VOCdevkit/<name of root>`` of tar archives into ``root``, completely or not at all."""
     with writing(root), atomic_folder(root) as folder:
         for archive in archives:
             with tarfile.open(archive) as tar:

@@ -129,17 +129,17 @@ def draw_legend(classes):
     return image
 
 
+def write(path, content):
+    """Write bytes to a file, which is complete at any moment."""
+    with files.atomic_write(path) as file:
+        file.write(content)
+
+
 def png(image, **options):
     """A PIL image as the bytes of a PNG."""
     file = io.BytesIO()
     image.save(file, format="png", **options)
     return file.getvalue()
-
-
-def write(path, content):
-    """Write bytes to a file, which is complete at any moment."""
-    with files.atomic_write(path) as file:
-        file.write(content)
 
 
 def read_rows(path, header, overwrite):
