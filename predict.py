@@ -24,7 +24,6 @@ from seg import checkpoint, cli, files, imaging, inference, report
 from util import UserError, background_label
 
 
-
 def find_photos(paths, out, recursive=False):
     """Find the photos among files and folders.
 
