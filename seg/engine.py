@@ -61,10 +61,10 @@ def evaluate(model, loader, criterion, full_resolution=True):
             assignment's IoU: for reported metrics, in float32. Otherwise evaluate at the loader's size: faster, for
             validation during training.
 
-    Raises a UserError if the loader shuffles or augments, or differs from a TrainedModel in classes or normalisation.
+    Raises a UserError if the loader is one for training, or differs from a TrainedModel in classes or normalisation.
     """
-    if loader.training or loader.augment is not None:
-        raise UserError("evaluate needs a loader without training=True and augment, such as voc.Loader(split, size, 8)")
+    if loader.training:
+        raise UserError("evaluate needs a loader without training=True, such as voc.Loader(split, size, batch_size=8)")
     check_loader(model, loader)
     model.eval()
     if isinstance(criterion, torch.nn.Module):

@@ -232,7 +232,8 @@ def write_run(run, title, samples):
         "Confusion matrix": plots["confusion"],
         "Epochs": text("The best epoch is marked.") + epoch_table,
         "Augmentation": plots["augmentation"],
-        "Settings": settings(items) + folded("The script as it ran", next(iter(metadata["code"][-1]["files"].values()))),
+        "Settings": settings(items)
+        + folded("The script as it ran", next(iter(metadata["code"][-1]["files"].values()))),
     }
     summary = f"Best epoch {best_epoch} of {epochs}, seed {metrics['seed']}. Void pixels are not evaluated."
     write(run_files.report, title, summary, {name: content for name, content in sections.items() if content})
