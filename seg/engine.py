@@ -228,7 +228,7 @@ def fit(
     loaders = [loader for loader in (train, val, test) if loader is not None]
     patience = patience if scheduler is None else None
     distributed.set_malloc_options(args.device)
-    distributed.set_memory_format(model, args.device)
+    model.to(args.device, memory_format=distributed.memory_format(args.device))
     if isinstance(criterion, torch.nn.Module):
         criterion.to(args.device)
     run = Run(args.out, name or args.experiment, args.seed)
