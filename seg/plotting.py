@@ -91,11 +91,12 @@ def _save(figure, path):
         figure.savefig(file, format="png", dpi=figure.dpi, bbox_inches="tight")
 
 
-def _plot_epochs(axis, history, name, **style):
-    """Draw a metric of train and val over the epochs."""
-    for split, colour, line in (("train", ORANGE, "--"), ("val", BLUE, "-")):
-        values = [row[f"{split}_{name}"] for row in history]
-        axis.plot([row["epoch"] for row in history], values, line, color=colour, label=split, **style)
+def _plot_epochs(axis, histories, name, **style):
+    """Draw a metric of train and val over the epochs of one or several runs."""
+    for history in histories:
+        for split, colour, line in (("train", ORANGE, "--"), ("val", BLUE, "-")):
+            values = [row[f"{split}_{name}"] for row in history]
+            axis.plot([row["epoch"] for row in history], values, line, color=colour, label=split, **style)
     values = [value for line in axis.lines for value in line.get_ydata()]
     if name == "loss" and min(values) > 0 and max(values) > 20 * np.median(values):
         axis.set_yscale("log")  # a single epoch would flatten the others
@@ -121,7 +122,7 @@ def curves(path, title, history, best_epoch, baseline, weighted):
     axes = figure.subplots(2, 2).flat
     titles = ("loss, weighted by class" if weighted else "loss", "pixel accuracy", "mean IoU")
     for axis, name, text in zip(axes, ("loss", "pixel_accuracy", "miou"), titles):
-        _plot_epochs(axis, history, name, marker="o" if len(history) <= 60 else None, markersize=3)
+        _plot_epochs(axis, [history], name, marker="o" if len(history) <= 60 else None, markersize=3)
         if name != "loss":
             label = f"{util.baseline_name(baseline.classes)} on val"
             axis.axhline(getattr(baseline, name), color=GREY, linestyle=":", label=label)
@@ -293,13 +294,12 @@ def histories(path, title, runs, losses, baseline):
     ``runs`` maps an experiment to the histories of its seeds, ``losses`` to the name of its loss, such as
     "CrossEntropyLoss, weighted by class": losses of different names cannot be compared.
     """
-    figure = _figure(WIDTH, 2.2 * len(runs) + 0.5, title)
+    figure = _figure(WIDTH, 2 * len(runs) + 0.5, title)
     axes = figure.subplots(len(runs), 2, squeeze=False)
     for (loss, miou), (name, seeds) in zip(axes, runs.items()):
-        for history in seeds:
-            style = {"linewidth": 1, "marker": "." if len(history) == 1 else None}
-            _plot_epochs(loss, history, "loss", **style)
-            _plot_epochs(miou, history, "miou", **style)
+        style = {"linewidth": 1, "marker": "." if len(seeds[0]) == 1 else None}
+        _plot_epochs(loss, seeds, "loss", **style)
+        _plot_epochs(miou, seeds, "miou", **style)
         miou.axhline(baseline[1], color=GREY, linestyle=":", label=baseline[0])
         loss.set_title(losses[name], fontsize=9)
         loss.set_ylabel(_experiment(name), fontsize=9)
