@@ -11,7 +11,6 @@ import warnings
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -84,9 +83,6 @@ def _legend(figure, handles, columns=None):
 
 
 def _save(figure, path):
-    for text in figure.findobj(Text):
-        if "$" in text.get_text() and not text.get_text().startswith("$\\mathdefault"):  # Matplotlib's own tick labels
-            text.set_parse_math(False)  # a name may hold dollar signs
     with files.atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=figure.dpi, bbox_inches="tight")
 
