@@ -268,12 +268,12 @@ def sections(experiments, failures):
         for name, seeds in experiments.items()
         if (base := base_of(name, experiments))
     ]
-    title, plot = f"Results on {metrics['dataset']}, {images}", ("plots/comparison.png", "mean IoU of each experiment")
+    title, plot = f"Results on {metrics['dataset']}, {images}", ("plots/comparison.png", "Mean IoU of each experiment")
     found = [
         html.Section(title, text, [baseline, *results], plot=plot),
         html.Section("Differences", DIFFERENCES, list(filter(None, differences))),
         html.Section("Classes", plot=("plots/classes.png", f"IoU of each class on {splits[-1]}")),
-        html.Section("Epochs", plot=("plots/curves.png", "loss and mean IoU over the epochs")),
+        html.Section("Epochs", plot=("plots/curves.png", "Loss and mean IoU over the epochs")),
         html.Section("Changed since", CHANGED, changes_since(runs)),
         html.Section("Failed", rows=[{"command": line} for line in failures]),
     ]
