@@ -2,7 +2,6 @@
 
 import ast
 import importlib.util
-import json
 import os
 import re
 import runpy
@@ -22,7 +21,7 @@ import resnet_fcn
 import resnet_unet
 import util
 import voc
-from seg import checkpoint, distributed, engine, imaging, provenance, sanity
+from seg import checkpoint, distributed, engine, provenance, sanity
 
 FLAGS = "--data Tiny --epochs 2 --batch-size 2 --device cpu"
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "EDITING.md").read_text(encoding="utf-8"), re.S)
@@ -323,23 +322,14 @@ def test_gradients_of_what_the_optimizer_does_not_hold_do_not_add_up(tiny, float
 def test_v2_augmentation_depends_only_on_seed_and_epoch(tiny):
     namespace = {"util": util}
     exec(block("v2.Compose"), namespace)
-    train, val, _ = make_loaders(tiny, 3, size=32, augment=namespace["augment"])
+    train, _, _ = make_loaders(tiny, 3, size=32, augment=namespace["augment"])
     first, second, other = (torch.cat([images for images, _, _ in train.batches(epoch)]) for epoch in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
     for images, masks, indices in train.batches(1):
         assert masks.unique().tolist() != [255] and (images - train.normalise(train.images[indices])).abs().max() > 0.1
-    assert torch.equal(next(val.batches())[0][0], val.normalise(val.images[:1])[0])
 
 
-NESTED_NET = """
-def network(num_classes):
-    class Nested(torch.nn.Conv2d):
-        arguments = {}
-
-    return Nested(3, num_classes, 1)
-
-model = network(len(train.classes))
-"""
+NESTED_NET = "\nmodel = type('Nested', (torch.nn.Conv2d,), {'arguments': {}})(3, len(train.classes), 1)"
 V2 = "from torchvision.transforms import v2\nfrom torchvision import tv_tensors\naugment = "
 TIMES_VALUE, VALUE = "return self.layer(images * self.value)", "model = Net(len(train.classes), value=1.1)"
 MISTAKES = {
@@ -358,10 +348,6 @@ MISTAKES = {
     "loss per pixel": (loss("return logits.mean(1)"), r"the criterion returns a tensor of shape \[4, 32, 32\]"),
     "loss as a float": (loss("return logits.mean().item()"), "the criterion returns a float"),
     "loss that is not finite": (loss("return logits.sum() / 0"), "the loss of a batch of val is (nan|-?inf) before"),
-    "scaled masks": (
-        f"{V2}v2.ToDtype({{tv_tensors.Image: torch.uint8, tv_tensors.Mask: torch.float32}}, scale=True)",
-        r"masks of torch.float32 \[16, 32, 32\], not torch.uint8",
-    ),
     "another size": (f"{V2}v2.RandomCrop(16)", r"images of torch.uint8 \[16, 3, 16, 16\], not .*keep size"),
     "interpolated masks": (
         f"{V2}lambda image, mask: (image, tv_tensors.Mask(mask // 255 * 100))",
@@ -437,13 +423,7 @@ CONSTANT = """
         return self
 
     def forward"""
-POLY = """
-class Poly:
-    def step(self):
-        pass
-
-scheduler = Poly()
-"""
+POLY = "class Poly:\n    step = lambda self: None\n\nscheduler = Poly()"
 AS_CLASS = "masks[masks == util.VOID] = 0; return super().forward(logits, masks)"
 WARNINGS = {
     "left out": (
@@ -462,7 +442,10 @@ WARNINGS = {
         net(extra="self.unused = torch.nn.Linear(2, 2)"),
         "the first step gave no gradient to unused.weight, unused.bias, which the optimizer holds",
     ),
-    "gradients set to zero": (block(CLIPPING).replace("optimizer.step()", "optimizer.step(); model.zero_grad()"), None),
+    "gradients set to zero": (
+        block(CLIPPING).replace("optimizer.step()", "optimizer.step(); network.zero_grad()"),
+        None,
+    ),
     "frozen batch norm": (NORM, "frozen batch norm still updates its running statistics (norm)"),
     "constant batch norm": (NORM.replace("\n    def forward", CONSTANT, 1), None),
     "batch norm without weights": (NORM.replace("2d(3).req", "2d(3, affine=False).req"), None),
@@ -523,29 +506,19 @@ def test_a_run_goes_on_after_an_edit_of_what_its_script_imports(project, capsys)
 def test_a_run_is_not_continued_with_other_data_or_settings(project, capsys):
     cosine = scheduler("CosineAnnealingLR(optimizer, args.epochs)")
     assert run(project, cosine) == 0
-    data, loaders = project / "Tiny", "train, val, test = voc.loaders(args, size="
-    split, classes = voc.Split(data, "val"), voc.Split(data, "val").classes
-    mask = split.mask(0)
-    mask[0] = 5
-    for flags, changes, spoil, message in (
-        ("--seed 1", "", None, "seed 0, not 1"),
-        ("--batch-size 3", "", None, "batch_size 2, not 3"),
-        ("--limit 2", "", None, "limit None, not 2"),
-        ("--epochs 3", "", None, "epochs 2, not 3"),
-        ("", f"{loaders}40)", None, r"size \[32, 32\], not \[40, 40\]"),
-        ("", f"{loaders}32, mean=[0.5, 0.5, 0.5])", None, r"mean \[0.485, .*\], not \[0.5, 0.5, 0.5\]"),
-        (
-            "",
-            "",
-            lambda: imaging.palette_image(mask).save(split.mask_path(0)),
-            "other image ids or masks",
-        ),
-        ("", "", lambda: (data / "classes.txt").write_text("\n".join(classes[::-1])), "classes .'background'"),
+    loaders = "train, val, test = voc.loaders(args, size="
+    for flags, changes, message in (
+        ("--seed 1", "", "had seed 0, not 1"),
+        ("--batch-size 3", "", "had batch_size 2, not 3"),
+        ("--limit 2", "", "had limit None, not 2"),
+        ("--epochs 3", "", "had epochs 2, not 3"),
+        ("", f"{loaders}40)", r"had size \[32, 32\], not \[40, 40\]"),
+        ("", f"{loaders}32, mean=[0.5, 0.5, 0.5])", r"had mean \[0.485, .*\], not \[0.5, 0.5, 0.5\]"),
+        ("", "train.classes = val.classes = test.classes = train.classes[::-1]", r"had classes \['background', "),
+        ("", "val.masks[:, 0] = 5", "had other image ids or masks"),
     ):
-        if spoil:
-            spoil()
         assert run(project, cosine + changes, f"{flags} --resume") == 2
-        assert_one_line(capsys.readouterr().err, f".*last_train-mine.pt: its run had {message}.*: resume with the orig")
+        assert_one_line(capsys.readouterr().err, f".*last_train-mine.pt: its run {message}.*: resume with the original")
 
 
 def test_phases_are_runs_of_their_own(project, monkeypatch):
@@ -560,8 +533,7 @@ def test_phases_are_runs_of_their_own(project, monkeypatch):
     assert run(project, "", "--out stopped --resume", **phases) == 0
     for name in ("train-mine", "second"):
         assert_same_training(last(project, "stopped", name), last(project, "complete", name))
-        metrics = json.loads((project / "stopped" / "results" / f"{name}_seed0.json").read_text())
-        assert (metrics["experiment"], metrics["epochs"]) == (name, 2)
+        assert last(project, "stopped", name)["experiment"] == name
 
 
 @pytest.mark.parametrize(("old", "new", "warned"), [('"""', '"""My ', False), ("ReLU", "GELU", True)])
