@@ -224,6 +224,8 @@ def fit(
         UserError: ``sanity.check`` finds a fault, a file cannot be written, another run's files are in the way, or the
             loss is not finite.
     """
+    if scheduler_interval not in ("epoch", "batch"):
+        raise UserError(f"scheduler_interval is {scheduler_interval!r}: it has to be epoch or batch")
     parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
     loaders = [loader for loader in (train, val, test) if loader is not None]
     patience = patience if scheduler is None else None
