@@ -224,11 +224,13 @@ def fit(
         UserError: ``sanity.check`` finds a fault, a file cannot be written, another run's files are in the way, or the
             loss is not finite.
     """
+    if scheduler_interval not in ("epoch", "batch"):
+        raise UserError(f"scheduler_interval is {scheduler_interval!r}: it has to be epoch or batch")
     parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
     loaders = [loader for loader in (train, val, test) if loader is not None]
     patience = patience if scheduler is None else None
     distributed.set_malloc_options(args.device)
-    distributed.set_memory_format(model, args.device)
+    model.to(args.device, memory_format=distributed.memory_format(args.device))
     if isinstance(criterion, torch.nn.Module):
         criterion.to(args.device)
     run = Run(args.out, name or args.experiment, args.seed)
@@ -262,7 +264,6 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
     network, parallel = _wrap(model, args)
     training_step = sanity.watched(training_step, model, optimizer)
     steps_batches = scheduler is not None and scheduler_interval == "batch"
-    modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
     is_rebuilt = False  # whether the round trip of a saved best checkpoint was tried
     epochs = range(len(run.history) + 1, args.epochs + 1)
     for epoch in report.progress(epochs, len(epochs), run.name, unit="epoch"):
@@ -275,8 +276,7 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
             train_scores, learning_rates = train_epoch(
                 parallel, train, epoch, criterion, optimizer, training_step, scheduler if steps_batches else None
             )
-            for module in modules:
-                distributed.broadcast(module.buffers())  # each process has its own statistics of batch norm
+            distributed.broadcast(model.buffers())  # each process has its own statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
             if not math.isfinite(scores.loss):
                 raise UserError(f"the val loss is {scores.loss} in epoch {epoch}: lower the learning rate")

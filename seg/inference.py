@@ -36,15 +36,19 @@ def forward(network, images, full_precision=False):
 @contextlib.contextmanager
 def _float32():
     """Compute in float32 on GPUs, too: since Ampere, cuDNN's convolutions round to the digits of TF32 by default."""
-    backends = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [backend.allow_tf32 for backend in backends]
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(convolutions, "conv"):  # since torch 2.9, whose settings cannot be mixed with the older ones
+        convolutions, name, float32 = convolutions.conv, "fp32_precision", "ieee"
+    else:
+        name, float32 = "allow_tf32", False
+    before = [getattr(backend, name) for backend in (convolutions, products)]
     try:
-        for backend in backends:
-            backend.allow_tf32 = False
+        for backend in (convolutions, products):
+            setattr(backend, name, float32)
         yield
     finally:
-        for backend, value in zip(backends, before):
-            backend.allow_tf32 = value
+        for backend, value in zip((convolutions, products), before):
+            setattr(backend, name, value)
 
 
 def _at_size(value, shape):

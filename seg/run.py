@@ -244,7 +244,7 @@ class Run:
 
     def _existing(self):
         """The files that runs of this experiment, with any seed, have left: a list of Paths."""
-        results = sorted(self.results.glob(f"{glob.escape(self.name)}_seed*"))
+        results = sorted(self.results.glob(f"{glob.escape(self.name)}_seed[0-9]*"))
         return [path for path in (self.best, self.last, *map(self.plot, PLOTS), self.report, *results) if path.exists()]
 
     def _check_new(self):

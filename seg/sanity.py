@@ -116,7 +116,7 @@ def check_round_trip(state, model, images):
     except Exception as error:
         advice = "self.arguments has to hold the keyword arguments of its constructor"
         raise UserError(f"{problem} ({reason(error)}): {advice}{found}") from None
-    distributed.set_memory_format(rebuilt.to(images.device), images.device)
+    rebuilt.to(images.device, memory_format=distributed.memory_format(images.device))
     logits = []
     with unchanged(model), torch.no_grad():
         for network in (model, rebuilt):

@@ -101,7 +101,7 @@ def make_tiny(root, splits=(("train", 5), ("val", 4), ("test", 3))):
 def make_loaders(root, batch_size, size, limit=None, seed=0, device="cpu", **options):
     """``voc.loaders`` without a command line."""
     args = Namespace(data=root, batch_size=batch_size, limit=limit, seed=seed, device=device)
-    return voc.loaders(args, size, **options)
+    return voc.loaders(args, size=size, **options)
 
 
 def run_main(folder, module, flags):

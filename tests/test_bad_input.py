@@ -98,16 +98,6 @@ def rotated_photo(folder):
     Image.new("L", (30, 20)).save(folder / MASK)
 
 
-def reordered_palette(folder):
-    """A fault: an image editor has saved the used colours only, in the order of their first pixels."""
-    with Image.open(folder / MASK) as image:
-        array, palette = np.array(image), np.array(image.getpalette(), np.uint8).reshape(-1, 3)
-    values, indices = np.unique(array, return_inverse=True)
-    image = Image.fromarray(indices.reshape(array.shape).astype(np.uint8))
-    image.putpalette(palette[values].tobytes())
-    image.save(folder / MASK)
-
-
 class Malicious:
     """Runs code when it is unpickled."""
 
@@ -190,7 +180,6 @@ DATA = [
     (jpeg_mask, f"{FIRST}.png: is JPEG, not PNG"),
     (write(MASK, truncate), f"{FIRST}.png: cannot be read as an image"),
     (mask(np.zeros((40, 40, 3), np.uint8)), f"{FIRST}.png: is an image in mode RGB", CONVERT),
-    (reordered_palette, f"{FIRST}.png: has VOC's colours in another order", CONVERT),
     (mask(np.zeros((40, 40), np.uint16)), f"{FIRST}.png: is an image in mode I;16"),
     (mask(np.full((40, 40), 21, np.uint8)), f"{FIRST}.png: holds the value 21", CONVERT),
     (write("Tiny/classes.txt", b"a\nb\n"), f"{FIRST}.png: holds the value", "nor void (255)", "classes.txt"),

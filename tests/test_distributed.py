@@ -1,12 +1,14 @@
 """Two processes against one: the same metrics and weights, and a clean end. torchrun starts ``main`` of this file."""
 
 import contextlib
+import copy
 import functools
+import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from argparse import Namespace
 
 import pytest
@@ -17,51 +19,50 @@ from tiny_net import TinyNet
 import util
 import voc
 from seg import checkpoint, cli, distributed, engine, transforms
+from seg.run import Run
+
+CRITERION = torch.nn.CrossEntropyLoss(torch.linspace(0.5, 2, 21), ignore_index=util.VOID)
 
 
 def main():
-    """Evaluate an untrained network; train it plainly, with ``--compile``, and with batch norm and dropout."""
+    """Evaluate an untrained network and train it; with two processes, in several ways."""
     args = cli.arguments(__file__, __doc__, epochs=2, batch_size=4)
-    os.write(1, f"rank {distributed.rank()} pid {os.getpid()}\n".encode())  # print would mix the lines of two processes
+    print(f"rank {distributed.rank()} pid {os.getpid()}", flush=True)
     augment = transforms.Augmentation(flip=0.5, degrees=20, scale=(0.5, 1.2), unchanged=1, augmented=1)
     # 14 samples in batches of 4, 4, 3 and 3: the processes get batches of unequal size
-    train, val, test = voc.loaders(args, size=32, augment=augment)
-    criterion = AveragedLoss(voc.class_weights(train.split), ignore_index=util.VOID)
+    loaders = train, val, test = voc.loaders(args, size=32, augment=augment)
 
-    # 5 val images are 2 batches, one per process; 3 test images are 1 batch, and the second process has none
-    model = new_model()
-    scores = [engine.evaluate(model, loader, criterion, full) for loader in (val, test) for full in (False, True)]
-    args.out.mkdir(exist_ok=True)
-    torch.save([vars(score) for score in scores], args.out / f"scores_{distributed.rank()}.pt")
-
-    for name in ("plain", "compiled", "norm") if distributed.world_size() > 1 else ("plain",):
-        model = new_model(norm=name == "norm")
+    def fit(folder, model, criterion=CRITERION, **flags):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-        flags = Namespace(**vars(args) | {"out": args.out / name, "compile": name == "compiled"})
-        experiment = {"criterion": criterion, "optimizer": optimizer, "scheduler": None, "patience": 100_000}
-        engine.fit(flags, model, train, val, test, **experiment, training_step=logged_step)
-    torch.save(criterion.mean, args.out / f"loss_{distributed.rank()}.pt")
+        flags = Namespace(**vars(args) | {"out": args.out / folder} | flags)
+        options = {"criterion": criterion, "optimizer": optimizer, "scheduler": None, "patience": None}
+        engine.fit(flags, model, *loaders, **options)
+
+    fit("plain", new_model())
+    # 5 val images are 2 batches, one per process; 3 test images are 1 batch, and the second process has none
+    runs = [(loader, full) for loader in (val, test) for full in (False, True)]
+    scores = [vars(engine.evaluate(new_model(), loader, CRITERION, full)) for loader, full in runs]
+    torch.save(scores, args.out / f"scores_{distributed.rank()}.pt")
+    if distributed.world_size() == 1:
+        return
+    fit("compiled", new_model(), compile=True)
+    fit("norm", new_model(norm=True))
+    fit("resumed", new_model(), epochs=1)
+    fit("resumed", new_model(), resume=True)
+    trainable = copy.deepcopy(CRITERION)
+    trainable.scale = torch.nn.Parameter(torch.ones(1))
+    for folder, model, criterion in (("criterion", new_model(), trainable), ("network", Unused(), CRITERION)):
+        with pytest.raises(util.UserError) as error:
+            fit(folder, model, criterion)
+        print(f"refused {folder}: {error.value}", flush=True)
 
 
-class AveragedLoss(torch.nn.CrossEntropyLoss):
-    """Keeps a running mean of the loss, which differs between the processes during an epoch."""
+class Unused(TinyNet):
+    """Has a parameter without a gradient."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.register_buffer("mean", torch.zeros(()))
-
-    def forward(self, logits, masks):
-        loss = super().forward(logits, masks)
-        if self.training:
-            self.mean.lerp_(loss.detach(), 0.5)
-        return loss
-
-
-def logged_step(*args, **position):
-    """Take a training step; print a random number."""
-    if position["count"] > 1:  # not the trial before the first epoch
-        os.write(1, f"random {distributed.rank()} {torch.rand(1).item()}\n".encode())
-    return engine.training_step(*args, **position)
+    def __init__(self, num_classes=21, norm=False):
+        super().__init__(num_classes, norm)
+        self.unused = torch.nn.Parameter(torch.ones(1))
 
 
 def new_model(norm=False):
@@ -72,8 +73,8 @@ def new_model(norm=False):
 @contextlib.contextmanager
 def torchrun(*flags):
     """Run this file under torchrun with two processes."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, __file__, "--device", "cpu"]
-    line = list(map(str, [sys.executable, *launcher, *flags]))
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    line = [sys.executable, *launcher, __file__, "--device", "cpu", *map(str, flags)]
     env, pipe = os.environ | {"PYTHONPATH": str(ROOT)}, subprocess.PIPE
     with subprocess.Popen(line, env=env, stdout=pipe, stderr=pipe, text=True) as process:
         try:
@@ -97,86 +98,71 @@ def runs(tmp_path_factory, tiny_net):
     return folder
 
 
-@pytest.mark.parametrize("name", ["plain", "compiled"])
-def test_two_processes_take_the_same_steps_as_one(runs, name):
-    paths = ("1/plain/last_test_distributed.pt", f"2/{name}/last_test_distributed.pt")
-    one, two = (torch.load(runs / path, weights_only=True) for path in paths)
-    # float32 sums in another order, over 8 steps
-    torch.testing.assert_close(two["model"], one["model"], rtol=1e-4, atol=1e-6)
+def last(folder):
+    return torch.load(folder / "last_test_distributed.pt", weights_only=True)
+
+
+def test_two_processes_take_the_same_steps_as_one_compiled_or_not_and_resumed(runs):
+    one, two, compiled, resumed = (last(runs / name) for name in ("1/plain", "2/plain", "2/compiled", "2/resumed"))
+    for state in (two, compiled):  # float32 sums in another order, over 8 steps
+        torch.testing.assert_close(state["model"], one["model"], rtol=1e-4, atol=1e-6)
     for column in ("train_loss", "val_loss"):
         losses = [[row[column] for row in state["history"]] for state in (one, two)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     untrained = new_model().state_dict()
     assert not any(torch.equal(one["model"][key], untrained[key]) for key in untrained)
-
-
-def test_buffers_of_a_loss_are_the_same_in_all_processes(runs):
-    first, second = (torch.load(runs / "2" / f"loss_{rank}.pt", weights_only=True) for rank in range(2))
-    assert first == second != 0
-
-
-def test_only_the_main_process_prints(runs):
-    output = (runs / "output").read_text()  # of three runs
-    assert output.count("\nepoch ") == 6
-    assert output.count("\ntest_distributed seed 0: val mean IoU") == 3
-
-
-def test_random_numbers_differ_between_the_processes(runs):
-    """Dropout would otherwise drop the same in each part of a batch."""
-    lines = [line.split() for line in (runs / "output").read_text().splitlines() if line.startswith("random ")]
-    numbers = {rank: {value for _, other, value in lines if other == rank} for rank in "01"}
-    assert len(numbers["0"]) > 1 and not numbers["0"] & numbers["1"]
+    torch.testing.assert_close(resumed["model"], two["model"], rtol=0, atol=0)
 
 
 def test_val_is_evaluated_with_the_same_batch_norm_in_all_processes(runs, float32):
-    folder = runs / "2" / "norm"
-    best = checkpoint.load(folder / "best_test_distributed.pt")
-    criterion = torch.nn.CrossEntropyLoss(voc.class_weights(voc.Split(runs / "Tiny", "train")), ignore_index=util.VOID)
+    run = Run.read(runs / "2/norm/results/test_distributed_seed0.json")
     val = make_loaders(runs / "Tiny", 4, size=32)[1]
-    row = engine.best_epoch(torch.load(folder / "last_test_distributed.pt", weights_only=True)["history"])
-    scores = engine.evaluate(best, val, criterion, full_resolution=False)
-    assert scores.miou == row["val_miou"]
-    assert scores.loss == pytest.approx(row["val_loss"], rel=1e-6)  # float32 sums
+    scores = engine.evaluate(checkpoint.load(run.best), val, CRITERION, full_resolution=False)
+    assert scores.miou == run.best_row["val_miou"]
+    assert scores.loss == pytest.approx(run.best_row["val_loss"], rel=1e-6)  # float32 sums
 
 
 def test_every_image_is_scored_once_whatever_the_number_of_processes(runs):
-    paths = ("1/scores_0.pt", "2/scores_0.pt", "2/scores_1.pt")
-    expected, *others = (torch.load(runs / path, weights_only=True) for path in paths)
+    paths = (runs / name for name in ("1/scores_0.pt", "2/scores_0.pt", "2/scores_1.pt"))
+    expected, *others = (torch.load(path, weights_only=True) for path in paths)
     num_labelled = sum((voc.Split(runs / "Tiny", "val").mask(index) != util.VOID).sum() for index in range(5))
     assert expected[1]["matrix"].sum() == num_labelled  # val at full resolution
-    for scores in others:
-        for score, single in zip(scores, expected):
-            assert torch.equal(score["matrix"], single["matrix"])
-            assert score["assignment_iou"] == single["assignment_iou"]
-            assert score["loss"] == pytest.approx(single["loss"], rel=1e-9)  # float64 sums in another order
+    for score, single in [pair for scores in others for pair in zip(scores, expected)]:
+        assert torch.equal(score["matrix"], single["matrix"])
+        assert score["assignment_iou"] == single["assignment_iou"]
+        assert score["loss"] == pytest.approx(single["loss"], rel=1e-9)  # float64 sums in another order
+
+
+def test_the_main_process_prints_and_what_two_processes_cannot_train_is_refused(runs):
+    output = (runs / "output").read_text()
+    assert output.count("\nepoch ") == 2 * 4 and output.count("\ntest_distributed seed 0: val mean IoU") == 3 + 2
+    for problem in (
+        "criterion: several processes train the parameters of the network",
+        "network: .* for unused: freeze",
+    ):
+        assert len(re.findall(f"refused {problem}", output)) == 2
+
+
+def test_a_refusal_ends_all_processes_with_one_message(runs):
+    before = {path: path.read_bytes() for path in runs.rglob("*.pt")}
+    with torchrun("--data", runs / "Tiny", "--out", runs / "2", "--epochs", 1) as process:
+        output, errors = process.communicate(timeout=60)
+    assert sorted(line for line in output.splitlines() if line.startswith("exit ")) == ["exit 0: 2", "exit 1: 2"]
+    (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "best_test_distributed.pt: is from an earlier run" in error
+    assert {path: path.read_bytes() for path in runs.rglob("*.pt")} == before
 
 
 def test_killing_one_process_ends_the_other_and_keeps_a_readable_checkpoint(runs, tmp_path):
     with torchrun("--data", runs / "Tiny", "--out", tmp_path, "--epochs", 100_000) as launcher:
-        pids = {}
-        for line in launcher.stdout:
-            if line.startswith("rank "):
-                _, rank, _, pid = line.split()
-                pids[int(rank)] = int(pid)
-            if line.startswith("epoch "):
-                break
-        assert launcher.poll() is None and len(pids) == 2, launcher.communicate()
-        killed = time.monotonic()
+        output = "".join(itertools.takewhile(lambda line: not line.startswith("epoch "), launcher.stdout))
+        pids = [int(pid) for _, pid in sorted(re.findall(r"rank (\d) pid (\d+)", output))]
         os.kill(pids[1], signal.SIGKILL)
-        errors = launcher.communicate(timeout=60)[1].replace(" ", "")
-        assert time.monotonic() - killed < 30 and launcher.returncode != 0
-    assert "SIGKILL" in errors or "exitcode:-9" in errors
+        errors = launcher.communicate(timeout=30)[1]
+    assert launcher.returncode != 0 and re.search(r"SIGKILL|exitcode *: -9", errors)
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
-    assert torch.load(tmp_path / "plain" / "last_test_distributed.pt", weights_only=True)["history"]
-
-
-def test_a_batch_too_small_for_the_processes_is_refused(tiny, monkeypatch):
-    monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    monkeypatch.setattr(distributed, "rank", lambda: 0)
-    monkeypatch.setattr(distributed, "main_process_first", contextlib.nullcontext)
-    with pytest.raises(util.UserError, match="2 images are too few for 4 processes: raise --batch-size"):
-        make_loaders(tiny, 3, size=16)
+    assert last(tmp_path / "plain")["history"]
 
 
 if __name__ == "__main__":
@@ -184,4 +170,8 @@ if __name__ == "__main__":
     torch.compile = functools.partial(torch.compile, backend="eager")
     use_float32(pytest.MonkeyPatch())
     use_tiny_net(pytest.MonkeyPatch())
-    cli.run(main)
+    try:
+        cli.run(main)
+    except SystemExit as stop:
+        print(f"exit {os.environ['RANK']}: {stop.code}", flush=True)
+        raise

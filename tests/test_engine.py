@@ -1,35 +1,32 @@
-"""The training loop on a tiny data set at 32x32: the best epoch, metrics, checkpoints, resuming and messages."""
+"""The training loop on a tiny data set at 32x32: metrics, best epoch, early stopping, resuming, plots and messages."""
 
 import ast
 import base64
 import copy
 import functools
 import io
-import json
 import math
 import re
 import shutil
-import sys
-from argparse import Namespace
 from pathlib import Path
-from unittest.mock import Mock
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_loaders, make_tiny, write_pair, write_split
-from matplotlib.figure import Figure
+from conftest import ROOT, make_loaders, make_tiny
 from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 from tiny_net import TinyNet
 from torch.nn import CrossEntropyLoss, functional
+from torch.optim import lr_scheduler
 
 import util
 import voc
-from seg import checkpoint, cli, distributed, engine, files, imaging, inference, plotting, report
+from seg import checkpoint, cli, distributed, engine, imaging, inference, plotting, report
+from seg.layout import CLASSES
+from seg.run import Run
 from util import UserError
-
-draw_curves = plotting.curves  # which the fixture tiny_net replaces
 
 pytestmark = pytest.mark.usefixtures("tiny_net")
 
@@ -38,13 +35,11 @@ SCRIPT = ROOT / "train.py"
 CRITERION = CrossEntropyLoss(ignore_index=util.VOID)
 
 
-def fit(data, out, *, criterion=CRITERION, scheduler=None, patience=9, lr=1e-3, change=None, **flags):
-    """Run an experiment as a script would; return its metrics. ``change(epoch, step, *batch)`` changes a batch."""
-    defaults = {"script": SCRIPT, "experiment": "train", "data": str(data), "epochs": 2, "batch_size": 3, "seed": 0}
-    defaults |= {"device": torch.device("cpu"), "out": out, "resume": False, "limit": None, "compile": False}
-    defaults |= {"overwrite": False, "idea": "an idea", "defaults": {"epochs": 2, "batch_size": 3}}
-    args = Namespace(**defaults | flags)
-    args.code = files.read_code(args.script)
+def fit(data, out, flags="", *, criterion=CRITERION, scheduler=None, lr=1e-3, change=None, script=SCRIPT, **options):
+    """Run an experiment as a script would; return its Run. ``change(epoch, step, *batch)`` changes a batch."""
+    flags = ["train.py", "--data", str(data), "--out", str(out), "--device", "cpu", *flags.split()]
+    with mock.patch("sys.argv", flags):
+        args = cli.arguments(script, "A title: an explanation.", epochs=2, batch_size=3)
     util.seed_everything(args.seed)
     train, val, test = voc.loaders(args, size=SIZE)
     if change:
@@ -53,19 +48,15 @@ def fit(data, out, *, criterion=CRITERION, scheduler=None, patience=9, lr=1e-3, 
     model = TinyNet(len(train.classes))
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     scheduler = scheduler and scheduler(optimizer)
-    engine.fit(
-        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, patience=patience
-    )
-    return json.loads((out / "results" / f"train_seed{args.seed}.json").read_text())
+    engine.fit(args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, **options)
+    return Run.read(out / "results" / f"{args.experiment}_seed{args.seed}.json")
 
 
-def history(out):
-    return (out / "results" / "train_seed0.csv").read_text().splitlines()
-
-
-def assert_same_weights(*checkpoints):
-    first, second = (torch.load(path, weights_only=True)["model"] for path in checkpoints)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
+def results(run):
+    """What a run has left, apart from times and plots."""
+    metrics = {**run.metrics, "seconds": 0, "epoch_seconds": 0}
+    models = [torch.load(path, weights_only=True)["model"] for path in (run.best, run.last)]
+    return run.csv.read_text(), metrics, [value.tolist() for model in models for value in model.values()]
 
 
 def mislabel(epoch, step, images, masks, indices):
@@ -73,200 +64,182 @@ def mislabel(epoch, step, images, masks, indices):
     return images, masks if epoch < 3 else torch.full_like(masks, 20), indices
 
 
-RUN = {"epochs": 9, "patience": 2, "lr": 0.1, "change": mislabel}
+def train_nine_epochs(data, out, flags="", **options):
+    """A run that improves for two epochs of nine."""
+    return fit(data, out, f"--epochs 9 {flags}", lr=0.1, change=mislabel, **{"patience": 2, **options})
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run whose last epoch is not its best: its data, its folder and its metrics."""
+    """A run whose last epoch is not its best: its data, its Run, and what its plot of predictions shows."""
     folder = tmp_path_factory.mktemp("finished")
     data = make_tiny(folder / "Tiny")
-    return data, folder / "out", fit(data, folder / "out", **RUN)
+    return data, train_nine_epochs(data, folder / "out"), plotting.predictions.call_args.args[3]
 
 
-def test_what_follows_a_run_in_a_script_does_not_depend_on_resuming(tiny, tmp_path):
-    fit(tiny, tmp_path, epochs=1)
-    after_training = torch.rand(3)
-    fit(tiny, tmp_path, epochs=1, resume=True)
-    assert torch.equal(torch.rand(3), after_training)
-    util.seed_everything(0)  # or networks made afterwards would start like the first
-    assert not torch.equal(torch.rand(3), after_training)
-
-
-def test_multiply_adds_of_attention_are_counted():
-    class Attention(torch.nn.Module):
-        size = (4, 6)
-
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.TransformerEncoderLayer(8, 2, 32, batch_first=True)
-            self.embed = torch.nn.Conv2d(3, 8, 1)
-
-        def forward(self, images):
-            tokens = self.layer(self.embed(images.mul_(2)).flatten(2).mT)
-            return functional.scaled_dot_product_attention(tokens, tokens, tokens)
-
-    tokens = 4 * 6
-    # embedding, query, key, value and output, the two linear layers, and products of all pairs of tokens in both
-    expected = tokens * (3 * 8 + 4 * 8 * 8 + 2 * 8 * 32) + 2 * 2 * tokens * tokens * 8
-    assert report._multiply_adds(Attention().eval(), torch.device("cpu")) == expected
-
-
-def test_a_run_writes_the_documented_files_and_metrics(finished):
-    _, out, metrics = finished
-    written = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+def test_a_run_writes_the_documented_files_metrics_and_provenance(finished):
+    _, run, _ = finished
+    written = {str(path.relative_to(run.out)) for path in run.out.rglob("*") if path.is_file()}
     plots = {f"plots/train_{name}.png" for name in ("curves", "iou", "confusion", "predictions")}
-    results = {"results/train_seed0.csv", "results/train_seed0.json", "plots/train_report.html"}
-    assert written == {"best_train.pt", "last_train.pt", ".train.lock"} | results | plots
-    head = ["experiment", "idea", "dataset", "seed", "device", "epochs", "best_epoch", "loss", "parameters"]
-    tail = ["multiply_adds", "seconds", "epoch_seconds", "flags", "defaults", "versions", "val", "test"]
-    tail += ["size", "data_sha256", "code"]
-    assert list(metrics) == head + tail
-    assert len(metrics["epoch_seconds"]) == metrics["epochs"]
-    assert sum(metrics["epoch_seconds"]) == pytest.approx(metrics["seconds"], abs=1e-3)
-    # 3x3 from 3 to 16 channels, then 1x1 from 16 to 21, at each pixel
-    assert metrics["multiply_adds"] == SIZE**2 * (9 * 3 * 16 + 16 * 21)
+    others = {"results/train_seed0.csv", "results/train_seed0.json", "plots/train_report.html", ".train.lock"}
+    assert written == {"best_train.pt", "last_train.pt"} | others | plots
+    metrics, state = run.metrics, torch.load(run.best, weights_only=True)
+    keys = "experiment title dataset seed device loss network parameters flags defaults classes size data_sha256 code"
+    keys += " commit versions epochs best_epoch seconds epoch_seconds val test"
+    assert metrics.keys() == set(keys.split())
     assert metrics["flags"] == {"epochs": 9, "batch_size": 3, "limit": None}
-    assert (metrics["experiment"], metrics["dataset"], metrics["seed"]) == ("train", "Tiny", 0)
+    assert [metrics[key] for key in ("experiment", "title", "dataset", "seed")] == ["train", "a title", "Tiny", 0]
+    # a bias each: 3x3 from 3 to 16 channels, 1x1 from 16 to 21; batch norm
+    assert metrics["parameters"] == (9 * 3 + 1) * 16 + (16 + 1) * 21 + 2 * 16
+    assert len(metrics["epoch_seconds"]) == metrics["epochs"] == len(run.history)
+    assert sum(metrics["epoch_seconds"]) == pytest.approx(metrics["seconds"], abs=1e-3)
     for split in ("val", "test"):
         assert list(metrics[split]) == ["loss", "pixel_accuracy", "miou", "iou", "background", "assignment_iou"]
-        assert list(metrics[split]["iou"]) == list(voc.CLASSES)
-
-
-def test_the_program_of_metrics_md_scores_a_checkpoint(finished, tmp_path, monkeypatch, capsys):
-    data, out, metrics = finished
-    (tmp_path / "MyData").symlink_to(data)
-    shutil.copy(out / "best_train.pt", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    document = (ROOT / "docs" / "METRICS.md").read_text(encoding="utf-8")
-    exec(re.search("```python\n(.*?)```", document, re.DOTALL)[1], {})
-    assert ast.literal_eval(capsys.readouterr().out) == metrics["test"]
-
-
-def test_a_checkpoint_records_its_provenance(finished):
-    _, out, metrics = finished
-    state = torch.load(out / "best_train.pt", weights_only=True)
-    code = {name: (ROOT / name).read_text() for name in ("train.py", "basic_fcn.py")}
-    assert state["code"] == metrics["code"] == code and [*state["code"]] == [*code]
-    assert (state["experiment"], state["seed"], state["dataset"]) == ("train", 0, "Tiny")
-    assert state["flags"]["batch_size"] == 3 and state["classes"] == list(voc.CLASSES)
+        assert tuple(metrics[split]["iou"]) == tuple(state["classes"]) == CLASSES
+    ((epoch, code),) = [version.values() for version in state["code"]]
+    assert epoch == 1 and next(iter(code)) == "train.py" and {"basic_fcn.py", "util.py", "voc.py"} < code.keys()
+    assert all((ROOT / name).read_text() == text for name, text in code.items())
+    assert [state[key] for key in ("experiment", "seed", "code")] == [
+        metrics[key] for key in ("experiment", "seed", "code")
+    ]
+    assert (state["module"], state["class"], state["arguments"]["num_classes"]) == ("tiny_net", "TinyNet", 21)
     assert (state["size"], state["mean"], state["std"]) == ([SIZE, SIZE], list(imaging.MEAN), list(imaging.STD))
     assert state["versions"]["torch"] == torch.__version__
-    assert state["epoch"] == metrics["best_epoch"]
-    assert state["val_miou"] == float(history(out)[state["epoch"]].split(",")[-1])
+    assert state["val_miou"] == run.history[state["epoch"] - 1]["val_miou"]
 
 
 def test_the_best_epoch_is_reported_and_the_run_stops_after_its_patience(finished):
-    data, out, metrics = finished
-    mious = [float(row.split(",")[-1]) for row in history(out)[1:]]
-    assert metrics["best_epoch"] == 1 + int(np.argmax(mious))
-    losses = [float(row.split(",")[history(out)[0].split(",").index("val_loss")]) for row in history(out)[1:]]
-    assert metrics["epochs"] == len(mious) == max(metrics["best_epoch"], 1 + int(np.argmin(losses))) + 2 < 9
-    best, last = (checkpoint.load(out / name) for name in ("best_train.pt", "last_train.pt"))
-    assert best.classes == voc.CLASSES and not best.training
+    data, run, _ = finished
+    mious, losses = ([row[name] for row in run.history] for name in ("val_miou", "val_loss"))
+    best_epoch = 1 + int(np.argmax(mious))
+    assert run.metrics["best_epoch"] == best_epoch
+    assert len(mious) == max(best_epoch, 1 + int(np.argmin(losses))) + 2 < 9
+    best, last = map(checkpoint.load, (run.best, run.last))
+    assert best.classes == CLASSES and not best.training
+    weights = copy.deepcopy(best.state_dict())
     best.train()  # evaluate has to leave this mode, for dropout and batch norm
     for split, loader in zip(("val", "test"), make_loaders(data, 3, size=SIZE)[1:]):
         best_scores, last_scores = (engine.evaluate(model, loader, CRITERION).as_dict() for model in (best, last))
-        assert best_scores == metrics[split] != last_scores
-    assert metrics["val"]["miou"] != metrics["test"]["miou"]
-    weights = checkpoint.load(out / "best_train.pt").state_dict()
+        assert best_scores == run.metrics[split] != last_scores
+    assert run.metrics["val"]["miou"] != run.metrics["test"]["miou"]
     torch.testing.assert_close(best.state_dict(), weights, rtol=0, atol=0)
 
 
-def test_metrics_equal_those_of_a_plain_loop_at_full_resolution(finished):
-    """The oracle evaluates image by image, with PIL and NumPy."""
-    data, out, metrics = finished
-    model = checkpoint.load(out / "best_train.pt")
-    intersection, union, num_correct, counts = np.zeros(21), np.zeros(21), 0, np.zeros(21)
-    log_likelihoods = []
+def test_the_program_of_metrics_md_scores_a_checkpoint(finished, tmp_path, monkeypatch, capsys):
+    data, run, _ = finished
+    (tmp_path / "MyData").symlink_to(data)
+    shutil.copy(run.best, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    document = (ROOT / "docs" / "METRICS.md").read_text(encoding="utf-8")
+    exec(re.search("```python\n(.*?)```", document, re.DOTALL)[1], {})
+    assert ast.literal_eval(capsys.readouterr().out) == run.metrics["test"]
+
+
+@pytest.mark.parametrize("strip_size", [inference.STRIP_SIZE, 21 * 60 * 20])  # whole masks; 20 columns
+def test_metrics_equal_those_of_a_plain_loop_at_full_resolution(finished, monkeypatch, strip_size):
+    """The oracle evaluates image by image, with PIL and scikit-learn."""
+    data, run, _ = finished
+    model = checkpoint.load(run.best)
+    model.network.classifier.weight.data.normal_(generator=torch.Generator().manual_seed(0))  # predicts many classes
+    labels, losses = [], []
     for name in voc.Split(data, "test").ids:
         photo = Image.open(data / "JPEGImages" / f"{name}.jpg").convert("RGB")
         mask = Image.open(data / "SegmentationClass" / f"{name}.png")
-        small = np.asarray(photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR)) / 255
-        image = ((small - imaging.MEAN) / imaging.STD).astype(np.float32).transpose(2, 0, 1)[None]
+        small_mask = np.asarray(mask.resize((SIZE, SIZE), Image.Resampling.NEAREST)).astype(int)
+        image = np.asarray(photo.resize((SIZE, SIZE), Image.Resampling.BILINEAR)) / 255
+        image = torch.tensor((image - imaging.MEAN) / imaging.STD).float().permute(2, 0, 1)[None]
         with torch.no_grad():
-            logits = model(torch.tensor(image))
-        truth = np.asarray(mask)
-        upsampled = functional.interpolate(logits, truth.shape, mode="bilinear", align_corners=False)
-        prediction = upsampled[0].argmax(0).numpy()
-        labelled = truth != 255
-        for c in range(21):
-            intersection[c] += (labelled & (truth == c) & (prediction == c)).sum()
-            union[c] += (labelled & ((truth == c) | (prediction == c))).sum()
-            counts[c] += (truth == c).sum()
-        num_correct += (truth == prediction)[labelled].sum()
-        log_probabilities = torch.log_softmax(logits[0].double(), 0).numpy()
-        small_mask = np.asarray(mask.resize((SIZE, SIZE), Image.Resampling.NEAREST))
-        log_likelihoods += [log_probabilities[c, y, x] for (y, x), c in np.ndenumerate(small_mask) if c != 255]
-    expected = {voc.CLASSES[c]: intersection[c] / union[c] if union[c] else None for c in range(21)}
-    miou = np.mean([value for value in expected.values() if value is not None])
-    metrics = metrics["test"]
+            logits = model(image)
+        losses.append(
+            functional.cross_entropy(logits, torch.tensor(small_mask)[None], ignore_index=255, reduction="none")
+        )
+        upsampled = functional.interpolate(logits, mask.size[::-1], mode="bilinear", align_corners=False)
+        labels += zip(np.asarray(mask).ravel(), upsampled[0].argmax(0).flatten().tolist())
+    truth, prediction = np.array([pair for pair in labels if pair[0] != 255]).T
+    occurring, share = np.union1d(truth, prediction), (truth == 0).mean()
+    ious = jaccard_score(truth, prediction, labels=occurring, average=None)
+    monkeypatch.setattr(inference, "STRIP_SIZE", strip_size)
+    metrics = engine.evaluate(model, make_loaders(data, 3, size=SIZE)[2], CRITERION).as_dict()
     # a single image is rounded differently from a batch, which may change one pixel of about 7,000
-    assert metrics["iou"] == pytest.approx(expected, abs=1e-3)
-    assert metrics["miou"] == pytest.approx(miou, abs=1e-3)
-    assert metrics["pixel_accuracy"] == pytest.approx(num_correct / counts.sum(), abs=1e-3)
-    assert metrics["loss"] == pytest.approx(-np.mean(log_likelihoods), rel=1e-4)  # float32 sums
-    share = counts[0] / counts.sum()
-    baseline = {"pixel_accuracy": share, "miou": share / np.count_nonzero(counts)}
-    assert metrics["background"] == pytest.approx(baseline, rel=1e-12)
+    expected = dict.fromkeys(CLASSES) | {CLASSES[label]: iou for label, iou in zip(occurring, ious)}
+    assert metrics["iou"] == pytest.approx(expected, abs=1e-3) and len(occurring) > 6
+    assert metrics["miou"] == pytest.approx(ious.mean(), abs=1e-3)
+    assert metrics["pixel_accuracy"] == pytest.approx((truth == prediction).mean(), abs=1e-3)
+    losses = torch.cat(losses)
+    assert metrics["loss"] == pytest.approx(losses[losses > 0].mean().item(), rel=1e-4)  # void has 0
+    assert metrics["background"] == pytest.approx({"pixel_accuracy": share, "miou": share / len(np.unique(truth))})
+
+
+def test_each_image_is_scored_by_itself_and_the_best_median_and_worst_are_shown(finished):
+    """Oracle of an image's score: scikit-learn."""
+    data, run, drawn = finished
+    model, val = checkpoint.load(run.best), make_loaders(data, 3, size=SIZE)[1]
+    predictions, expected = [], []
+    for index in range(len(val.split)):
+        mask = val.split.mask(index)
+        predictions.append(inference.predict_index(model, val, index, mask.shape))
+        truth, prediction = (labels[mask != util.VOID] for labels in (mask, predictions[-1]))
+        expected.append(jaccard_score(truth, prediction, labels=np.union1d(truth, prediction), average=None).mean())
+    assert engine.evaluate(model, val, CRITERION).image_ious.tolist() == pytest.approx(expected, abs=1e-12)
+    assert engine.evaluate(model, val, CRITERION, full_resolution=False).image_ious is None
+    names = list(val.split.ids)  # all are shown, as there are fewer than five
+    for rank, index in zip(("worst", "median", "best"), np.argsort(expected)[[0, len(names) // 2, -1]]):
+        names[index] += f"\n{rank}, mean IoU {expected[index]:.2f}"
+    assert [sample[0] for sample in drawn] == names
+    assert all(np.array_equal(sample[3], prediction) for sample, prediction in zip(drawn, predictions, strict=True))
+    pictures = re.findall('image/png;base64,(iVBOR[^"]+)"', run.report.read_text(encoding="utf-8"))
+    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(picture)))) for picture in pictures]
+    assert all(any(np.array_equal(picture, each) for picture in pictures) for each in predictions)
+
+
+def test_images_to_show_are_chosen_evenly_spaced_and_by_their_iou():
+    ious = torch.arange(1001).flip(0).double()
+    ious[500] = torch.nan  # an image without a labelled pixel has no IoU
+    chosen = report.Reporter._choose_images(mock.Mock(val=mock.Mock(split=range(1001))), 13, ious)
+    assert {index: ranks for index, ranks in chosen.items() if ranks} == {0: ["best"], 499: ["median"], 1000: ["worst"]}
+    evenly_spaced = sorted(chosen.keys() - {499})
+    assert (len(evenly_spaced), evenly_spaced[0], evenly_spaced[-1]) == (13, 0, 1000)
+    assert set(np.diff(evenly_spaced)) <= {83, 84}
 
 
 @pytest.mark.parametrize("available", [True, False])
-def test_bfloat16_is_used_where_it_is_fast(available, monkeypatch):
+def test_bfloat16_is_used_where_it_is_fast_but_not_for_final_metrics_and_the_loss(tiny, available, monkeypatch):
     """Oracle: the network in bfloat16 throughout, from which autocast differs in batch norm and sums only."""
     monkeypatch.setattr(distributed, "has_bfloat16", lambda device: available)
     torch.manual_seed(0)
-    network, images = TinyNet(21).eval(), torch.randn(2, 3, SIZE, SIZE)
+    network, val = TinyNet(21).eval(), make_loaders(tiny, 4, size=SIZE)[1]
+    images, masks, _ = next(val.batches())
+    final, fast = (engine.evaluate(network, val, CRITERION, full).loss for full in (True, False))
     with torch.no_grad():
-        fast, full = (inference.forward(network, images, full_precision=value)["out"] for value in (False, True))
-        exact = network(images)
-        rough = copy.deepcopy(network).bfloat16()(images.bfloat16()).float()
-    assert fast.dtype == full.dtype == torch.float32
-    assert torch.equal(full, exact)
+        exact = CRITERION(network(images), masks).item()
+        rough = CRITERION(copy.deepcopy(network).bfloat16()(images.bfloat16()).float(), masks).item()
+    assert final == pytest.approx(exact, rel=1e-6) != rough
     if available:
-        error = (rough - exact).abs().mean()
-        assert error / 4 < (fast - exact).abs().mean() < 2 * error
+        assert abs(rough - exact) / 4 < abs(fast - exact) < 2 * abs(rough - exact)
     else:
-        assert torch.equal(fast, exact)
+        assert fast == final
 
 
-def test_final_metrics_are_in_float32_and_so_are_the_logits_that_a_loss_gets(tiny, monkeypatch):
-    def criterion(logits, masks):
-        assert logits.dtype == torch.float32
-        return functional.cross_entropy(logits, masks, ignore_index=util.VOID)
+def test_final_metrics_do_without_tf32(tiny, monkeypatch):
+    """On GPUs since Ampere, it is PyTorch's default for convolutions; for matrix products, a script may ask for it."""
+    backends, name, tf32, float32 = (torch.backends.cudnn, torch.backends.cuda.matmul), "allow_tf32", True, False
+    if hasattr(torch.backends.cudnn, "conv"):  # since torch 2.9
+        backends, name = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), "fp32_precision"
+        tf32, float32 = "tf32", "ieee"
+    seen, before = [], getattr(backends[1], name)
 
-    torch.manual_seed(0)
-    model, val = TinyNet(21), make_loaders(tiny, 2, size=SIZE)[1]
-    scores = {}
-    for available in (True, False):
-        monkeypatch.setattr(distributed, "has_bfloat16", lambda device, available=available: available)
-        scores[available] = [engine.evaluate(model, val, criterion, full) for full in (True, False)]
-    (final, fast), (float32_final, float32_fast) = scores[True], scores[False]
-    assert final.loss == float32_final.loss and torch.equal(final.matrix, float32_final.matrix)
-    assert fast.loss != float32_fast.loss and fast.loss == pytest.approx(float32_fast.loss, rel=1e-2)
+    class Recorder(TinyNet):
+        def forward(self, images):
+            seen.append([getattr(backend, name) for backend in backends])
+            return super().forward(images)
 
-
-@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux, which lists the CPU's instructions")
-def test_bfloat16_on_cpus_that_have_its_instructions():
-    flags = Path("/proc/cpuinfo").read_text().split()
-    assert distributed.has_bfloat16(torch.device("cpu")) == ("avx512_bf16" in flags)
-
-
-@pytest.mark.parametrize("class_weights", [None, torch.linspace(0.2, 3, 21)])
-def test_the_mean_loss_over_batches_equals_the_mean_over_all_pixels(finished, class_weights, float32):
-    data, out, _ = finished
-    model = checkpoint.load(out / "best_train.pt")
-    val = make_loaders(data, 4, size=SIZE)[1]
-    images, masks, indices = next(val.batches())
-    masks[0, :20], masks[1] = util.VOID, util.VOID  # the weights of the batches differ, one may be 0
-    criterion = CrossEntropyLoss(class_weights, ignore_index=util.VOID)
-    losses = []
-    for size in (1, 3, 4):
-        val.batches = functools.partial(zip, *(tensor.split(size) for tensor in (images, masks, indices)))
-        losses.append(engine.evaluate(model, val, criterion, full_resolution=False).loss)
-    with torch.no_grad():
-        expected = functional.cross_entropy(model(images), masks, class_weights, ignore_index=255).item()
-    assert losses == pytest.approx([expected] * 3, rel=1e-5)  # float32 means
+    try:
+        setattr(backends[1], name, tf32)
+        for full_resolution in (True, False):
+            engine.evaluate(Recorder(21), make_loaders(tiny, 4, size=SIZE)[1], CRITERION, full_resolution)
+    finally:
+        setattr(backends[1], name, before)
+    assert seen == [[float32, float32], [tf32, tf32]]
 
 
 @pytest.mark.parametrize(
@@ -304,235 +277,229 @@ def test_a_batch_without_labelled_pixels_moves_no_weight(tiny, class_weights):
     assert all(moved(masks))
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_the_same_seed_gives_the_same_run_compiled_or_not(finished, tmp_path, monkeypatch, capsys, compile):
+def test_training_equals_a_plain_loop(tiny, float32, monkeypatch):
+    """The optimizer holds a part of the network: gradients of the others must not add up, and count in the norm."""
+    class_weights, norms, expected_norms, bars = torch.linspace(0.2, 3, 21), [], [], []
+    monkeypatch.setattr(report, "progress", lambda items, *args, status: bars.append(status) or items)
+    criterion = CrossEntropyLoss(class_weights, ignore_index=util.VOID)
+    train, network = make_loaders(tiny, 2, size=SIZE)[0], TinyNet(21, norm=False)  # without dropout
+    plain = copy.deepcopy(network)
+    optimizer, plain_optimizer = (torch.optim.SGD(each.classifier.parameters(), lr=0.1) for each in (network, plain))
+
+    def step(*args, **options):
+        loss, weight, norm, logits = engine.training_step(*args, **options)
+        norms.append(norm.item())
+        return loss, weight, norm, logits
+
+    for epoch in (1, 2):
+        scores, rates = engine.train_epoch(network, train, epoch, criterion, optimizer, step)
+        losses, weights, matrix = [], [], np.zeros((21, 21))
+        for images, masks, _ in train.batches(epoch):
+            plain.zero_grad()
+            logits = plain(images)
+            loss = functional.cross_entropy(logits, masks, class_weights, ignore_index=255)
+            loss.backward()
+            plain_optimizer.step()
+            expected_norms.append(math.sqrt(sum(each.grad.square().sum() for each in plain.parameters())))
+            losses.append(loss.item())
+            weights.append(class_weights[masks[masks != 255]].sum())
+            truth, prediction = (each[:, ::4, ::4].flatten() for each in (masks, logits.argmax(1)))
+            matrix += confusion_matrix(truth[truth != 255], prediction[truth != 255], labels=range(21))
+    assert norms == pytest.approx(expected_norms, rel=1e-4)
+    torch.testing.assert_close(network.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-6)
+    assert scores.loss == pytest.approx(np.average(losses, weights=weights), rel=1e-4)
+    assert np.abs(scores.matrix.numpy() - matrix).sum() <= 2 < matrix.sum()  # logits may be equal but for rounding
+    assert bars[-1]() == f"loss {scores.loss:.4f}"  # the progress bar, after the last batch
+    assert rates == [[0.1]] * len(train)
+
+
+def test_the_network_learns_with_the_loss_in_eval_mode_on_val(tiny, tmp_path):
+    class Recorder(CrossEntropyLoss):
+        def forward(self, logits, masks):
+            modes.add((self.training, logits.requires_grad))
+            return super().forward(logits, masks)
+
+    modes = set()
+    run = fit(tiny, tmp_path, "--epochs 20", lr=3e-2, criterion=Recorder(ignore_index=util.VOID))
+    assert run.history[-1]["train_loss"] < 0.5 * run.history[0]["train_loss"]
+    assert run.metrics["val"]["miou"] > 1.5 * run.metrics["val"]["background"]["miou"]
+    assert modes == {(True, True), (False, False)}
+
+
+@pytest.mark.parametrize("flag", ["", "--compile"])
+def test_the_same_seed_gives_the_same_run_compiled_or_not(finished, tmp_path, monkeypatch, capsys, flag):
     # the same operations; generated code rounds differently and takes long to compile
-    torch_compile = Mock(wraps=functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch, "compile", torch_compile)
-    data, out, metrics = finished
-    again = fit(data, tmp_path, **RUN, compile=compile)
-    times = {"seconds": 0, "epoch_seconds": 0}
-    assert again | times == metrics | times
-    assert history(tmp_path) == history(out)
-    assert_same_weights(tmp_path / "last_train.pt", out / "last_train.pt")
-    assert torch_compile.called == compile
-    assert "no progress on val for 2 epochs" in capsys.readouterr().out
+    compile = mock.Mock(wraps=functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch, "compile", compile)
+    data, run, _ = finished
+    assert results(train_nine_epochs(data, tmp_path, flag)) == results(run)
+    assert compile.called == (flag == "--compile")
 
 
-def cosine(optimizer, epochs=4):
-    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-
-
-class Stop(Exception):
-    """Stands for whatever stops a run: Ctrl-C, an error."""
-
-
-def stop_in_epoch(last):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])  # of Ctrl-C and SIGTERM
+def test_a_stopped_run_keeps_its_files_and_resumes_to_identical_results(tiny, tmp_path, capsys, stop):
     def change(epoch, step, *batch):
-        if (epoch, step) == (last, 1):
-            raise Stop
+        if (epoch, step) == (3, 1):
+            raise stop
         return batch
 
-    return change
-
-
-def test_a_stopped_run_keeps_its_files_and_resumes_to_identical_results(tiny, tmp_path, capsys):
-    fit(tiny, tmp_path / "complete", epochs=4, scheduler=cosine)
-    out = tmp_path / "stopped"
-    with pytest.raises(Stop):
-        fit(tiny, out, epochs=4, scheduler=cosine, resume=True, change=stop_in_epoch(3))
+    cosine = functools.partial(lr_scheduler.CosineAnnealingLR, T_max=4)
+    with pytest.raises(stop):
+        fit(tiny, tmp_path / "stopped", "--epochs 4 --resume", scheduler=cosine, change=change)
     output = capsys.readouterr().out
-    assert "stopped after epoch 2" in output and "best_train.pt" in output and "--resume" in output
-    assert len(history(out)) == 3 and len(list((out / "plots").glob("train_*.png"))) == 4
-    fit(tiny, out, epochs=4, scheduler=cosine, resume=True)
-    assert history(out) == history(tmp_path / "complete")
-    for name in ("best_train.pt", "last_train.pt"):
-        assert_same_weights(out / name, tmp_path / "complete" / name)
+    assert "nothing to resume: starting" in output
+    assert "stopped after epoch 2" in output and "best_train.pt" in output and "--resume continues" in output
+    assert (tmp_path / "stopped/results/train_seed0.csv").read_text().count("\n") == 3
+    assert len(list((tmp_path / "stopped/plots").glob("train_*.png"))) == 4
+    resumed = fit(tiny, tmp_path / "stopped", "--epochs 4 --resume", scheduler=cosine)
+    after_run = torch.rand(3)
+    assert results(resumed) == results(fit(tiny, tmp_path / "complete", "--epochs 4", scheduler=cosine))
+    assert torch.equal(torch.rand(3), after_run)  # what follows in a script does not depend on --resume either
+    assert "after epoch 2" in capsys.readouterr().out
 
 
 def test_a_run_stopped_in_its_first_epoch_keeps_nothing_and_says_so(tiny, tmp_path, capsys):
-    with pytest.raises(Stop):
-        fit(tiny, tmp_path, change=stop_in_epoch(1))
+    with pytest.raises(ZeroDivisionError):
+        fit(tiny, tmp_path, change=lambda epoch, *batch: batch[1:] if epoch == 0 else 1 / 0)  # 0 is the sanity check
     assert "nothing to keep" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.pt"))
 
 
 def test_a_run_resumes_with_more_epochs_unless_its_schedule_depends_on_them(tiny, tmp_path):
-    fit(tiny, tmp_path / "resumed", epochs=1)
-    fit(tiny, tmp_path / "resumed", epochs=3, resume=True)
-    fit(tiny, tmp_path / "complete", epochs=3)
-    assert history(tmp_path / "resumed") == history(tmp_path / "complete")
-    fit(tiny, tmp_path / "cosine", epochs=4, scheduler=cosine)
-    with pytest.raises(UserError, match="epochs 4, not 5"):
-        fit(tiny, tmp_path / "cosine", epochs=5, scheduler=functools.partial(cosine, epochs=5), resume=True)
+    fit(tiny, tmp_path / "resumed", "--epochs 1")
+    resumed = fit(tiny, tmp_path / "resumed", "--epochs 3 --resume")
+    assert results(resumed)[0] == results(fit(tiny, tmp_path / "complete", "--epochs 3"))[0]
+    fit(tiny, tmp_path / "cosine", scheduler=lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=2))
+    with pytest.raises(UserError, match="epochs 2, not 3"):
+        cosine = functools.partial(lr_scheduler.CosineAnnealingLR, T_max=3)
+        fit(tiny, tmp_path / "cosine", "--epochs 3 --resume", scheduler=cosine)
 
 
-CODE = SCRIPT.read_text()
-
-
-@pytest.mark.parametrize(
-    ("changed", "first_change"),
-    [
-        (CODE.replace('"""', '# A copy\n"""My ', 1).replace("= None\n", "= None  # later\n"), None),
-        (CODE.replace("None", "1"), "-    augment = None"),
-        (CODE.replace("    weight = None\n", ""), "-    weight = None"),
-        (CODE.replace("    weight = None\n", "    weight = None\n    print(weight)\n"), "+    print(weight)"),
-    ],
-)
-def test_a_run_resumes_with_other_comments_but_not_with_other_code(tiny, tmp_path, changed, first_change):
-    script = tmp_path / "train.py"
-    script.write_text(CODE)
-    fit(tiny, tmp_path, epochs=1, script=script)
-    script.write_text(changed)
-    if first_change is None:
-        fit(tiny, tmp_path, epochs=2, script=script, resume=True)
-        assert len(history(tmp_path)) == 3
-    else:
-        with pytest.raises(UserError, match=re.escape(f"train.py has changed since ({first_change!r})")):
-            fit(tiny, tmp_path, epochs=2, script=script, resume=True)
-
-
-def test_the_code_of_a_run_is_what_its_script_imports_directly_or_not(tmp_path):
-    texts = {
-        "my.run.py": "import math, losses\nfrom nets import Net\nimport util\n",
-        "nets.py": "import blocks\n",
-        "blocks.py": "import nets\n",
-        "losses.py": "scale = (1\n",  # being edited
-        "util.py": "",
-    }
-    for name, text in texts.items():
-        (tmp_path / name).write_text(text)
-    code = files.read_code(tmp_path / "my.run.py")
-    assert code == {name: texts[name] for name in ("my.run.py", "losses.py", "nets.py", "blocks.py")}
-    assert list(code)[0] == "my.run.py"
-    assert checkpoint.code_change(code, code) is None
-    assert checkpoint.code_change(code, code | {"losses.py": "scale = 1\n"}) == (
-        "losses.py has changed since ('-scale = (1')"
-    )
-    other = {name: text for name, text in code.items() if name != "blocks.py"}
-    assert checkpoint.code_change(code, other) == "blocks.py has changed since ('-import nets')"
-
-
-def test_a_model_is_not_scored_on_data_with_other_classes(tiny):
-    loader = voc.Loader(voc.Split(tiny, "val"), 32, 2)
-    model = checkpoint.TrainedModel(TinyNet(21), loader.classes[::-1], (32, 32), loader.mean, loader.std)
-    with pytest.raises(UserError, match="the classes of .*Tiny or their order differ from the model's .tvmon"):
-        engine.evaluate(model, loader, CrossEntropyLoss(ignore_index=util.VOID))
-    model.classes = loader.classes
-    engine.evaluate(model, loader, CrossEntropyLoss(ignore_index=util.VOID))
-
-
-@pytest.mark.parametrize("name", ["mean", "std"])
-def test_a_model_is_not_used_with_another_normalisation(tiny, name):
-    loader = voc.Loader(voc.Split(tiny, "val"), 32, 2)
-    model = checkpoint.TrainedModel(TinyNet(21), loader.classes, (32, 32), loader.mean, loader.std)
-    for use in (engine.evaluate, lambda *args: inference.predict_index(*args[:2], 0, (9, 9))):
-        setattr(loader, name, (0.5, 0.5, 0.5))
-        with pytest.raises(UserError, match="set loader.mean, loader.std = model.mean, model.std"):
-            use(model, loader, CRITERION)
-        setattr(loader, name, list(getattr(model, name)))
-        use(model, loader, CRITERION)
-
-
-def test_a_loss_is_in_eval_mode_when_val_is_evaluated(tiny, tmp_path):
-    class Counting(CrossEntropyLoss):
-        def forward(self, logits, masks):
-            modes.append((self.training, logits.requires_grad))
-            return super().forward(logits, masks)
-
-    modes = []
-    fit(tiny, tmp_path, criterion=Counting(ignore_index=util.VOID))
-    modes = modes[2:]  # after the checks before the first epoch
-    assert {*modes} == {(True, True), (False, False)} and modes[0] == (True, True)
-
-
-def test_the_network_learns(tiny, tmp_path):
-    metrics = fit(tiny, tmp_path, epochs=20, lr=3e-2, patience=20)
-    losses = [float(row.split(",")[2]) for row in history(tmp_path)[1:]]
-    assert losses[-1] < 0.5 * losses[0]
-    assert metrics["val"]["miou"] > 1.5 * metrics["val"]["background"]["miou"]
-
-
-def test_without_a_test_split_results_are_on_val_and_the_log_says_so(tmp_path, capsys):
-    data = make_tiny(tmp_path / "Tiny", (("train", 4), ("val", 3)))
-    metrics = fit(data, tmp_path / "out", epochs=1)
-    assert metrics["test"] is None and metrics["val"]["miou"] is not None
-    assert "has no test.txt: the results are on val" in capsys.readouterr().out
-
-
-def test_the_log_shows_the_all_background_baseline_and_warns_of_results_below_it(tiny, tmp_path, capsys):
-    fit(tiny, tmp_path, epochs=1, lr=1e-9)
-    output = capsys.readouterr().out
-    assert "all-background baseline on val: pixel accuracy" in output
-    assert "not above the all-background baseline" in output and "warning: on test" in output
-
-
-class Scaled(CrossEntropyLoss):
-    """Multiplies the loss of training step n by ``factor(n)``, or with ``gradient_only`` its gradient by one more."""
-
-    def __init__(self, factor, gradient_only=False):
-        super().__init__(ignore_index=util.VOID)
-        self.step, self.factor, self.gradient_only = 0, factor, gradient_only
-
-    def forward(self, logits, masks):
-        loss = super().forward(logits, masks)
-        if not logits.requires_grad:
-            return loss
-        self.step += 1
-        factor = self.factor(self.step)
-        return loss + (loss - loss.detach()) * factor if self.gradient_only else loss * factor
+def test_a_run_resumes_after_an_edit_and_keeps_both_versions(tiny, tmp_path, capsys):
+    script = tmp_path / "edited.py"
+    script.write_text(first := '"""Two epochs."""\nweight = None\n')
+    fit(tiny, tmp_path, "--epochs 1", script=script)
+    script.write_text('"""Two epochs: it works."""\nweight = None\n')
+    fit(tiny, tmp_path, "--epochs 2 --resume", script=script)
+    assert "has changed" not in capsys.readouterr().out
+    script.write_text(second := '"""Two epochs."""\nweight = 1\n')
+    run = fit(tiny, tmp_path, "--epochs 3 --resume", script=script)
+    message = "warning: edited.py has changed ('weight = 1') since epoch 2: the run goes on with it"
+    assert message in capsys.readouterr().out.splitlines()
+    for code in (run.metrics["code"], torch.load(run.best, weights_only=True)["code"]):
+        assert [(version["epoch"], version["files"]["edited.py"]) for version in code] == [(1, first), (3, second)]
 
 
 @pytest.mark.parametrize(
-    ("criterion", "batch", "problem"),
+    ("options", "line", "factor"),
     [
-        (Scaled(lambda step: math.nan if step == 3 else 1), 1, "the loss is nan"),
-        (Scaled(lambda step: math.inf if step == 4 else 1), 2, "the loss is inf"),
-        (Scaled(lambda step: 3e38 if step == 4 else 1, gradient_only=True), 2, "the gradient is inf"),
+        ({}, "constant learning rate; stopping early after 2 epochs without progress on val", 1),
+        ({"patience": None}, "constant learning rate; no early stopping", 1),
+        ({"scheduler_interval": "epoch"}, "the scheduler is stepped once per epoch; all 9 epochs are run", 1 / 2),
+        ({"scheduler_interval": "batch"}, "the scheduler is stepped once per batch; all 9 epochs are run", 1 / 4),
     ],
 )
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(
-    tiny, tmp_path, criterion, batch, problem
-):
-    with pytest.raises(UserError, match=f"{problem} in epoch 2, batch {batch} of 2.*did not grow") as error:
-        fit(tiny, tmp_path, epochs=3, criterion=criterion)
-    train = make_loaders(tiny, 3, size=SIZE)[0]
-    _, _, indices = list(train.batches(2))[batch - 1]
-    assert f"(images {', '.join(train.split.ids[index] for index in indices)})" in str(error.value)
-    for name in ("best", "last"):
-        state = torch.load(tmp_path / f"{name}_train.pt", weights_only=True)
-        assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["model"].values())
+def test_early_stopping_is_for_runs_without_a_scheduler(tiny, tmp_path, capsys, options, line, factor):
+    """The learning rate is halved after each of an epoch's two batches, after each epoch, or never."""
+    if "scheduler_interval" in options:
+        options = options | {"scheduler": functools.partial(lr_scheduler.ExponentialLR, gamma=0.5)}
+    run = train_nine_epochs(tiny, tmp_path, **options)
+    output = capsys.readouterr().out.splitlines()
+    assert line in output
+    assert (len(run.history) < 9) == (not options) == ("no progress on val for 2 epochs: stopping early" in output)
+    rates = [row["learning_rate"] for row in run.history]
+    assert rates == pytest.approx([0.1 * factor**epoch for epoch in range(len(rates))])
 
 
-def test_a_loss_that_grew_before_it_overflowed_suggests_a_lower_learning_rate(tiny, tmp_path):
-    message = "the (loss|gradient) is inf in epoch 1, batch [45] of 5.* grew from .*: lower the learning rate"
+def rows(*values):
+    names = ("val_miou", "val_loss", "train_loss")
+    return [dict(zip(names, row), epoch=epoch) for epoch, row in enumerate(values, 1)]
+
+
+def test_a_tie_goes_to_the_lower_val_loss():
+    run = Run(Path(), "train", 0)
+    run.history = rows((0.1, 3, 1), (0.3, 2, 1), (0.3, 1.5, 1), (0.3, 1.7, 1), (0.2, 1, 1))
+    assert run.best_row["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        (rows((0.3, 3, 3), (0.2, 4, 2), (0.2, 4, 1)), 2),  # neither is better
+        (rows((0.3, 3, 3), (0.2, 2, 2), (0.2, 4, 1)), 1),  # the loss is
+        (rows((0.03, 3, 3), (0.02, 4, 2), (0.02, 4, 1)), 0),  # still at the baseline, and learning
+        (rows((0.03, 3, 1), (0.02, 4, 2), (0.02, 4, 2)), 2),  # at the baseline, but not learning
+    ],
+)
+def test_progress_is_a_better_metric_or_loss_and_below_the_baseline_any_lower_loss(history, expected):
+    assert engine.epochs_without_progress(history, baseline_miou=0.035) == expected
+
+
+@pytest.mark.parametrize("name", ["classes", "mean", "std"])
+def test_a_model_is_not_used_on_data_with_other_classes_or_another_normalisation(tiny, name):
+    loader = make_loaders(tiny, 2, size=SIZE)[1]
+    model = checkpoint.TrainedModel(TinyNet(21), loader.classes, (SIZE, SIZE), loader.mean, loader.std)
+    setattr(model, name, getattr(model, name)[::-1])
+    message = "classes of .*Tiny or their order differ" if name == "classes" else "mean or std differs"
     with pytest.raises(UserError, match=message):
-        fit(tiny, tmp_path, batch_size=1, criterion=Scaled(lambda step: 1e5**step))
+        engine.evaluate(model, loader, CRITERION)
+    with pytest.raises(UserError, match=message):
+        inference.predict_index(model, loader, 0, (9, 9))
 
 
-def test_flags_have_the_documented_defaults(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    expected = {"script": SCRIPT, "experiment": "train", "data": "data/VOCdevkit/VOC2007", "out": Path(".")}
-    expected |= {"epochs": 7, "batch_size": 16, "seed": 0, "device": cli.parse_device("auto")}
-    expected |= {"resume": False, "overwrite": False, "limit": None, "compile": False}
-    expected |= {"defaults": {"epochs": 7, "batch_size": 16}, "idea": "an experiment"}
-    expected |= {"code": files.read_code(SCRIPT)}
-    assert vars(cli.arguments(str(SCRIPT), "An experiment.", epochs=7)) == expected
+def test_the_log_warns_of_results_below_the_baseline_and_of_a_missing_test_split(tmp_path, capsys):
+    data = make_tiny(tmp_path / "Tiny", (("train", 4), ("val", 3)))
+    run = fit(data, tmp_path, "--epochs 1", lr=1e-9)
+    assert run.metrics["test"] is None and run.metrics["val"]["miou"] is not None
+    output = capsys.readouterr().out
+    assert "has no test.txt: the results are on val" in output
+    assert "all-background baseline on val: pixel accuracy" in output
+    assert "not above the all-background baseline" in output and "warning: on val" in output
 
 
 @pytest.mark.parametrize(
-    ("docstring", "idea"),
+    ("losses", "norms", "message"),
     [
-        ("Cosine annealing: the baseline with a decaying rate.\n\n    python x.py", "cosine annealing"),
-        ("U-Net: a contracting path.", "U-Net"),
-        ("\nA wider network\nthan before.", "a wider network"),
-        ("A 1.5x wider network.", "a 1.5x wider network"),
-        (None, ""),
-        ("Word " * 20, "word" + " Word" * 10 + " ..."),
+        ({8: math.nan}, {}, "the loss is nan in epoch 2, batch 3 of 5 .*the losses before did not grow: check these"),
+        (
+            {},
+            {8: math.inf},
+            "the gradient is inf in epoch 2, batch 3 of 5 .*the losses before did not grow: check these",
+        ),
+        (
+            {7: 1e5, 8: math.inf},
+            {},
+            "the loss is inf in epoch 2, batch 3 of 5 .* grew from .*: lower the learning rate",
+        ),
     ],
 )
-def test_titles_name_the_idea_from_the_docstring(docstring, idea):
-    assert cli.idea(docstring) == idea
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(tiny, tmp_path, losses, norms, message):
+    steps = iter(range(1, 11))
+
+    def step(*args, **options):
+        loss, weight, norm, logits = engine.training_step(*args, **options)
+        number = next(steps)
+        return loss * losses.get(number, 1), weight, norm * norms.get(number, 1), logits
+
+    with pytest.raises(UserError, match=message) as error:
+        fit(tiny, tmp_path, "--epochs 3 --batch-size 1", training_step=step)
+    train = make_loaders(tiny, 1, size=SIZE)[0]
+    _, _, (index,) = list(train.batches(2))[2]
+    assert f"(images {train.split.ids[index]})" in str(error.value)
+    states = [torch.load(tmp_path / f"{name}_train.pt", weights_only=True) for name in ("best", "last")]
+    assert [state["epoch"] for state in states] == [1, 1]
+
+
+def test_flags_have_the_documented_defaults_and_titles_are_the_begin_of_the_docstring(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    expected = {"script": SCRIPT, "experiment": "train", "data": "data/VOCdevkit/VOC2007", "out": Path(".")}
+    expected |= {"epochs": 7, "batch_size": 4, "seed": 0, "device": cli.parse_device("auto")}
+    expected |= {"resume": False, "overwrite": False, "limit": None, "compile": False}
+    expected |= {"defaults": {"epochs": 7, "batch_size": 4}, "title": "an experiment"}
+    assert vars(cli.arguments(str(SCRIPT), "An experiment: a study.\n\n    x.py", epochs=7, batch_size=4)) == expected
+    titles = {"U-Net: a path.": "U-Net", "\nA 1.5x wider network\nthan before.": "a 1.5x wider network", None: ""}
+    titles["Word " * 20] = "word" + " Word" * 10 + " ..."
+    assert {docstring: cli.title(docstring) for docstring in titles} == titles
 
 
 @pytest.mark.parametrize(
@@ -542,6 +509,7 @@ def test_titles_name_the_idea_from_the_docstring(docstring, idea):
 @pytest.mark.parametrize("ties", [False, True])
 def test_prediction_in_strips_equals_that_of_the_whole_upsampled_logits(num_classes, size, shape, ties):
     logits = torch.randn(num_classes, *size, generator=torch.Generator().manual_seed(0))
+    logits += torch.linspace(-2, 2, num_classes).view(-1, 1, 1)  # some classes are nowhere the largest
     logits = logits.round() if ties else logits
     expected = functional.interpolate(logits[None], shape, mode="bilinear", align_corners=False)[0].argmax(0)
     assert torch.equal(inference.predict_mask(logits, shape), expected.byte())
@@ -550,154 +518,30 @@ def test_prediction_in_strips_equals_that_of_the_whole_upsampled_logits(num_clas
     assert max(prediction.numel() for _, prediction in strips) * num_classes < 1.1 * inference.STRIP_SIZE
 
 
-def report_of(folder, size=(60, 50), predict=None, **flags):
-    """A Report on a train and a val image of ``size``, and a history of one epoch."""
-    for split in ("train", "val"):
-        write_pair(folder, split, np.zeros((*size, 3), np.uint8), np.ones(size, np.uint8))
-        write_split(folder, split, [split])
-    train, val, _ = make_loaders(folder, 1, size=SIZE)
-    scores = util.Scores(1.0, torch.eye(21, dtype=torch.int64), val.classes)
-    args = Namespace(idea="an idea", epochs=9, limit=None, device=torch.device("cpu"), **flags)
-    made = report.Report(files.RunFiles(folder, "train", 0), args, CRITERION, train, val, None, predict)
-    return made, [report.history_row(1, [[0.1]], scores, scores) | {"seconds": 1.0}], scores
+def test_plots_are_drawn_after_the_first_epoch_then_once_a_minute_and_at_the_end(tiny, tmp_path, monkeypatch):
+    """A clock of our own: an epoch takes 25 s, drawing 10 s."""
+    now, drawn = [0.0], {"curves": [], "predictions": []}
 
+    def change(epoch, step, *batch):
+        now[0] += 12.5
+        return batch
 
-def test_plots_take_large_photos_downscaled_and_show_their_progress(tmp_path, monkeypatch):
-    drawn, shapes, bars = [], [], []
-    monkeypatch.setattr(plotting, "predictions", lambda path, title, classes, samples: drawn.extend(samples))
-    monkeypatch.setattr(report, "progress", lambda items, *args, **names: bars.append(args) or items)
+    def curves(path, title, history, *args):
+        drawn["curves"].append(len(history))
+        now[0] += 10
 
-    def predict(model, loader, index, shape):
-        shapes.append(shape)
-        return np.zeros(shape, np.uint8)
-
-    report, history, scores = report_of(tmp_path, (1500, 900), predict)
-    report._draw_all(None, history, 1, {"val": scores})
-    assert [array.shape[:2] for array in drawn[0][1:]] == [(640, 384)] * 3 and shapes == [(640, 384)]
-    assert bars == [(1, "drawing predictions", "photo")]
-
-
-def test_best_median_and_worst_image_are_shown_with_their_iou(finished, monkeypatch):
-    data, out, _ = finished
-    model, val = checkpoint.load(out / "best_train.pt"), make_loaders(data, 3, size=SIZE)[1]
-    drawn = []
-    monkeypatch.setattr(plotting, "predictions", lambda path, title, classes, samples: drawn.extend(samples))
-    report, *_ = report_of(out.parent / "shown", predict=inference.predict_index)
-    report.val, ids = val, val.split.ids
-    ious = torch.linspace(0.1, 0.9, len(ids)).double()
-    ious[0] = torch.nan  # an image without a labelled pixel has no IoU
-    report._draw_predictions(model, 1, ious)
-    names = dict(enumerate(ids))  # all are shown, as there are fewer than five
-    for rank, index in (("best", len(ids) - 1), ("median", 1 + (len(ids) - 1) // 2), ("worst", 1)):
-        names[index] += f"\n{rank}, mean IoU {ious[index]:.2f}"
-    assert [sample[0] for sample in drawn] == list(names.values())
-
-
-def test_images_are_chosen_evenly_spaced_and_by_their_iou(tmp_path):
-    report, *_ = report_of(tmp_path)
-    report.val = Mock(split=range(1000))
-    ious = torch.arange(1000).flip(0).double()
-    chosen = report._choose_images(13, ious)
-    assert {index: ranks for index, ranks in chosen.items() if ranks} == {0: ["best"], 499: ["median"], 999: ["worst"]}
-    evenly_spaced = sorted(chosen.keys() - {499})
-    assert (len(evenly_spaced), evenly_spaced[0], evenly_spaced[-1]) == (13, 0, 999)
-    assert set(np.diff(evenly_spaced)) <= {83, 84}
-
-
-def test_the_html_report_of_a_run_shows_what_its_model_predicts(finished):
-    data, out, _ = finished
-    model, val = checkpoint.load(out / "best_train.pt"), make_loaders(data, 3, size=SIZE)[1]
-    scores = engine.evaluate(model, val, CRITERION)
-    text = (out / "plots" / "train_report.html").read_text(encoding="utf-8")
-    for index, name in enumerate(val.split.ids):
-        assert re.search(rf"<h3>{name}(, \w+)*, mean IoU {scores.image_ious[index]:.4f}</h3>", text)
-        article = text.split(f"<h3>{name}")[1].split("</article>")[0]
-        image = re.search('<figcaption>prediction</figcaption><img[^>]*base64,([^"]+)"', article)[1]
-        mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(image))))
-        assert np.array_equal(mask, inference.predict_index(model, val, index, mask.shape))
-
-
-def test_evaluation_scores_each_image_by_itself(finished):
-    """A single image has the IoU of a split that consists of it."""
-    data, out, _ = finished
-    model = checkpoint.load(out / "best_train.pt")
-    val = make_loaders(data, 3, size=SIZE)[1]
-    scores = engine.evaluate(model, val, CRITERION)
-    expected = []
-    for index in range(len(val.split)):
-        mask = val.split.mask(index)
-        prediction = inference.predict_index(model, val, index, mask.shape)
-        labels = sorted((set(np.unique(mask)) | set(np.unique(prediction[mask != util.VOID]))) - {util.VOID})
-        ious = jaccard_score(mask[mask != util.VOID], prediction[mask != util.VOID], labels=labels, average=None)
-        expected.append(ious.mean())
-    assert scores.image_ious.tolist() == pytest.approx(expected, abs=1e-12)
-    assert np.std(expected) > 0.01
-    assert engine.evaluate(model, val, CRITERION, full_resolution=False).image_ious is None
-
-
-def test_metrics_on_train_are_those_of_the_logits_that_were_trained_on(tiny):
-    train = make_loaders(tiny, 2, size=SIZE)[0]
-    model = TinyNet(21, norm=False)  # without dropout
-    optimizer = torch.optim.SGD(model.parameters(), lr=0)
-    scores, rates = engine.train_epoch(model, train, 1, CRITERION, optimizer)
-    expected = torch.zeros(21, 21, dtype=torch.int64)
-    for images, masks, _ in train.batches(1):
-        prediction = model(images).argmax(1)[:, ::4, ::4].numpy().ravel()
-        truth = masks[:, ::4, ::4].numpy().ravel()
-        labelled = truth != util.VOID
-        expected += torch.from_numpy(confusion_matrix(truth[labelled], prediction[labelled], labels=range(21)))
-    assert torch.equal(scores.matrix, expected) and expected.sum() > 0
-    assert rates == [[0.0]] * len(train)
-
-
-def test_curves_are_there_and_complete_from_the_first_epoch_on(tiny, tmp_path, monkeypatch):
-    """A viewer that looks at any moment, here in each later epoch, finds a complete picture that changes."""
-    monkeypatch.setattr(plotting, "curves", draw_curves)
-    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: figure.canvas.print_figure(file, **options))
-    monkeypatch.setattr(report, "INTERVALS", {"curves": 0, "predictions": math.inf})
-    monkeypatch.setattr(report, "DRAWING_SHARE", math.inf)
-    train_epoch, seen = engine.train_epoch, []
-
-    def look_during_epoch(network, loader, epoch, *args):
-        if epoch > 1:
-            path = tmp_path / "plots" / "train_curves.png"
-            Image.open(path).load()
-            seen.append(path.read_bytes())
-        return train_epoch(network, loader, epoch, *args)
-
-    monkeypatch.setattr(engine, "train_epoch", look_during_epoch)
-    fit(tiny, tmp_path, epochs=3)
-    assert len(set(seen)) == 2
-
-
-def test_drawing_during_a_run_keeps_to_its_share_of_the_time(tmp_path, monkeypatch):
-    """A clock of our own: epochs of 7 s, curves that take 1 s and predictions that take 3 s."""
-    now, drawn = [0.0], []
-
-    def draw(name, seconds):
-        drawn.append((name, now[0]))
-        now[0] += seconds
-
-    monkeypatch.setattr(report.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(checkpoint, "load", lambda *args: None)
-    made, history, _ = report_of(tmp_path)
-    monkeypatch.setattr(report, "_draw_curves", lambda *args: draw("curves", 1))
-    monkeypatch.setattr(report, "_draw_predictions", lambda *args: draw("predictions", 3))
-    for epoch in range(1, 601):
-        now[0] += 7
-        report._draw_during_run(history, best_epoch=1 + epoch // 51)
-    times = {name: [time for other, time in drawn if other == name] for name in ("curves", "predictions")}
-    assert times["curves"][0] == 7
-    assert times["predictions"][0] >= 200  # expected to take 2 s
-    assert min(np.diff(times["curves"])) >= 20 and min(np.diff(times["predictions"])) >= 60
-    assert 0.009 * now[0] < len(times["curves"]) <= 0.01 * now[0] + 1
-    assert len(times["predictions"]) == 12  # once per better epoch
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(plotting, "curves", curves)
+    monkeypatch.setattr(plotting, "predictions", lambda *args: drawn["predictions"].append(drawn["curves"][-1]))
+    fit(tiny, tmp_path, "--epochs 12", change=change, patience=None)
+    assert drawn["curves"] == drawn["predictions"] == [1, 4, 7, 10, 12]
 
 
 def test_a_plot_that_fails_during_the_run_does_not_end_it(tiny, tmp_path, monkeypatch, capsys):
-    draw = Mock(side_effect=[ValueError("no such font"), None])
-    monkeypatch.setattr(report.Report, "_draw_curves", draw)
-    fit(tiny, tmp_path, epochs=1)
+    draw = mock.Mock(side_effect=[ValueError("no such font"), None])
+    monkeypatch.setattr(plotting, "curves", draw)
+    monkeypatch.setattr(report, "DRAWING_INTERVAL", 0)
+    fit(tiny, tmp_path, "--epochs 3")
     output = capsys.readouterr().out
     assert "warning: the plots are not updated any more (no such font)" in output and draw.call_count == 2
 
@@ -713,35 +557,3 @@ def test_progress_prints_lines_where_there_is_no_terminal(monkeypatch, capsys):
             report.log("another line")
     lines = ["epoch 3: 3/10  loss 36.0", "another line", "epoch 3: 8/10  loss 96.0"]
     assert capsys.readouterr().out.splitlines() == lines
-
-
-def test_the_progress_bar_of_an_epoch_shows_the_running_loss(tiny, monkeypatch):
-    bars = []
-    monkeypatch.setattr(report, "progress", lambda items, *args, status: bars.append(status) or items)
-    train = make_loaders(tiny, 2, size=SIZE)[0]
-    model = TinyNet(21)
-    scores, _ = engine.train_epoch(model, train, 1, CRITERION, torch.optim.SGD(model.parameters(), lr=0.1))
-    assert bars[0]() == f"loss {scores.loss:.4f}"  # after the last batch: that of the epoch
-
-
-def test_evaluation_counts_strips_like_whole_masks(finished, monkeypatch):
-    data, out, _ = finished
-    model, loader = checkpoint.load(out / "best_train.pt"), make_loaders(data, 3, size=SIZE)[1]
-    generator = torch.Generator().manual_seed(0)
-    model.network.classifier.weight.data.normal_(generator=generator)  # predicts many classes
-    expected = engine.evaluate(model, loader, CRITERION).matrix
-    monkeypatch.setattr(engine, "STRIP_SIZE", 21 * 60 * 20)  # 20 columns
-    matrix = engine.evaluate(model, loader, CRITERION).matrix
-    assert (expected.sum(0) > 0).sum() > 3 and matrix.sum() == expected.sum()
-    # in such small strips, interpolate takes another path and may round the last digit differently
-    assert (matrix - expected).abs().sum() < 1e-3 * expected.sum()
-
-
-@pytest.mark.parametrize("rows", [1, 2, 9])
-def test_a_class_that_is_left_out_of_a_strip_is_nowhere_the_largest(rows):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(30, rows, 4, generator=generator) + torch.linspace(-3, 3, 30).view(-1, 1, 1)
-    labels = inference._possible_classes(logits)
-    means = [weight * logits[:, :-1] + (1 - weight) * logits[:, 1:] for weight in torch.linspace(0, 1, 33)]
-    winners = torch.cat([logits, *means], 1).argmax(0).unique()
-    assert set(winners.tolist()) <= set(labels.tolist()) and len(labels) < 30

@@ -1,14 +1,20 @@
-"""A second run in the same folder: refused, resumed or, if asked for, in place of the first; never beside it."""
+"""A second run in the same folder: refused, resumed after any kill, or in place of the first; never beside it."""
 
+import contextlib
+import importlib
+import itertools
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, run_main
+from tiny_net import TinyNet
 
 import train
-from seg import checkpoint, files
+from seg import checkpoint, provenance, report
 
 pytestmark = pytest.mark.usefixtures("tiny_net")
 
@@ -30,6 +36,77 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts}
 
 
+def results(folder):
+    """What a run has left, apart from times and plots."""
+    metrics = json.loads((folder / "results/train_seed0.json").read_text()) | {"seconds": 0, "epoch_seconds": 0}
+    models = [torch.load(folder / name, weights_only=True)["model"] for name in ("best_train.pt", "last_train.pt")]
+    weights = [value.tolist() for model in models for value in model.values()]
+    return (folder / "results/train_seed0.csv").read_text(), metrics, weights
+
+
+@pytest.fixture
+def mious(monkeypatch):
+    """The mean IoU on val of each of three epochs, which a test may change."""
+    values, row = {1: 0.2, 2: 0.4, 3: 0.3}, report.history_row
+    monkeypatch.setattr(report, "history_row", lambda epoch, *args: row(epoch, *args) | {"val_miou": values[epoch]})
+    return values
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@contextlib.contextmanager
+def killed_at(number, before):
+    """Raise Killed before or after what the n-th call of ``os.replace`` does, and at any later one."""
+    replace, calls = os.replace, itertools.count(1)
+
+    def replace_or_die(*paths):
+        call = next(calls)
+        if call < number or call == number and not before:
+            replace(*paths)
+        if call >= number:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace_or_die)
+        yield
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_run_killed_at_any_write_resumes_to_the_results_of_one_that_was_not(tiny, mious, before):
+    folder = tiny.parent
+    assert run(folder, "--epochs 3") == 0
+    expected, values = results(folder), dict(mious)
+    assert (expected[1]["best_epoch"], expected[1]["epochs"]) == (2, 3)
+    for number in itertools.count(1):
+        for path in (*folder.glob("*.pt"), *folder.glob("plots/*"), *folder.glob("results/*")):
+            path.unlink()
+        mious.update(values)
+        with contextlib.suppress(Killed), killed_at(number, before):
+            assert run(folder, "--epochs 3") == 0
+            break
+        if (folder / "last_train.pt").exists():  # these epochs would not be as good if they were trained again
+            mious.update({row["epoch"]: 0.0 for row in checkpoint.read(folder / "last_train.pt")["history"]})
+        assert run(folder, "--epochs 3 --resume") == 0
+        assert results(folder) == expected, f"killed at write {number}"
+    assert number > 8 + 1 + 5  # last, best and CSV (epoch 3 is not the best); JSON; plots and report
+
+
+def test_a_best_checkpoint_that_cannot_be_completed_is_refused(tiny, mious, capsys):
+    folder = tiny.parent
+    assert run(folder, "--epochs 3") == 0
+    checkpoint.save(folder / "best_train.pt", checkpoint.read(folder / "best_train.pt") | {"epoch": 1})
+    for problem in ("is of epoch 1, not of the best, 2", "is missing"):
+        before = contents(folder)
+        capsys.readouterr()
+        assert run(folder, "--epochs 3 --resume") == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: best_train.pt: {problem}") and "--overwrite" in error
+        assert contents(folder) == before
+        (folder / "best_train.pt").unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("flags", ["--epochs 2", "--epochs 2 --seed 1", "--epochs 1"])
 def test_a_second_run_is_refused_and_changes_nothing(folder, capsys, flags):
     before = contents(folder)
@@ -43,35 +120,6 @@ def test_a_second_run_is_refused_and_changes_nothing(folder, capsys, flags):
     assert run(folder, f"{flags} --out elsewhere") == 0
 
 
-def test_the_code_of_a_run_is_that_of_its_script_and_of_what_it_imports(tmp_path):
-    texts = {
-        "script.py": "# coding: latin-1\nimport a, util, torch\nimport p.q.r\nfrom lib import losses\nx = '\u00f6'\n",
-        "a.py": "\ufeffimport lib.nets.blocks as blocks\n",
-        "lib/__init__.py": "",
-        "lib/losses.py": "from . import shared\nfrom .nets import heads\n",
-        "lib/shared.py": "from ..outside import x\n",
-        "lib/nets/__init__.py": "",
-        "lib/nets/blocks.py": "from ..shared import a\n",
-        "lib/nets/heads.py": "import broken\n",
-        "p/__init__.py": "",
-        "p/q/__init__.py": "",
-        "p/q/r.py": "import binary\n",
-        "broken.py": "def",
-        "outside.py": "x = 1\n",
-    }
-    for name, text in {"unused.py": "", "util.py": "", **texts}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text, encoding="latin-1" if name == "script.py" else "utf-8")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "binary.py").write_bytes(b"\xff")
-    link = tmp_path / "elsewhere" / "link.py"
-    link.symlink_to(tmp_path / "script.py")
-    expected = {name: text.removeprefix("\ufeff") for name, text in texts.items()}
-    for script in (tmp_path / "script.py", link):
-        code = files.read_code(script)
-        assert code == expected and next(iter(code)) == "script.py"
-
-
 def test_files_without_a_checkpoint_to_continue_are_not_overwritten_either(folder, capsys):
     for name, flags in (("last_train.pt", "--resume"), ("best_train.pt", "")):
         (folder / name).unlink()
@@ -82,41 +130,27 @@ def test_files_without_a_checkpoint_to_continue_are_not_overwritten_either(folde
         assert contents(folder) == before
 
 
-def test_overwrite_replaces_all_that_the_first_run_has_left(folder):
-    others = [folder / "plots" / "train_4_a_curves.png", folder / "results" / "train_seed_sweep_seed0.csv"]
+def test_overwrite_replaces_what_the_first_run_has_left_once_the_new_run_can_start(folder, capsys, monkeypatch):
+    before = contents(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "FCN", lambda num_classes: TinyNet(num_classes - 1))
+        assert run(folder, "--epochs 1 --overwrite") == 2
+    assert contents(folder) == before
+    others = [folder / "plots/train_4_a_curves.png", folder / "results/train_seed_sweep_seed0.csv"]
+    others += [folder / "results/train_4_a_seed0.csv", folder / "best_train_4_a.pt"]
     for other in others:
         other.write_bytes(b"of another experiment")
     assert run(folder, "--epochs 1 --seed 1 --overwrite") == 0
     assert {path.name for path in folder.glob("results/train_seed[0-9]*")} == {"train_seed1.json", "train_seed1.csv"}
     states = [torch.load(folder / f"{kind}_train.pt", weights_only=True) for kind in ("best", "last")]
     assert [state["seed"] for state in states] == [1, 1] and all(other.exists() for other in others)
-
-
-def test_overwrite_deletes_nothing_if_the_new_run_cannot_start(folder, monkeypatch):
-    before = contents(folder)
-    monkeypatch.setattr(train.torch.nn, "CrossEntropyLoss", lambda *args, **options: None)
-    assert run(folder, "--epochs 1 --overwrite") == 2
-    assert contents(folder) == before
-
-
-def test_overwrite_and_resume_exclude_each_other(folder, capsys):
-    assert run(folder, "--resume --overwrite") == 2
-    assert "not allowed with" in capsys.readouterr().err
-
-
-def test_a_run_killed_in_its_first_epoch_is_resumed_from_the_start(folder):
-    """It may have written its best model, but not last_train.pt."""
-    expected = checkpoint.load(folder / "best_train.pt").state_dict()
-    for path in (*folder.glob("results/*"), *folder.glob("plots/*"), folder / "last_train.pt"):
-        path.unlink()
-    assert run(folder, "--epochs 2 --resume") == 0
-    torch.testing.assert_close(checkpoint.load(folder / "best_train.pt").state_dict(), expected, rtol=0, atol=0)
+    assert run(folder, "--resume --overwrite") == 2 and "not allowed with" in capsys.readouterr().err
 
 
 HOLDER = """
 import pathlib, sys, time
-from seg import files
-with files.RunFiles(pathlib.Path(sys.argv[1]), "train", 0).locked():
+from seg.run import Run
+with Run(pathlib.Path(sys.argv[1]), "train", 0)._locked():
     print("locked", flush=True)
     time.sleep(60)
 """
@@ -133,3 +167,17 @@ def test_two_runs_at_the_same_time_do_not_share_a_folder(tiny, capsys):
         assert run(folder, "--epochs 1 --seed 1 --out other") == 0
         other.kill()
     assert run(folder, "--epochs 1 --seed 1") == 0  # a killed process holds nothing
+
+
+def test_the_code_of_a_run_is_its_script_and_what_it_has_imported_from_its_folder(tmp_path, monkeypatch):
+    texts = {"my.run.py": "import my_losses\n", "my_losses.py": "from my_nets import blocks\n"}
+    texts |= {"my_nets/__init__.py": "", "my_nets/blocks.py": "x = '\u00f6'\n"}
+    for name, text in {**texts, "unused.py": ""}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    importlib.import_module("my_losses")
+    code = provenance.read_code(tmp_path / "my.run.py")
+    assert code.items() >= texts.items() and next(iter(code)) == "my.run.py" and "util.py" in code
+    assert not [name for name in code if name == "unused.py" or name.startswith(("seg/", "tests/", ".venv"))]
