@@ -42,7 +42,7 @@ def run_notebook(folder, **settings):
 def write_model(path, model, label, data, seed, classes=CLASSES, size=32):
     """Write the checkpoint of a model that predicts one class everywhere."""
     model.classifier.bias.data[label] = 100
-    state = {"classes": list(classes), "size": size, "mean": list(imaging.MEAN), "std": list(imaging.STD)}
+    state = {"classes": list(classes), "size": [size, size], "mean": list(imaging.MEAN), "std": list(imaging.STD)}
     state |= {"module": type(model).__module__, "class": type(model).__name__, "arguments": model.arguments}
     state |= {"experiment": path.stem.removeprefix("best_"), "seed": seed, "flags": {"data": str(data)}}
     path.parent.mkdir(parents=True, exist_ok=True)

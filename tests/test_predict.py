@@ -27,7 +27,7 @@ def best(tmp_path):
     for layer in model.layers[2::3]:
         layer.momentum = 1.0  # batch norm then takes its statistics from one batch
     model(2 * torch.randn(8, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3))
-    state = {"classes": list(CLASSES), "size": 64, "mean": list(imaging.MEAN), "std": list(imaging.STD)}
+    state = {"classes": list(CLASSES), "size": [64, 64], "mean": list(imaging.MEAN), "std": list(imaging.STD)}
     state |= {"module": "basic_fcn", "class": "FCN", "arguments": model.arguments, "model": model.state_dict()}
     torch.save(state, tmp_path / "best.pt")
     return tmp_path / "best.pt"
