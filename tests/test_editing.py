@@ -225,7 +225,6 @@ def test_an_edit_trains_and_resumes_to_the_same_result(project, monkeypatch, nam
             run(project, changes, "--out stopped", base)
     first = last(project, "stopped", stem)
     assert run(project, changes, "--out stopped --resume", base) == 0
-
     complete, csv = last(project, "complete", stem), Path("results", f"{stem}_seed0.csv")
     for out in ("unchecked", "stopped"):
         assert_same_training(last(project, out, stem), complete)
