@@ -169,17 +169,8 @@ class Run:
     def _check_same_run(self, state, scheduled):
         """Raise a UserError that names the first thing in which ``state`` is of another run; return messages."""
         before, now = ({**source["flags"], **source} for source in (state, self.metadata))
-        for name in (
-            "seed",
-            "batch_size",
-            "limit",
-            "dataset",
-            "classes",
-            "size",
-            "mean",
-            "std",
-            *["epochs"] * scheduled,
-        ):
+        names = ["seed", "batch_size", "limit", "dataset", "classes", "size", "mean", "std"]
+        for name in names + ["epochs"] * scheduled:
             if before[name] != now[name]:
                 raise UserError(f"{self.last}: its run had {name} {before[name]}, not {now[name]}: {ADVICE}")
         if before["data_sha256"] != now["data_sha256"]:
