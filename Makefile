@@ -22,6 +22,6 @@ $(TOY): | $(ENV)/installed
 	$(ENV)/bin/python download.py --toy
 
 clean:
-	rm -rf demo .pytest_cache __pycache__ tests/__pycache__
+	rm -rf demo .pytest_cache __pycache__ */__pycache__ */*/__pycache__
 
 .PHONY: demo test clean

@@ -37,7 +37,7 @@ def upsample(features, shape):
 class CustomFCN(nn.Module):
     """Downsample by 32 in five steps, upsample the features to 1/4 in three, and the logits to full resolution.
 
-    Args (``python benchmarks/ablation.py network`` measures what each part contributes):
+    Args (benchmarks/ablation/ has an experiment without each part):
         num_classes: channels of the logits.
         skips: add the encoder's features at 1/4, 1/8 and 1/16 of the image's size to the decoder's.
         residual: give each pair of convolutions in the encoder a shortcut.

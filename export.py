@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import shlex
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -54,7 +53,8 @@ def main():
     if not (find_spec("onnx") and find_spec("onnxscript")):
         raise UserError("export.py needs more packages: pip install onnx onnxscript")
     model, state = checkpoint.load(args.checkpoint), checkpoint.read(args.checkpoint, "size")
-    files.make_folder(paths[0].parent)
+    with files.writing(paths[0].parent):
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
 
     metadata = {name: state.get(name) for name in ("classes", "size", "experiment", "dataset", "epoch", "val_miou")}
     metadata |= {"palette": imaging.PALETTE.tolist(), "overlay_colours": imaging.distinct_colours().tolist()}
@@ -62,7 +62,7 @@ def main():
     metadata["sha256"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
     end = onnx_graph.PROBABILITIES if args.probabilities else onnx_graph.MASK
     contents = [onnx_graph.convert(model, end, metadata).SerializeToString(), json.dumps(metadata).encode()]
-    contents += [Path(imaging.__file__).with_name("page").joinpath(name).read_bytes() for name in PAGE_FILES[2:]]
+    contents += [Path(onnx_graph.__file__).with_name("page").joinpath(name).read_bytes() for name in PAGE_FILES[2:]]
     for path, content in zip(paths, contents):  # without --page, only the model
         with files.atomic_write(path) as file:
             file.write(content)
@@ -70,17 +70,15 @@ def main():
 
     if find_spec("onnxruntime"):
         share = compare(paths[0], model, [model.size] if args.probabilities else [(389, 517), (517, 389)])
-        percent = int(1e5 * share) / 1e3  # rounded down, so that only 1 is 100 %
-        print(f"in onnxruntime, {percent:.3f} % of a photo's pixels get the class that predict.py predicts")
+        print(f"in onnxruntime, {share:.3%} of a photo's pixels get the class that predict.py predicts")
         if share < MIN_SHARE:
             print(f"the file differs from predict.py: that is less than {MIN_SHARE:.1%}, and the exit code is 1")
             raise SystemExit(1)
     else:
         print("not compared with predict.py: pip install onnxruntime")
     if args.page:
-        folder = shlex.quote(str(args.page))
-        print(f"next: npm install --no-save --prefix {folder} onnxruntime-web@1")
-        print(f"then: python -m http.server --directory {folder}, and open http://localhost:8000")
+        print(f"next: npm install --no-save --prefix {args.page} onnxruntime-web@1")
+        print(f"then: python -m http.server --directory {args.page}, and open http://localhost:8000")
 
 
 if __name__ == "__main__":

@@ -4,17 +4,14 @@
 
 Writes for each photo NAME_mask.png, a palette PNG of the photo's size whose values are the class indices, and
 NAME_overlay.png, the classes drawn over the photo. NAME is the photo's name without suffix; photos of the same name
-get their folder's in front. legend.png names the overlays' colours, and predictions.csv holds each photo's share of
-each class: both describe the latest call only, and are also written after Ctrl-C.
+get their folder's in front. legend.png names the overlays' colours. predictions.csv holds each photo's share of each
+class: a later call adds its photos, and replaces the rows of those that are predicted again.
 """
 
 import argparse
 import csv
-import functools
 import io
-import os
 import re
-import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -26,104 +23,50 @@ from PIL import Image, ImageDraw, ImageFont
 from seg import checkpoint, cli, files, imaging, inference, report
 from util import UserError, background_label
 
-MAX_PIXELS = 2 * imaging.MAX_PIXELS  # Pillow refuses larger images itself
-RESULTS = ("_mask.png", "_overlay.png")
-LEGEND, SHARES = "legend.png", "predictions.csv"
-MAX_NAME = 220  # bytes of a photo's name in those of its results: with what is appended, file systems allow 255
-STRIP_ROWS = 256  # rows of an overlay that are drawn at a time
-
-
-@functools.cache
-def photo_suffixes():
-    """The suffixes, in lower case, of the formats that Pillow decodes: a set of str."""
-    not_decoded = {"BUFR", "GRIB", "HDF5", "MPEG"}  # Pillow only recognises these
-    formats = Image.registered_extensions().items()
-    return {suffix for suffix, name in formats if name in Image.OPEN and name not in not_decoded}
-
 
 def find_photos(paths, out, recursive=False):
     """Find the photos among files and folders.
 
-    A file is taken whatever its suffix, unless ``is_result``; of a folder, all files in a format that Pillow decodes
-    that are neither hidden nor results, with ``recursive`` also those of its subfolders that are not hidden.
+    A file is taken whatever its suffix. Of a folder, these are the files with a photo's suffix that are neither hidden
+    nor below ``out``, with ``recursive`` also those in its subfolders.
 
-    Returns:
-        List of Paths, each file once, in the order of ``paths`` and sorted by name within a folder; and the list of
-        the files and subfolders that were skipped.
-
-    Raises a UserError if a path does not exist or holds no photo, or if a folder cannot be read.
+    Returns a list of Paths, each file once. Raises a UserError if a path does not exist or holds no photo.
     """
-    photos, skipped = {}, {}
+
+    def is_photo(file):
+        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        return file.suffix.lower() in imaging.PHOTO_SUFFIXES and not is_hidden and out not in file.resolve().parents
+
+    photos, out = {}, out.resolve()
     for path in map(Path, paths):
-        if not os.path.exists(path):
-            raise UserError(f"{path}: no such file or folder: correct the path")
-        found, others = files.walk(path, recursive) if os.path.isdir(path) else ([path], [])
-        candidates = {file for file in found if file == path or _looks_like_photo(file)}
-        stems = {file.with_suffix("") for file in candidates}
-        candidates -= {file for file in candidates if is_result(file, out, stems)}
-        others += [file for file in found if file not in candidates]
-        if not candidates:
-            advice = "correct the path" if recursive else "correct the path, or pass --recursive for subfolders"
-            raise UserError(f"{path}: holds no photo ({len(others)} files or folders skipped): {advice}")
-        photos |= {os.path.abspath(file): file for file in found if file in candidates}
-        skipped |= {os.path.abspath(file): file for file in others}
-    return list(photos.values()), list(skipped.values())
-
-
-def _looks_like_photo(path):
-    """Whether a file has a photo's suffix; also a link to a file that is missing, so that it gets reported."""
-    return path.suffix.lower() in photo_suffixes() and (path.is_file() or path.is_symlink())
-
-
-def is_result(path, out, stems):
-    """Whether a file is named like a mask, an overlay or a legend and lies where one is expected.
-
-    That is in ``out`` or beside a predictions.csv, or, for ``x_mask.png`` and ``x_overlay.png``, beside a photo
-    ``x``; ``stems`` are the Paths of the photos without their suffixes.
-    """
-    is_image = path.name.endswith(RESULTS)
-    if is_image and path.parent / path.name.rpartition("_")[0] in stems:
-        return True
-    if not is_image and path.name != LEGEND:
-        return False
-    return os.path.realpath(path.parent) == os.path.realpath(out) or os.path.exists(path.parent / SHARES)
+        if path.is_dir():
+            found = sorted(filter(is_photo, path.rglob("*") if recursive else path.iterdir()))
+        else:
+            found = [path] if path.exists() else []
+        if not found:
+            problem = "holds no photo outside --out" if path.is_dir() else "no such file or folder"
+            raise UserError(f"{path}: {problem}: correct the path, or pass --recursive to search subfolders")
+        photos |= {file.resolve(): file for file in found}
+    return list(photos.values())
 
 
 def output_names(photos):
-    """A different name for the results of each photo, whatever their order and the case of letters: list of str.
-
-    It is the photo's name without suffix. Photos that would share one get as much of their path as it takes: first
-    their folder, then their suffix, then the folders above. Raises a UserError if that does not suffice, or if a name
-    is too long.
-    """
-    candidates = []
+    """The names of the photos' results, a list of str: without suffix, and after the folder's if several share one."""
+    counts = Counter(photo.stem.lower() for photo in photos)  # some disks ignore the case of letters
+    names = {}
     for photo in photos:
-        folders = Path(os.path.abspath(photo)).parent.parts[1:]
-        longer = ["_".join((*folders[-count:], photo.name)) for count in range(1, len(folders) + 1)]
-        candidates.append([photo.stem, "_".join((*folders[-1:], photo.stem)), *longer])
-    while True:
-        keys = [unicodedata.normalize("NFC", names[0]).casefold() for names in candidates]  # equal on some disks
-        counts = Counter(keys)
-        shared = [counts[key] > 1 for key in keys]
-        if not any(shared):
-            break
-        for photo, names, is_shared in zip(photos, candidates, shared):
-            if is_shared and len(names) == 1:
-                raise UserError(f"{photo}: another photo has nearly the same path: rename one of them")
-            if is_shared:
-                del names[0]
-    for photo, names in zip(photos, candidates):
-        if len(os.fsencode(names[0])) > MAX_NAME:
-            raise UserError(f"{photo}: is too long a name for its results (over {MAX_NAME} bytes): rename it")
-    return [names[0] for names in candidates]
+        name = photo.stem if counts[photo.stem.lower()] == 1 else f"{photo.parent.resolve().name}_{photo.stem}"
+        if name.lower() in names:
+            raise UserError(f"{photo}: the results of another photo, too, would be called {name}: rename one of them")
+        names[name.lower()] = name
+    return list(names.values())
 
 
-def check_new(paths, overwrite):
+def check_new(paths, overwrite, problem="exists already"):
     """Raise a UserError that names the first of ``paths`` that exists, unless ``overwrite``."""
-    existing = [path for path in paths if os.path.exists(path)]
-    if existing and not overwrite:
-        problem = "exists already" + (f" (and {len(existing) - 1} more)" if len(existing) > 1 else "")
-        raise UserError(f"{existing[0]}: {problem}: replace with --overwrite, or choose another place")
+    for path in paths:
+        if path.exists() and not overwrite:
+            raise UserError(f"{path}: {problem}: replace with --overwrite, or choose another place")
 
 
 def parse_size(text):
@@ -156,58 +99,63 @@ def overlay(photo, mask, classes):
         photo: PIL image in RGB. mask: uint8 array [H, W] of class indices, of the photo's size. classes: their names.
 
     Returns:
-        PIL image in RGB of the photo's size. It is drawn in strips of rows, in little more memory than that.
+        PIL image in RGB of the photo's size.
     """
-    is_object = np.arange(len(classes)) != background_label(classes)
-    contours = find_contours(mask, 1 + max(mask.shape) // 2000)
-    result = np.array(photo)
-    for top in range(0, len(mask), STRIP_ROWS):
-        rows = slice(top, top + STRIP_ROWS)
-        colours = imaging.distinct_colours()[mask[rows]]
-        blend = np.where(contours[rows, :, None], colours, result[rows] // 2 + colours // 2)
-        np.copyto(result[rows], blend, where=is_object[mask[rows]][..., None])
+    photo, colours, is_contour = np.asarray(photo), imaging.distinct_colours()[mask], np.zeros(mask.shape, bool)
+    width = 1 + max(mask.shape) // 2000  # of a contour in pixels, on either side of an outline
+    for labels, found in ((mask, is_contour), (mask.T, is_contour.T)):
+        differs = labels[width:] != labels[:-width]
+        found[width:] |= differs
+        found[:-width] |= differs
+    result = photo // 2 + colours // 2
+    np.copyto(result, colours, where=is_contour[..., None])
+    np.copyto(result, photo, where=(mask == background_label(classes))[..., None])
     return Image.fromarray(result)
 
 
-def find_contours(mask, distance):
-    """Where a pixel of another class is exactly ``distance`` pixels above, below, left or right: bool [H, W]."""
-    contours = np.zeros(mask.shape, bool)
-    for labels, found in ((mask, contours), (mask.T, contours.T)):
-        differs = labels[distance:] != labels[:-distance]
-        found[distance:] |= differs
-        found[:-distance] |= differs
-    return contours
-
-
-def draw_legend(classes, labels):
-    """The overlays' colours of some classes, each with its name, as a PIL image; ``labels`` are their indices."""
+def draw_legend(classes):
+    """The overlays' colours of all classes, each with its name, as a PIL image."""
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 16)
-    step = 26
-    width = max(round(font.getlength(classes[label])) for label in labels) + 60
-    image = Image.new("RGB", (width, step * len(labels) + 10), "white")
+    width = max(round(font.getlength(name)) for name in classes) + 60
+    image = Image.new("RGB", (width, 26 * len(classes) + 10), "white")
     draw = ImageDraw.Draw(image)
-    for row, label in enumerate(labels):
-        top = 6 + step * row
+    for label, name in enumerate(classes):
+        top = 6 + 26 * label
         fill = "white" if label == background_label(classes) else tuple(imaging.distinct_colours()[label].tolist())
         draw.rectangle((8, top, 40, top + 20), fill, "black")
-        draw.text((50, top), classes[label], "black", font)
+        draw.text((50, top), name, "black", font)
     return image
 
 
-def write_shares(path, classes, rows):
-    """Write ``rows``, (photo, name of its mask, share of each class), as a CSV."""
+def write(path, content):
+    """Write bytes to a file, which is complete at any moment."""
+    with files.atomic_write(path) as file:
+        file.write(content)
+
+
+def png(image, **options):
+    """A PIL image as the bytes of a PNG."""
+    file = io.BytesIO()
+    image.save(file, format="png", **options)
+    return file.getvalue()
+
+
+def read_rows(path, header, overwrite):
+    """The rows of an earlier call by photo, lists of str; UserError for another ``header``, unless ``overwrite``."""
+    if not path.exists():
+        return {}
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = list(csv.reader(file))
+    if rows[:1] != [header]:
+        check_new([path], overwrite, "is not a table of this model's classes")
+        return {}
+    return {row[0]: row for row in rows[1:] if row}
+
+
+def write_rows(path, header, rows):
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["photo", "mask", *classes])
-    writer.writerows([photo, mask, *(f"{share:.6f}" for share in shares)] for photo, mask, shares in rows)
-    with files.atomic_write(path) as file:
-        file.write(text.getvalue().encode("utf-8", "backslashreplace"))  # a name may hold bytes that are not UTF-8
-
-
-def write_image(path, image, **options):
-    """Write a PIL image as a PNG."""
-    with files.atomic_write(path) as file:
-        image.save(file, format="png", **options)
+    csv.writer(text, lineterminator="\n").writerows([header, *rows.values()])
+    write(path, text.getvalue().encode("utf-8", "surrogateescape"))  # a name may hold bytes that are not UTF-8
 
 
 def main():
@@ -223,52 +171,46 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="replace existing results of the photos")
     args = parser.parse_args()
 
-    if Path(args.checkpoint).suffix.lower() in photo_suffixes() or os.path.isdir(args.checkpoint):
-        raise UserError(f"{args.checkpoint}: is not a checkpoint: pass the best_*.pt first, then photos and folders")
-    photos, skipped = find_photos(args.photos, args.out, args.recursive)
-    outputs = [[args.out / f"{name}{suffix}" for suffix in RESULTS] for name in output_names(photos)]
-    check_new([path for paths in outputs for path in paths], args.overwrite)
+    photos = find_photos(args.photos, args.out, args.recursive)
+    masks = [args.out / f"{name}_mask.png" for name in output_names(photos)]
+    overlays = [args.out / f"{name}_overlay.png" for name in output_names(photos)]
+    check_new(masks + overlays, args.overwrite)
     model = checkpoint.load(args.checkpoint, args.device)
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
-        raise UserError(f"{args.checkpoint}: holds weights that are not finite: train it again")
     model.size = args.size or model.size
+    table, header = args.out / "predictions.csv", ["photo", "mask", *model.classes]
+    rows = read_rows(table, header, args.overwrite)
+    legend, legend_path = png(draw_legend(model.classes)), args.out / "legend.png"
+    if not args.masks_only and legend_path.exists() and legend_path.read_bytes() != legend:
+        check_new([legend_path], args.overwrite, "is not the legend of this model's classes")
     with files.writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-    if skipped:
-        names = ", ".join(path.name for path in skipped[:3]) + (", ..." if len(skipped) > 3 else "")
-        has_subfolders = not args.recursive and any(path.is_dir() for path in skipped)
-        advice = "; --recursive takes subfolders" if has_subfolders else ""
-        report.log(f"skipped {len(skipped)}: hidden, not photos, or earlier results ({names}){advice}")
+    write_rows(table, header, rows)  # now, in case it cannot be written
+    if not args.masks_only:
+        write(legend_path, legend)
     report.log(f"masks are computed at {report.size_text(model.size)} and upsampled to each photo's size")
 
-    rows, errors = [], []
-    write_shares(args.out / SHARES, model.classes, rows)  # now, in case it cannot be written
+    done, errors = 0, []
     try:
-        for path, paths in zip(report.progress(photos, len(photos), "predicting", "photo"), outputs):
-            for earlier in paths:
-                with files.writing(earlier):
-                    earlier.unlink(missing_ok=True)
+        jobs = zip(photos, masks, overlays)
+        for path, mask_path, overlay_path in report.progress(jobs, len(photos), "predicting", "photo"):
             try:
-                photo = imaging.open_photo(path, MAX_PIXELS)
+                photo = imaging.open_photo(path)
             except UserError as error:
                 errors.append(str(error))
                 continue
             mask = segment(model, photo, args.device)
-            write_image(paths[0], imaging.palette_image(mask))
+            overlay_path.unlink(missing_ok=True)  # that of an earlier mask
+            write(mask_path, png(imaging.palette_image(mask)))
             if not args.masks_only:
-                write_image(paths[1], overlay(photo, mask, model.classes), compress_level=1)
+                write(overlay_path, png(overlay(photo, mask, model.classes), compress_level=1))
             shares = np.bincount(mask.ravel(), minlength=len(model.classes)) / mask.size
-            rows.append((path, paths[0].name, shares))
+            rows[str(path)] = [path, mask_path.name, *(f"{share:.6f}" for share in shares)]
+            done += 1
             by_share = [f"{model.classes[label]} {shares[label]:.1%}" for label in np.argsort(-shares) if shares[label]]
             report.log(f"{path}: {', '.join(by_share)}")
     finally:  # also after Ctrl-C or an error
-        write_shares(args.out / SHARES, model.classes, rows)
-        if rows and not args.masks_only:
-            predicted = np.flatnonzero(sum(shares for _, _, shares in rows))
-            write_image(args.out / LEGEND, draw_legend(model.classes, predicted.tolist()))
-        what = "masks" if args.masks_only else "masks and overlays"
-        done = f"{what} of {len(rows)} of {len(photos)} photos are in {args.out}"
-        report.log(f"{done}, the share of each class in {args.out / SHARES}")
+        write_rows(table, header, rows)
+        report.log(f"masks of {done} of {len(photos)} photos are in {args.out}, the share of each class in {table}")
     if errors:
         raise UserError("\nerror: ".join(errors))
 

@@ -30,9 +30,7 @@ def main():
 
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
 
-    engine.fit(
-        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler, patience=20
-    )
+    engine.fit(args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
 """PASCAL VOC segmentation: class names, class weights, and loaders for any folder in VOC layout.
 
-A folder in VOC layout holds ``JPEGImages/<id>.jpg``, ``SegmentationClass/<id>.png`` and
-``ImageSets/Segmentation/<split>.txt`` with one id per line; for other classes than VOC's, ``classes.txt`` with one name
-per line. Masks hold class indices, and 255 for void, the unlabelled pixels: void stays 255 up to the loss
-(``ignore_index``) and the metrics. layout.py reads the files, and docs/DATA.md describes them.
+Masks hold class indices, and 255 for void, the unlabelled pixels: void stays 255 up to the loss (``ignore_index``) and
+the metrics. docs/DATA.md describes the files of such a folder.
 
     python voc.py --data DIR --split train              print how often each class occurs in a split
     python voc.py --data DIR --check                    open every photo and mask of the splits and list all faults
     python voc.py --data DIR --from-colours colours.txt convert masks in colours to class indices
 """
 
+import functools
+
 import numpy as np
 import torch
 
 from seg import cli, distributed, imaging, layout
-from seg.data import Loader, Split, naming_check
-from util import VOID, UserError
+from seg.data import Loader, Split
+from seg.layout import CLASSES
+from util import VOID
+
+__all__ = ["CLASSES", "Loader", "Split", "check", "class_counts", "class_weights", "loaders"]
 
 
 def class_counts(split):
@@ -39,55 +42,36 @@ def class_weights(split):
 
 
 def loaders(args, size, augment=None, mean=imaging.MEAN, std=imaging.STD):
-    """Loaders of the splits train, val and test; only train is shuffled and augmented. See Split and Loader.
+    """Loaders of the splits train, val and test (None if there is no ``test.txt``); only train is augmented.
 
-    The third is None if there is no ``test.txt``: the reported metrics are then on val only. The main process prints
-    a line for each suspicious property of the data, such as classes without a pixel in train.
-
-    Args:
-        args: from ``cli.arguments``: data, batch_size, limit, seed and device.
-        size: of the network's input in pixels: (height, width), or the side of a square.
-        augment: see Loader. mean, std: of the normalisation, three numbers each.
+    ``args`` is from ``cli.arguments``; the others are as for Loader. Warns of suspicious data in one line each.
     """
     root = layout.find_root(args.data)
-    shared = {"size": size, "batch_size": args.batch_size, "seed": args.seed, "device": args.device}
-    shared |= {"mean": mean, "std": std}
-    with naming_check(root):
-        names = layout.split_names(root)
-        splits = [Split(root, names[0], args.limit)]
-        splits += [Split(root, name, args.limit, like=splits[0]) for name in names[1:]]
-    train = Loader(splits[0], training=True, augment=augment, **shared)
-    others = [Loader(split, **shared) for split in splits[1:]]
+    splits = [Split(root, name, args.limit) for name in layout.split_names(root)]
+    options = {"batch_size": args.batch_size, "seed": args.seed, "device": args.device, "mean": mean, "std": std}
+    loader = functools.partial(Loader, size=size, **options)
+    train = loader(splits[0], training=True, augment=augment)
+    val, *test = map(loader, splits[1:])
     if distributed.is_main():
-        for text in layout.warnings(splits, [loader.counts.tolist() for loader in (train, *others)]):
+        for text in layout.warnings(splits, [one.counts.tolist() for one in (train, val, *test)]):
             print(f"warning: {text}", flush=True)
-    return train, others[0], others[1] if len(others) > 1 else None
+    return train, val, test[0] if test else None
 
 
 def check(root):
-    """Open all photos and masks of the splits train, val and test; print warnings and all faults of the data.
-
-    Raises a UserError if there are faults. Of a kind, the first 20 are printed.
-    """
+    """Open all photos and masks of the splits; print warnings or, with a UserError, the first fault of each image."""
     root = layout.find_root(root)
-    faults, splits, counts, colours = [], [], [], {}
-    names = layout.split_names(root)
-    for name in names:
-        try:
-            split = Split(root, name, report=faults.append)
-        except UserError as error:
-            faults.append(str(error))
-            continue
-        split._colours = colours  # to compare the palettes of all splits
-        results = layout.map_images(split.check, range(len(split)), name)
-        faults += [message for messages, _ in results for message in messages]
-        values = [values for _, values in results]
-        if split.classes and values and not any(value is None for value in values):
+    faults, splits = [], []
+    for name in layout.split_names(root):
+        if split := layout.attempt(faults, Split, root, name):
             splits.append(split)
-            counts.append(sum(values)[: len(split.classes)])
-            if fault := layout.label_fault(split, counts[-1], training=name == "train"):
-                faults.append(fault)
-    if len(splits) == len(names):
+            layout.map_images(
+                lambda index: layout.attempt(faults, split.resized, index, (1, 1)), range(len(split)), name
+            )
+    if not faults:
+        counts = [class_counts(split)[0] for split in splits]
+        for split, pixels in zip(splits, counts):
+            layout.attempt(faults, layout.check_labels, split, pixels, split.name == "train")
         for text in layout.warnings(splits, counts):
             print(f"warning: {text}")
     layout.report_faults(root, faults)
@@ -97,11 +81,11 @@ def check(root):
 def print_class_counts(split):
     """Print how often each class occurs in a Split, void excluded."""
     pixels, images = class_counts(split)
-    num_labelled = max(pixels.sum(), 1)  # all may be void
     print(f"{split.root} {split.name}: {len(split)} masks, {pixels.sum()} labelled pixels")
     print(f"{'class':14} {'share of pixels':>15} {'pixels':>11} {'images':>7}")
     for name, num_pixels, num_images in zip(split.classes, pixels, images):
-        print(f"{name:14} {num_pixels / num_labelled:15.4f} {num_pixels:11d} {num_images:7d}")
+        share = num_pixels / max(pixels.sum(), 1)  # all may be void
+        print(f"{name:14} {share:15.4f} {num_pixels:11d} {num_images:7d}")
 
 
 def main():

@@ -5,14 +5,13 @@ import io
 import pickle
 import sys
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 
-from seg import distributed, files, imaging, provenance
+from seg import distributed, files, provenance
 from seg.files import ROOT
 from util import UserError, reason
 
@@ -32,12 +31,7 @@ class TrainedModel(torch.nn.Module):
         self.mean, self.std = mean, std
 
     def forward(self, images):
-        outputs = self.network(images)
-        num_logits = (outputs["out"] if isinstance(outputs, Mapping) else outputs).shape[1]
-        if num_logits != len(self.classes):
-            problem = f"the checkpoint names {len(self.classes)} classes, but its network predicts {num_logits}"
-            raise UserError(f"{problem}: train it again")
-        return outputs
+        return self.network(images)
 
 
 def plain(value):
@@ -103,8 +97,7 @@ def load(path, device="cpu"):
     before, now = code[-1]["files"].get(file), provenance.read_text(ROOT / file)
     if before is not None and (change := provenance.code_change({file: before}, {file: now})):
         print(f"warning: {path}: {change}: it may predict differently than in its training", file=sys.stderr)
-    distributed.set_memory_format(model, device)
-    return model.eval().to(device)
+    return model.eval().to(device, memory_format=distributed.memory_format(device))
 
 
 def build(state):
@@ -115,11 +108,7 @@ def build(state):
     """
     network = _network_class(str(state["module"]), str(state["class"]))(**state["arguments"])
     network.load_state_dict(state["model"])
-    classes = tuple(map(str, state["classes"]))
-    mean, std = (tuple(map(float, state[name])) for name in ("mean", "std"))
-    if not len(mean) == len(std) == 3:
-        raise ValueError("mean and std do not have three values")
-    return TrainedModel(network, classes, imaging.height_width(state["size"]), mean, std)
+    return TrainedModel(network, *(tuple(state[name]) for name in ("classes", "size", "mean", "std")))
 
 
 def _network_class(module, name):

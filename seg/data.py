@@ -5,7 +5,6 @@ import functools
 import hashlib
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import PIL
@@ -13,176 +12,104 @@ import torch
 from PIL import Image
 
 import util
-from seg import distributed, imaging, layout
-from seg.layout import CLASSES
+from seg import distributed, files, imaging, layout
+from seg.imaging import MEAN, STD
 from util import VOID, UserError
 
-DIGEST_LENGTH = 16  # characters of the digest in the name of a cache file
-# The code on which the pixels of an image depend.
-DECODING = [Path(__file__).with_name(name).read_bytes() for name in ("data.py", "layout.py", "imaging.py")]
+CACHE_FORMAT = 1  # raise it when the pixels that ``Split.resized`` returns change
 
 
 class Split:
-    """The photos and masks of one split of a folder in VOC layout, read from disk and checked at every access.
+    """The photos and masks of one split, read from disk and checked at every access.
 
-    Args:
-        root: the folder in VOC layout.
-        name: name of the list in ``ImageSets/Segmentation``, without ``.txt``.
-        limit: keep only the first N ids; None keeps all.
-        report: called with the message of each fault of the list and ``classes.txt``; by default, the first is raised.
-        like: another Split of the same folder, whose list of files is used instead of walking the folder again.
-
-    Attributes:
-        root: Path of the folder. dataset: its name.
-        ids: list of str, see ``layout.read_ids``. all_ids: the same without the limit.
-        num_left_out: how many lines of the list are marked -1.
-        classes: tuple of class names, from ``classes.txt`` if there is one, else VOC's 21.
-
-    Raises:
-        UserError: the folder or the split does not exist, or the list or ``classes.txt`` has a fault.
+    ``root`` is a folder in VOC layout, ``name`` that of a list in ``ImageSets/Segmentation``, and ``limit`` the number
+    of ids to keep (None: all). Raises a UserError if the folder, its list or its ``classes.txt`` has a fault.
+    ``ids`` is a list of str, ``classes`` a tuple of str; a subclass that merges classes in ``mask`` sets its own.
     """
 
-    def __init__(self, root, name, limit=None, report=layout.refuse, like=None):
-        self.root, self.name = layout.find_root(root), name
+    def __init__(self, root, name, limit=None):
+        self.root, self.name, self.limit = layout.find_root(root), name, limit
         self.dataset = self.root.resolve().name
-        path = self.root / layout.LISTS / f"{name}.txt"
-        if not path.exists():
-            names = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt"))) or "none"
-            raise UserError(f"{path}: no such split (there are: {names}): write one image id per line into it")
-        if like is None:
-            self._photos = layout.list_images(self.root / "JPEGImages", imaging.PHOTO_SUFFIXES)
-            self._masks = layout.list_images(self.root / "SegmentationClass", layout.MASK_SUFFIXES)
-        else:
-            self._photos, self._masks = like._photos, like._masks
-        self.all_ids, self.num_left_out = layout.read_ids(path, self._photos.keys() | self._masks.keys(), report)
-        self.ids, self._colours = self.all_ids[:limit], {}  # colours of the masks' palettes, see ``layout.read_mask``
-        path = self.root / "classes.txt"
-        self.classes = layout.read_classes(path, report) if path.exists() else CLASSES
-        self._num_values = len(self.classes) or VOID  # in the files of masks: a subclass may merge classes
+        self.ids = layout.read_ids(self.root / layout.LISTS / f"{name}.txt")[:limit]
+        self.classes = layout.read_classes(self.root)
+        self._num_values = len(self.classes)  # in the files of masks
+        self._photos = layout.list_images(self.root / "JPEGImages")
+        self._masks = layout.list_images(self.root / "SegmentationClass", (".png",))
 
     def __len__(self):
         return len(self.ids)
 
     def photo_path(self, index):
-        """The path of a photo; that of a JPEG if there is none. Raises a UserError if two photos have the id."""
-        return layout.single(self._paths(self.ids[index])[0])
+        return self._photos.get(self.ids[index], self.root / "JPEGImages" / f"{self.ids[index]}.jpg")
 
     def mask_path(self, index):
-        """The path of a mask, whether or not it exists. Raises a UserError if two masks have the id."""
-        return layout.single(self._paths(self.ids[index])[1])
-
-    def _paths(self, image_id):
-        """The paths of the photos and of the masks with an id, two lists; if one is missing, that of a JPEG or PNG."""
-        missing = self.root / "JPEGImages" / f"{image_id}.jpg", self.root / "SegmentationClass" / f"{image_id}.png"
-        return [known.get(image_id, [path]) for known, path in zip((self._photos, self._masks), missing)]
+        return self._masks.get(self.ids[index], self.root / "SegmentationClass" / f"{self.ids[index]}.png")
 
     def photo(self, index):
         """The photo as a PIL image in RGB, upright. Raises a UserError if it is missing or unreadable."""
-        path = self.photo_path(index)
-        layout.check_exists(path, is_mask=False)
-        return imaging.open_photo(path)
+        return imaging.open_photo(self.photo_path(index))
 
     def mask(self, index):
         """The mask as a uint8 array [H, W] of class indices and VOID; errors as in ``layout.read_mask``."""
-        path = self.mask_path(index)
-        layout.check_exists(path, is_mask=True)
-        return layout.read_mask(path, max(self._num_values, len(self.classes)), self.root, self._colours)
+        return layout.read_mask(self.mask_path(index), self._num_values, self.root)
 
     def resized(self, index, size):
         """Photo and mask at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
 
-        The photo is resized bilinearly with antialiasing, the mask to the nearest pixel. Raises a UserError if one of
-        them is invalid, or if they differ in size.
+        The mask is resized to the nearest pixel. Raises a UserError if one is invalid, or if they differ in size.
         """
-        photo, mask = self.photo(index), self.mask(index)
-        layout.check_pair(self.photo_path(index), self.mask_path(index), photo, mask, self.classes)
-        mask = imaging.resize(Image.fromarray(mask), size, Image.Resampling.NEAREST)
-        return np.dstack((imaging.resize(photo, size), mask))
-
-    def check(self, index):
-        """Check a photo and its mask as ``resized`` does.
-
-        Returns a list of faults, and the mask's int64 counts [256] of each value, None if it is invalid.
-        """
-        faults = []
-
-        def attempt(function, *args):
-            try:
-                return function(*args)
-            except UserError as error:
-                faults.append(str(error))
-
-        photo, mask = attempt(self.photo, index), attempt(self.mask, index)
-        if not faults:
-            attempt(layout.check_pair, self.photo_path(index), self.mask_path(index), photo, mask, self.classes)
-        return faults, None if mask is None else np.bincount(mask.ravel(), minlength=VOID + 1)
-
-    def is_unchanged(self):
-        """Whether images and order are those of the list, up to the limit, and the methods of this class read them."""
-        in_order = type(self) is __class__ and self.ids == self.all_ids[: len(self)]
-        return in_order and all(not self.replaces(name) for name in READERS)
-
-    def replaces(self, name):
-        """Whether a subclass or a script has replaced one of the methods in READERS."""
-        return getattr(getattr(self, name), "__func__", None) is not READERS[name]
-
-    def digest(self, size):
-        """A short hash of all that ``resized`` depends on for any image of the list, whatever the limit."""
-        state = [DECODING, size, self._num_values, len(self.classes), PIL.__version__]
-        for image_id in self.all_ids:
-            for path in sum(self._paths(image_id), []):
-                found = path.stat() if os.path.exists(path) else None  # a missing file is reported when it is opened
-                state.append((image_id, path.name, found and (found.st_size, found.st_mtime_ns, found.st_ctime_ns)))
-        return hashlib.sha256(repr(state).encode()).hexdigest()[:DIGEST_LENGTH]
+        photo, mask = self.photo(index), Image.fromarray(self.mask(index))
+        layout.check_sizes(self.photo_path(index), self.mask_path(index), photo.size, mask.size)
+        return np.dstack((imaging.resize(photo, size), imaging.resize(mask, size, Image.Resampling.NEAREST)))
 
 
-@contextlib.contextmanager
-def naming_check(root):
-    """Add the command that lists all faults to the message of the first."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{error} ({layout.command(root, '--check')} lists all faults)") from None
-
-
-READERS = {name: vars(Split)[name] for name in ("photo", "mask", "resized", "photo_path", "mask_path", "_paths")}
+def _cache_path(split, size):
+    """The path of the file that holds the pixels of a Split; its name changes with all that they depend on."""
+    state = [CACHE_FORMAT, PIL.__version__, size, split.ids, split.classes]
+    for index in range(len(split)):
+        for path in (split.photo_path(index), split.mask_path(index)):
+            if os.path.exists(path):  # a missing file is reported when it is opened
+                stat = path.stat()
+                state.append((path.name, stat.st_size, stat.st_mtime_ns))
+    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    return split.root / ".cache" / f"{split.name}_{size[0]}x{size[1]}_{key}.npy"
 
 
 def load_resized(split, size):
     """``Split.resized`` of all images at ``size``, (H, W): uint8 tensor [N, H, W, 4] on the CPU.
 
-    They are decoded and checked once, and cached as a ``.npy`` file in ``.cache`` in the data's folder, which later
-    runs map into memory. Its name holds ``Split.digest``, so that a change of any file is noticed. Nothing is cached if
-    the folder cannot be written, for a subclass of Split or a Split whose ids were changed, and with a limit; with a
-    limit, the first rows of the complete split's file are used if there is one.
+    They are cached in ``.cache`` in the data's folder, in a file that later runs map into memory; but not with a limit,
+    for a subclass of Split, or if the folder cannot be written.
     """
-    folder, name = split.root / ".cache", f"{split.name}_{size[0]}x{size[1]}"
-    path = folder / f"{name}_{split.digest(size)}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
-        if split.is_unchanged():
-            return torch.from_numpy(np.load(path, mmap_mode="c")[: len(split)])
+    is_cached = type(split) is Split and split.limit is None
+    path = _cache_path(split, size)
+    if is_cached:
+        with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
+            return torch.from_numpy(np.load(path, mmap_mode="c"))
 
     pixels = np.empty((len(split), *size, 4), np.uint8)
 
     def read(index):
         pixels[index] = split.resized(index, size)
 
-    with naming_check(split.root):
+    try:
         layout.map_images(read, range(len(split)), f"decoding {split.name}")
-    if split.is_unchanged() and len(split) == len(split.all_ids):
+    except UserError as error:
+        raise UserError(f"{error} ({layout.command(split.root, '--check')} lists all faults)") from None
+    if is_cached:
         with contextlib.suppress(OSError, UserError):
-            layout.write_cache(path, pixels)
-            for outdated in folder.glob(f"{name}_{'?' * DIGEST_LENGTH}.npy"):
-                if outdated != path:
-                    outdated.unlink(missing_ok=True)
+            path.parent.mkdir(exist_ok=True)
+            for outdated in path.parent.glob(f"{split.name}_{size[0]}x{size[1]}_*.npy"):
+                outdated.unlink()
+            with files.atomic_write(path) as file:
+                np.save(file, pixels)
     return torch.from_numpy(pixels)
 
 
 class PerImage:
     """Lets a Loader use an augmentation of one image and its mask, such as torchvision's v2 transforms.
 
-    ``augment(image, mask)`` gets tv_tensors, uint8 [3, H, W] and [H, W], and returns two of the same shapes and type.
-    The random numbers of Python, NumPy and PyTorch are seeded for each image.
+    ``augment(image, mask)`` maps tv_tensors, uint8 [3, H, W] and [H, W], to others alike, and is seeded for each image.
     """
 
     def __init__(self, augment):
@@ -204,87 +131,54 @@ class PerImage:
 class Loader:
     """Batches of one split: resized, augmented, normalised, on the device.
 
-    All images are decoded and checked at the start, see ``load_resized``. Under torchrun, each process gets its part of
-    every training batch, and whole batches of the other splits: together the batches of a single process.
+    All images are decoded and checked at the start. Under torchrun, each process gets its part of every training batch,
+    and whole batches of the other splits: together the batches of a single process.
 
     Args:
-        split: a Split.
         size: of the network's input in pixels: (height, width), or the side of a square.
         batch_size: the largest batch, over all processes. Batches are of nearly equal size, so that from 3 on none has
             a single image, on which batch norm would learn noise.
         training: shuffle in every epoch. Otherwise the images come in the order of the split.
-        augment: None, an augmentation of single images as for PerImage, or an object that augments batches, such as
-            ``transforms.Augmentation``: ``augment.draw(count, generator)`` returns random parameters, one row of a
-            tensor per image, from a torch.Generator on the CPU, and ``augment(images, masks, params, fill)`` maps
-            uint8 tensors [B, 3, H, W] and [B, H, W] on the device to others of the same shape; fill, float32 [3, 1, 1]
-            in 0..255, is the mean colour, for what lies outside a photo. An epoch shows each image
-            ``augment.unchanged`` times as it is and ``augment.augmented`` times augmented; these default to 0 and 1.
+        augment: None; an augmentation of single images as for PerImage; or one of batches, with two methods.
+            ``augment.draw(count, generator)`` returns random parameters, a CPU tensor with a row for each image.
+            ``augment(images, masks, params, fill)`` maps uint8 tensors [B, 3, H, W] and [B, H, W] to others of the same
+            shape; fill, float32 [3, 1, 1] in 0..255, is the mean colour, for what lies outside a photo. An epoch shows
+            an image ``augment.unchanged`` (default: 0) times as it is, and ``augment.augmented`` (1) times augmented.
         seed: order and augmentation depend on ``seed`` and the epoch only, so that any epoch can be repeated.
-        device: where batches go.
-        mean, std: of ``normalise``, three numbers each. Their mean colour fills the borders of augmented photos.
+        device: where batches go. mean, std: of the normalisation, three numbers each.
 
     Attributes:
-        repeats: how many times an epoch shows each image.
-        size: (height, width).
-        images, masks: the whole split, uint8 [N, 3, H, W] and [N, H, W], on the GPU if it takes less than a quarter of
-            its free memory, else on the CPU.
-        counts: the result of ``count`` at the start. ids: those of the split then.
+        repeats: how many times an epoch shows each image, ``unchanged`` of them as it is.
+        images, masks: the whole split, uint8 [N, 3, H, W] and [N, H, W], on the GPU if it has four times the memory.
+        counts: the pixels of each class over all masks at this size, int64 [C] on the CPU.
     """
 
-    def __init__(
-        self,
-        split,
-        size,
-        batch_size,
-        training=False,
-        augment=None,
-        seed=0,
-        device="cpu",
-        mean=imaging.MEAN,
-        std=imaging.STD,
-    ):
+    def __init__(self, split, size, batch_size, training=False, augment=None, seed=0, device="cpu", mean=MEAN, std=STD):
+        if augment is not None and not training:
+            raise ValueError(f"augment needs training=True: {split.name} would be scored on augmented images")
         self.split, self.size, self.classes = split, imaging.height_width(size), split.classes
         self.batch_size, self.training, self.seed, self.device = batch_size, training, seed, torch.device(device)
-        self.augment, self.ids = augment, tuple(split.ids)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        with distributed.main_process_first():
-            self.data = load_resized(split, self.size)
-        self.counts = self.count()
-        if fault := layout.label_fault(split, self.counts.numpy(), training):
-            raise UserError(fault)
-        smallest = len(split) * self.repeats // len(self)
-        if training and smallest < distributed.world_size():
-            raise UserError(
-                f"{smallest} images are too few for {distributed.world_size()} processes: raise --batch-size"
-            )
-        if self.device.type == "cuda" and self.data.nbytes < torch.cuda.mem_get_info(self.device)[0] / 4:
-            self.data = self.data.to(self.device)
-
-    @property
-    def augment(self):
-        return self._augment
-
-    @augment.setter
-    def augment(self, augment):
-        self._augment = augment if augment is None or hasattr(augment, "draw") else PerImage(augment)
+        self.augment = augment if augment is None or hasattr(augment, "draw") else PerImage(augment)
         self.unchanged = 1 if augment is None else getattr(augment, "unchanged", 0)
         self.repeats = self.unchanged + (0 if augment is None else getattr(augment, "augmented", 1))
-
-    @property
-    def images(self):
-        return self.data[..., :3].permute(0, 3, 1, 2)
-
-    @property
-    def masks(self):
-        return self.data[..., 3]
+        with distributed.main_process_first():
+            self.data = load_resized(split, self.size)
+        counts = sum(torch.bincount(mask.flatten(), minlength=VOID + 1) for mask in self.data[..., 3])
+        if counts[len(self.classes) : VOID].any():
+            raise ValueError(f"{type(split).__name__}.mask returns values without a class in split.classes")
+        self.counts = counts[: len(self.classes)]
+        layout.check_labels(split, self.counts.numpy(), training)
+        smallest, world_size = len(split) * self.repeats // len(self), distributed.world_size()
+        if training and smallest < world_size:
+            raise UserError(f"{smallest} images are too few for {world_size} processes: raise --batch-size")
+        if self.device.type == "cuda" and self.data.nbytes < torch.cuda.mem_get_info(self.device)[0] / 4:
+            self.data = self.data.to(self.device)
+        self.images, self.masks = _unpack(self.data)
 
     def __len__(self):
         """The number of batches per epoch, over all processes."""
         return math.ceil(len(self.split) * self.repeats / self.batch_size)
-
-    def count(self):
-        """Count the pixels of each class over all masks at this size: int64 [C] on the CPU."""
-        return sum(torch.bincount(mask.flatten(), minlength=VOID + 1) for mask in self.masks)[: len(self.classes)].cpu()
 
     @functools.cached_property
     def baseline(self):
@@ -292,35 +186,28 @@ class Loader:
         return util.Scores(math.nan, torch.diag(self.counts), self.classes).baseline
 
     def normalise(self, images):
-        """``normalise`` with the loader's device, mean and standard deviation."""
+        """``imaging.normalise`` with the loader's device, mean and standard deviation."""
         return imaging.normalise(images, self.device, self.mean, self.std)
 
     def augmented_samples(self, count):
         """Augment the first ``count`` images for a plot, again from the first if there are fewer; uint8 as stored."""
         images, masks = self.take(torch.arange(count) % len(self.split))
-        params = self.augment.draw(count, torch.Generator().manual_seed(self.seed))
-        return self.augmented(images, masks, params)
+        return self.augmented(images, masks, self.augment.draw(count, torch.Generator().manual_seed(self.seed)))
 
     def augmented(self, images, masks, params):
-        """Augment uint8 tensors [B, 3, H, W] and [B, H, W] with params from ``augment.draw``.
-
-        Raises a UserError if the result has another shape or type.
-        """
+        """Augment uint8 tensors [B, 3, H, W] and [B, H, W]; UserError if the result has another shape or type."""
         fill = 255 * torch.tensor(self.mean, device=self.device).view(3, 1, 1)
         results = self.augment(images, masks, self._move(params), fill)
         for name, before, after in zip(("images", "masks"), (images, masks), results, strict=True):
             if (after.shape, after.dtype) != (before.shape, torch.uint8):
-                found, expected = f"{after.dtype} {list(after.shape)}", f"torch.uint8 {list(before.shape)}"
-                advice = "keep size and type (the loader resizes before it and normalises after it)"
-                raise UserError(f"augment returns {name} of {found}, not {expected}: {advice}")
+                problem = f"{name} of {after.dtype} {list(after.shape)}, not torch.uint8 {list(before.shape)}"
+                raise UserError(f"augment returns {problem}: keep size and type (the loader normalises after it)")
         return results
 
     def batches(self, epoch=0):
-        """Yield this process's batches of an epoch.
+        """Yield this process's batches of an epoch: images, masks and their positions in the split.
 
-        Yields:
-            images: float32 [B, 3, H, W], normalised. masks: int64 [B, H, W], class indices and VOID.
-            indices: int64 [B] on the CPU, the position of each image in the split.
+        float32 [B, 3, H, W], normalised; int64 [B, H, W], class indices and VOID; int64 [B] on the CPU.
         """
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         num_samples = len(self.split) * self.repeats
@@ -328,10 +215,10 @@ class Loader:
         batches = order.tensor_split(len(self))
         own = slice(distributed.rank(), None, distributed.world_size())
         for samples in batches if self.training else batches[own]:
-            # drawn for the whole batch, so that the parameters do not depend on the number of processes
-            params = None if self.augment is None else self.augment.draw(len(samples), generator)
+            if self.augment is not None:  # drawn for the whole batch, however many processes share it
+                params = self.augment.draw(len(samples), generator)[own]
             if self.training:
-                samples, params = samples[own], None if params is None else params[own]
+                samples = samples[own]
             indices = samples % len(self.split)
             images, masks = self.take(indices)
             augmented = (samples >= self.unchanged * len(self.split)).nonzero().flatten()
@@ -342,14 +229,15 @@ class Loader:
 
     def take(self, indices):
         """Copies of some images and masks of the split, on the device."""
-        if self.data.is_cuda:
-            pixels = self.data[self._move(indices)]
-        else:
-            pixels = self._move(self.data[indices])
-        return pixels[..., :3].permute(0, 3, 1, 2), pixels[..., 3]
+        return _unpack(self.data[self._move(indices)] if self.data.is_cuda else self._move(self.data[indices]))
 
     def _move(self, tensor):
         """A tensor on the device; to a GPU it is copied from pinned memory, without waiting."""
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
+
+
+def _unpack(pixels):
+    """Views of images [N, 3, H, W] and masks [N, H, W] in pixels [N, H, W, 4]."""
+    return pixels[..., :3].permute(0, 3, 1, 2), pixels[..., 3]

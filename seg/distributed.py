@@ -131,12 +131,6 @@ def memory_format(device):
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
-def set_memory_format(module, device):
-    """Store the weights of a module in ``memory_format``, unless some have five dimensions, which PyTorch refuses."""
-    if all(tensor.ndim != 5 for tensor in (*module.parameters(), *module.buffers())):
-        module.to(memory_format=memory_format(device))
-
-
 def set_malloc_options(device):
     """On a CPU with glibc, keep freed memory for the next batch instead of returning it to the system.
 

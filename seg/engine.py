@@ -61,10 +61,10 @@ def evaluate(model, loader, criterion, full_resolution=True):
             assignment's IoU: for reported metrics, in float32. Otherwise evaluate at the loader's size: faster, for
             validation during training.
 
-    Raises a UserError if the loader shuffles or augments, or differs from a TrainedModel in classes or normalisation.
+    Raises a UserError if the loader is one for training, or differs from a TrainedModel in classes or normalisation.
     """
-    if loader.training or loader.augment is not None:
-        raise UserError("evaluate needs a loader without training=True and augment, such as voc.Loader(split, size, 8)")
+    if loader.training:
+        raise UserError("evaluate needs a loader without training=True, such as voc.Loader(split, size, batch_size=8)")
     check_loader(model, loader)
     model.eval()
     if isinstance(criterion, torch.nn.Module):
@@ -224,11 +224,13 @@ def fit(
         UserError: ``sanity.check`` finds a fault, a file cannot be written, another run's files are in the way, or the
             loss is not finite.
     """
+    if scheduler_interval not in ("epoch", "batch"):
+        raise UserError(f"scheduler_interval is {scheduler_interval!r}: it has to be epoch or batch")
     parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
     loaders = [loader for loader in (train, val, test) if loader is not None]
     patience = patience if scheduler is None else None
     distributed.set_malloc_options(args.device)
-    distributed.set_memory_format(model, args.device)
+    model.to(args.device, memory_format=distributed.memory_format(args.device))
     if isinstance(criterion, torch.nn.Module):
         criterion.to(args.device)
     run = Run(args.out, name or args.experiment, args.seed)

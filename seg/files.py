@@ -72,38 +72,3 @@ def atomic_folder(folder):
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def walk(folder, recursive=True, seen=()):
-    """List the files below a folder, and what is skipped: hidden entries and, unless ``recursive``, subfolders.
-
-    Both are lists of Paths, sorted by name within a folder. Links are followed, but no folder is entered twice. Raises
-    a UserError if a folder cannot be read.
-    """
-    seen = seen or set()
-    seen.add(os.path.realpath(folder))
-    try:
-        with os.scandir(folder) as entries:
-            entries = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror or error}): change its permissions") from None
-    found, skipped = [], []
-    for entry in entries:
-        path = Path(folder, entry.name)
-        if entry.name.startswith("."):
-            skipped.append(path)
-        elif not (os.path.isdir(path) if entry.is_symlink() else entry.is_dir()):  # isdir: links may lead nowhere
-            found.append(path)
-        elif recursive and os.path.realpath(path) not in seen:
-            below = walk(path, recursive, seen)
-            found += below[0]
-            skipped += below[1]
-        else:
-            skipped.append(path)
-    return found, skipped
-
-
-def make_folder(folder):
-    """Create a folder, with its parents, unless it exists; UserError now rather than later if it cannot be written."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)

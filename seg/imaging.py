@@ -16,11 +16,9 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")  # in lower case; files may differ in case
-BITS, COMPRESSION, PLANAR = 258, 259, 284  # tags of TIFF
 MAX_SIDE = 1 << 13  # of a network's input in pixels
 
-# Larger images are not decoded. Pillow refuses only images of twice this size, and warns from here on.
-MAX_PIXELS = 89_478_485
+# Pillow refuses images of over 178,956,970 pixels, and warns of half as many.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # Pillow warns of damaged EXIF data, which many photos have and which only matters for their orientation.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
@@ -28,12 +26,8 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImageP
 
 def _palette():
     """VOC's colour map: the bits of an index, three at a time, fill red, green and blue from the top bit down."""
-    palette = np.zeros((256, 3), np.uint8)
-    index = np.arange(256)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
+    index, channel = np.arange(256)[:, None], np.arange(3)
+    return sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)).astype(np.uint8)
 
 
 PALETTE = _palette()  # uint8 [256, 3], RGB; row 255 is the colour of void
@@ -57,73 +51,46 @@ def _oklab(colours):
 
 @functools.cache
 def distinct_colours():
-    """A colour for each class that differs clearly from the others: uint8 [255, 3], RGB, the same in every run.
-
-    VOC's palette gives neighbours such as classes 1 and 8 dark reds. Here each colour is, of 4,096, the one that is
-    farthest from all before, void and wrong pixels in the Oklab colour space, without greys and extremes of lightness.
-    """
+    """A colour for each class, far from the others, void and WRONG in the Oklab colour space: uint8 [255, 3], RGB."""
     levels = np.linspace(0, 255, 16)
     colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     lab = _oklab(colours)
     suitable = (lab[:, 0] > 0.35) & (lab[:, 0] < 0.95) & (np.hypot(lab[:, 1], lab[:, 2]) > 0.06)
     colours, lab = colours[suitable], lab[suitable]
     chosen, distance = [], np.full(len(lab), np.inf)
-    for other in _oklab(np.stack((PALETTE[VOID], WRONG))):
-        distance = np.minimum(distance, np.linalg.norm(lab - other, axis=1))
+    latest = _oklab(np.stack((PALETTE[VOID], WRONG)))
     while len(chosen) < 255:
+        distance = np.minimum(distance, np.linalg.norm(lab[:, None] - latest, axis=2).min(1))
         chosen.append(int(distance.argmax()))
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+        latest = lab[chosen[-1:]]
     return colours[chosen].astype(np.uint8)
 
 
 def class_colours(classes):
-    """The colours of classes in a plot: uint8 [256, 3], RGB; row 255 is void.
-
-    VOC's palette, whose first colour is black, for classes with a background, else ``distinct_colours``.
-    """
+    """VOC's palette, whose first colour is black; ``distinct_colours`` and void for classes without a background."""
     return np.vstack((distinct_colours(), PALETTE[VOID:])) if background_label(classes) is None else PALETTE
 
 
-def open_image(path, max_pixels=MAX_PIXELS):
-    """Decode the image file at ``path`` as a PIL image; UserError if that fails or it has over ``max_pixels``."""
+def open_image(path):
+    """Decode the image file at ``path`` as a PIL image; UserError if that fails."""
     try:
         with Image.open(path) as image:
-            if image.width * image.height > max_pixels:
-                raise UserError(f"{path}: {image.width}x{image.height} pixels are too many: make the image smaller")
-            rawmode, tags = str(image.tile), getattr(image, "tag_v2", {})  # tags of a TIFF
-            if tags.get(PLANAR) == 2 and tags.get(COMPRESSION) == 1 and 16 in tags.get(BITS, ()):
-                problem = "is a TIFF with 16 bits and a plane per channel, which Pillow reads wrongly"
-                raise UserError(f"{path}: {problem}: save it as PNG, or compressed")
             image.load()
-            # per channel, of which Pillow keeps 8; BGR;16 is 16 bits for all three
-            image.info["16 bits"] = ";16" in rawmode and "BGR;16" not in rawmode
             return image
-    except (UserError, MemoryError):
-        raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file, or a link to a missing one: put it there") from None
+        raise UserError(f"{path}: no such file: add it (photos: JPEG, PNG, WebP, BMP or TIFF; masks: PNG)") from None
     except Exception as error:  # a damaged file raises one of many types
         raise UserError(f"{path}: cannot be read as an image ({reason(error)}): replace the file") from None
 
 
-def open_photo(path, max_pixels=MAX_PIXELS):
-    """Decode the photo at ``path`` as a PIL image in RGB, turned upright as its EXIF orientation says.
+def open_photo(path):
+    """Decode the photo at ``path`` as a PIL image in RGB, turned upright if its EXIF orientation can be read.
 
-    A photo without an orientation, or with one that cannot be read, stays as it is stored. Raises a UserError if the
-    file cannot be decoded, or if black and white cannot be told from its type.
+    Raises a UserError if the file cannot be decoded, or if it has 32 bits per pixel.
     """
-    image = open_image(path, max_pixels)
+    image = open_image(path)
     if image.mode in ("I", "F"):
-        problem = f"is an image in mode {image.mode}, with 32 bits per pixel and an unknown range of values"
-        raise UserError(f"{path}: {problem}: save it with 8 bits")
-    is_grey = image.mode.startswith("I")
-    if is_grey or image.info["16 bits"]:
-        values = np.asarray(image) if is_grey else np.asarray(image.convert("RGB")).astype(np.uint16) << 8
-        lowest, highest = int(values.min()), int(values.max())
-        if 0 < highest < 1 << 12 or 0 < highest - lowest < 1 << 10:
-            last = highest if is_grey else highest + 255
-            problem = f"has 16 bits per pixel, but only values from {lowest} to {last}, too few for 8 bits"
-            raise UserError(f"{path}: {problem}: scale them to 0 .. 65535, or save 8 bits")
+        raise UserError(f"{path}: is an image in mode {image.mode}, with 32 bits per pixel: save it with 8 bits")
     with contextlib.suppress(Exception):  # damaged EXIF data raises one of many types
         ImageOps.exif_transpose(image, in_place=True)
     return to_rgb(image)
@@ -131,16 +98,13 @@ def open_photo(path, max_pixels=MAX_PIXELS):
 
 def to_rgb(image):
     """Convert a PIL image to RGB. 16-bit greyscale is scaled to 8 bits; Pillow's conversion would clip it to white."""
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
 def height_width(size):
-    """The size of a network's input as a tuple (height, width): ``size`` is such a pair, or the side of a square.
-
-    Raises a UserError if it is neither.
-    """
+    """``size``, which is (height, width) or the side of a square, as a tuple (height, width), or a UserError."""
     sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else ()
     if len(sides) != 2 or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in sides):
         raise UserError(f"size={size!r}: pass the side of a square in pixels, or (height, width), up to {MAX_SIDE}")
@@ -148,11 +112,9 @@ def height_width(size):
 
 
 def resize(image, size, resampling=Image.Resampling.BILINEAR):
-    """Resize a PIL image to ``size``, (height, width), by default bilinear with antialiasing, as a uint8 array.
-
-    First horizontally, then vertically: of a single call, the order depends on Pillow's release, and so does rounding.
-    """
+    """Resize a PIL image to ``size``, (height, width), by default bilinear with antialiasing, as a uint8 array."""
     height, width = size
+    # First horizontally: the order in which a single call does it, and so rounding, depends on Pillow's release.
     return np.asarray(image.resize((width, image.height), resampling).resize((width, height), resampling))
 
 
@@ -163,10 +125,7 @@ def bounded_size(shape, side):
 
 
 def wrong_pixels(photo, truth, prediction):
-    """The photo in light grey, its wrong pixels in WRONG, and those without ground truth in the colour of void.
-
-    Photo is uint8 [H, W, 3], the masks are [H, W]; returns uint8 [H, W, 3].
-    """
+    """A photo, uint8 [H, W, 3], in light grey, with wrong pixels in WRONG, and void of ``truth`` in its colour."""
     picture = np.repeat(150 + 0.4 * photo.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)
     picture[prediction != truth] = WRONG
     picture[truth == VOID] = PALETTE[VOID]

@@ -1,15 +1,10 @@
 """A model as an ONNX graph that holds everything between photo and mask: resizing, network, upsampling, argmax."""
 
-import contextlib
-import io
 import json
-import traceback
-from pathlib import Path
 
 import torch
 
-from seg import checkpoint, imaging, inference
-from util import UserError, reason
+from seg import imaging, inference
 
 # The end of the graph. Classes are upsampled one after another: together they would take 4 bytes per class and pixel.
 MASK = """end (float[C, h, w] logits, uint8[H, W, 3] photo) => (uint8[H, W] mask) {
@@ -50,21 +45,21 @@ def resize_weights(source, target):
 
 
 def convert(model, end, metadata):
-    """Convert a TrainedModel on the CPU, with MASK or PROBABILITIES as its ``end``, to an onnx.ModelProto."""
+    """Convert a TrainedModel on the CPU, with MASK or PROBABILITIES as its ``end``, to an onnx.ModelProto.
+
+    Raises what PyTorch or the network's own code raises, after a line that explains it.
+    """
     import onnx.parser  # only here: an optional package
 
     photo, sides = torch.zeros(300, 400, 3, dtype=torch.uint8), dict(enumerate(torch.export.dims("H", "W")))
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # where PyTorch prints the graph of a network that fails
-            program = torch.export.export(Graph(model), (photo,), dynamic_shapes=(sides,), strict=False)
+        program = torch.export.export(Graph(model), (photo,), dynamic_shapes=(sides,), strict=False)
         program = torch.onnx.export(program, dynamo=True, output_names=["logits"], opset_version=18, verbose=False)
-    except Exception as error:  # one of many types
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == checkpoint.ROOT]
-        place = "".join(f"{Path(f.filename).name}, line {f.lineno}: " for f in frames[-1:] if f.filename != __file__)
-        problem = f"({reason(error.__cause__ or error)})"
-        if "data-dependent" in str(error):
-            problem = "because its code depends on the values of its input: write torch.where instead of if"
-        raise UserError(f"{place}the network cannot be exported {problem}") from None
+    except Exception:
+        print(
+            "the network cannot be exported: torch.where has to replace any if that depends on the values of its input"
+        )
+        raise
     proto, end = program.model_proto, onnx.parser.parse_graph(end)
     proto.graph.input[0].CopyFrom(end.input[1])
     proto.graph.output[0].CopyFrom(end.output[0])

@@ -102,10 +102,13 @@ def read_code(script):
     Returns a dict from the file's path, below the project's folder or else the script's, to its text; script first.
     """
     folders, paths = (ROOT, script.resolve().parent), [script.resolve()]
+    names = {path.stem for folder in folders for path in folder.iterdir()} - {"seg"}
     for name, module in sorted(sys.modules.items()):
-        top, path = name.partition(".")[0], Path(getattr(module, "__file__", None) or "").resolve()
-        if top != "seg" and any(folder / f"{top}.py" == path or folder / top in path.parents for folder in folders):
-            paths.append(path)
+        top = name.partition(".")[0]
+        if top in names:  # of some thousand modules: resolving all their paths would take a moment
+            path = Path(getattr(module, "__file__", None) or "").resolve()
+            if any(folder / f"{top}.py" == path or folder / top in path.parents for folder in folders):
+                paths.append(path)
     below = [path.relative_to(folders[0] if path.is_relative_to(folders[0]) else folders[1]) for path in paths]
     return {name.as_posix(): read_text(path) for name, path in zip(below, paths)}
 

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel
 
 import util
 from seg import checkpoint, distributed, report
@@ -115,7 +116,7 @@ def check_round_trip(state, model, images):
     except Exception as error:
         advice = "self.arguments has to hold the keyword arguments of its constructor"
         raise UserError(f"{problem} ({reason(error)}): {advice}{found}") from None
-    distributed.set_memory_format(rebuilt.to(images.device), images.device)
+    rebuilt.to(images.device, memory_format=distributed.memory_format(images.device))
     logits = []
     with unchanged(model), torch.no_grad():
         for network in (model, rebuilt):
@@ -187,12 +188,15 @@ def _parameter_warnings(model, criterion, optimizer):
     if unknown:
         problem = f"the optimizer holds {unknown} parameters of neither the network nor the criterion"
         warnings.append(f"{problem}, which no checkpoint saves: make it from model.parameters()")
+    averages = [module for module in model.modules() if isinstance(module, AveragedModel)]
+    averaged = {layer for average in averages for layer in average.modules()}  # not what is trained
     with unchanged(model):
         model.train()
         drifting = [
             name
             for name, layer in model.named_modules()
             if isinstance(layer, _BatchNorm)
+            and layer not in averaged
             and layer.affine
             and not layer.weight.requires_grad
             and layer.track_running_stats

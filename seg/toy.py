@@ -6,24 +6,22 @@ guarantees, and operations that IEEE 754 defines exactly (+, -, *, /, comparison
 """
 
 import colorsys
-import os
 import random
-from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
+from PIL import Image, ImageFilter
 
 from seg.files import atomic_folder, writing
 from seg.imaging import palette_image
-from seg.layout import CLASSES
+from seg.layout import CLASSES, map_images
 from util import VOID
 
 SPLITS = {"train": 209, "val": 213, "test": 210}
-SIZES = (
-    ((500, 375),) * 6 + ((375, 500),) * 3 + ((500, 333),) * 4 + ((333, 500),) * 2 + ((480, 360), (500, 400), (500, 281))
-)
+# Width and height of the photos, with their relative frequency.
+SIZES = {(500, 375): 6, (375, 500): 3, (500, 333): 4, (333, 500): 2, (480, 360): 1, (500, 400): 1, (500, 281): 1}
 GOLDEN_RATIO = 0.618034  # its multiples spread any number of hues evenly
 BORDER = 2  # pixels of void on either side of an outline
 
@@ -35,137 +33,96 @@ FREQUENCY_AND_SIZE = {
     "pottedplant": (17, 0.8), "sheep": (10, 0.9), "sofa": (17, 1.1), "train": (10, 1.3), "tvmonitor": (20, 0.9),
 }  # fmt: skip
 
+
+def _box(left, top, right, bottom):
+    return (left, top, right, top, right, bottom, left, bottom)
+
+
 # Silhouettes in a square from -1 to 1, x to the right, y down. Four numbers are an ellipse (centre x, y, radii), more
 # are the corners of a polygon. A silhouette is the union of its parts, without those between "cut" and "add".
+# fmt: off
 SILHOUETTES = {
     "aeroplane": [
-        (0, 0, 1, 0.17),
-        (-0.25, -0.9, 0, -0.9, 0.35, 0, 0, 0.9, -0.25, 0.9, 0, 0),
-        (-1, -0.5, -0.8, -0.5, -0.6, 0, -0.8, 0.5, -1, 0.5, -0.85, 0),
+        (0, 0, 1, 0.17),  # fuselage
+        (-0.25, -0.9, 0, -0.9, 0.35, 0, 0, 0.9, -0.25, 0.9, 0, 0),  # wings
+        (-1, -0.5, -0.8, -0.5, -0.6, 0, -0.8, 0.5, -1, 0.5, -0.85, 0),  # tail
     ],
     "bicycle": [
-        (-0.55, 0.25, 0.45, 0.45),
-        (0.55, 0.25, 0.45, 0.45),
-        "cut",
-        (-0.55, 0.25, 0.25, 0.25),
-        (0.55, 0.25, 0.25, 0.25),
-        "add",
-        (-0.6, 0.2, -0.3, -0.5, 0.4, -0.5, 0.65, 0.2, 0.5, 0.3, 0.25, -0.3, 0.05, 0.35, -0.5, 0.35),
-        (-0.5, -0.65, -0.1, -0.65, -0.1, -0.5, -0.5, -0.5),
-        (0.25, -0.75, 0.6, -0.75, 0.6, -0.6, 0.25, -0.5),
+        (-0.55, 0.25, 0.45, 0.45), (0.55, 0.25, 0.45, 0.45),  # wheels
+        "cut", (-0.55, 0.25, 0.25, 0.25), (0.55, 0.25, 0.25, 0.25), "add",
+        (-0.6, 0.2, -0.3, -0.5, 0.4, -0.5, 0.65, 0.2, 0.5, 0.3, 0.25, -0.3, 0.05, 0.35, -0.5, 0.35),  # frame
+        _box(-0.5, -0.65, -0.1, -0.5), (0.25, -0.75, 0.6, -0.75, 0.6, -0.6, 0.25, -0.5),  # saddle and handlebar
     ],
     "bird": [
-        (0, 0.1, 0.6, 0.35),
-        (0.6, -0.25, 0.24, 0.24),
-        (0.8, -0.35, 1, -0.2, 0.8, -0.12),
-        (-0.45, 0, -1, -0.15, -0.95, 0.35),
-        (-0.35, 0.05, 0.15, -0.95, 0.35, 0),
+        (0, 0.1, 0.6, 0.35), (-0.45, 0, -1, -0.15, -0.95, 0.35),  # body and tail
+        (-0.35, 0.05, 0.15, -0.95, 0.35, 0),  # wing
+        (0.6, -0.25, 0.24, 0.24), (0.8, -0.35, 1, -0.2, 0.8, -0.12),  # head and beak
     ],
     "boat": [
-        (-1, 0.3, 1, 0.3, 0.65, 0.85, -0.65, 0.85),
-        (-0.06, -0.95, -0.06, 0.2, -0.75, 0.2),
-        (0.06, -0.75, 0.06, 0.2, 0.65, 0.2),
-        (-0.06, -0.95, 0.06, -0.95, 0.06, 0.35, -0.06, 0.35),
+        (-1, 0.3, 1, 0.3, 0.65, 0.85, -0.65, 0.85),  # hull
+        (-0.06, -0.95, -0.06, 0.2, -0.75, 0.2), (0.06, -0.75, 0.06, 0.2, 0.65, 0.2),  # sails
+        _box(-0.06, -0.95, 0.06, 0.35),  # mast
     ],
-    "bottle": [
-        (-0.34, -0.1, 0.34, -0.1, 0.34, 1, -0.34, 1),
-        (0, -0.1, 0.34, 0.3),
-        (-0.14, -1, 0.14, -1, 0.14, -0.2, -0.14, -0.2),
-    ],
-    "bus": [(-1, -0.55, 1, -0.55, 1, 0.5, -1, 0.5), (-0.6, 0.5, 0.2, 0.2), (0.6, 0.5, 0.2, 0.2)],
+    "bottle": [_box(-0.34, -0.1, 0.34, 1), (0, -0.1, 0.34, 0.3), _box(-0.14, -1, 0.14, -0.2)],
+    "bus": [_box(-1, -0.55, 1, 0.5), (-0.6, 0.5, 0.2, 0.2), (0.6, 0.5, 0.2, 0.2)],
     "car": [
-        (-1, -0.05, 1, -0.05, 1, 0.35, -1, 0.35),
-        (-0.65, 0, -0.35, -0.5, 0.3, -0.5, 0.65, 0),
-        (-0.58, 0.35, 0.22, 0.22),
-        (0.58, 0.35, 0.22, 0.22),
+        _box(-1, -0.05, 1, 0.35), (-0.65, 0, -0.35, -0.5, 0.3, -0.5, 0.65, 0),  # body and roof
+        (-0.58, 0.35, 0.22, 0.22), (0.58, 0.35, 0.22, 0.22),  # wheels
     ],
     "cat": [
-        (0, 0.4, 0.5, 0.6),
-        (0, -0.4, 0.42, 0.36),
-        (-0.42, -0.35, -0.4, -1, -0.05, -0.65),
-        (0.42, -0.35, 0.4, -1, 0.05, -0.65),
-        (0.3, 0.9, 0.8, 0.3, 1, 0.35, 0.6, 1),
+        (0, 0.4, 0.5, 0.6), (0.3, 0.9, 0.8, 0.3, 1, 0.35, 0.6, 1),  # body and tail
+        (0, -0.4, 0.42, 0.36),  # head
+        (-0.42, -0.35, -0.4, -1, -0.05, -0.65), (0.42, -0.35, 0.4, -1, 0.05, -0.65),  # ears
     ],
     "chair": [
-        (-0.55, -1, -0.3, -1, -0.3, 0.2, -0.55, 0.2),
-        (-0.55, -0.05, 0.55, -0.05, 0.55, 0.25, -0.55, 0.25),
-        (-0.55, 0.2, -0.35, 0.2, -0.35, 1, -0.55, 1),
-        (0.35, 0.2, 0.55, 0.2, 0.55, 1, 0.35, 1),
+        _box(-0.55, -1, -0.3, 0.2), _box(-0.55, -0.05, 0.55, 0.25),  # back and seat
+        _box(-0.55, 0.2, -0.35, 1), _box(0.35, 0.2, 0.55, 1),  # legs
     ],
     "cow": [
-        (-0.05, -0.05, 0.75, 0.42),
-        (-0.65, 0.1, -0.4, 0.1, -0.4, 0.8, -0.65, 0.8),
-        (0.3, 0.1, 0.55, 0.1, 0.55, 0.8, 0.3, 0.8),
-        (0.78, -0.25, 0.24, 0.3),
-        (0.55, -0.75, 0.72, -0.4, 0.6, -0.35),
-        (1, -0.75, 0.95, -0.35, 0.83, -0.4),
+        (-0.05, -0.05, 0.75, 0.42), _box(-0.65, 0.1, -0.4, 0.8), _box(0.3, 0.1, 0.55, 0.8),  # body and legs
+        (0.78, -0.25, 0.24, 0.3),  # head
+        (0.55, -0.75, 0.72, -0.4, 0.6, -0.35), (1, -0.75, 0.95, -0.35, 0.83, -0.4),  # horns
     ],
-    "diningtable": [(0, -0.3, 1, 0.33), (-0.14, -0.2, 0.14, -0.2, 0.14, 0.75, -0.14, 0.75), (0, 0.75, 0.45, 0.14)],
+    "diningtable": [(0, -0.3, 1, 0.33), _box(-0.14, -0.2, 0.14, 0.75), (0, 0.75, 0.45, 0.14)],
     "dog": [
-        (-0.1, 0.1, 0.62, 0.3),
-        (0.55, -0.3, 0.3, 0.28),
-        (0.65, -0.35, 1, -0.25, 1, -0.05, 0.65, -0.05),
-        (-0.6, 0.1, -0.4, 0.1, -0.4, 0.9, -0.6, 0.9),
-        (0.2, 0.1, 0.42, 0.1, 0.42, 0.9, 0.2, 0.9),
-        (-0.7, 0.05, -0.98, -0.6, -0.8, -0.65, -0.5, -0.1),
+        (-0.1, 0.1, 0.62, 0.3), _box(-0.6, 0.1, -0.4, 0.9), _box(0.2, 0.1, 0.42, 0.9),  # body and legs
+        (-0.7, 0.05, -0.98, -0.6, -0.8, -0.65, -0.5, -0.1),  # tail
+        (0.55, -0.3, 0.3, 0.28), (0.65, -0.35, 1, -0.25, 1, -0.05, 0.65, -0.05),  # head and muzzle
     ],
     "horse": [
-        (-0.1, 0, 0.6, 0.3),
-        (0.2, 0.1, 0.6, -0.85, 0.85, -0.85, 0.5, 0.15),
-        (0.55, -0.95, 0.75, -1, 1, -0.55, 0.85, -0.45),
-        (-0.65, 0, -0.48, 0, -0.48, 1, -0.65, 1),
-        (0.25, 0, 0.42, 0, 0.42, 1, 0.25, 1),
-        (-0.6, -0.15, -0.95, 0.5, -0.8, 0.5),
+        (-0.1, 0, 0.6, 0.3), _box(-0.65, 0, -0.48, 1), _box(0.25, 0, 0.42, 1),  # body and legs
+        (-0.6, -0.15, -0.95, 0.5, -0.8, 0.5),  # tail
+        (0.2, 0.1, 0.6, -0.85, 0.85, -0.85, 0.5, 0.15), (0.55, -0.95, 0.75, -1, 1, -0.55, 0.85, -0.45),  # neck and head
     ],
     "motorbike": [
-        (-0.6, 0.35, 0.4, 0.4),
-        (0.6, 0.35, 0.4, 0.4),
-        (-0.8, -0.2, 0.1, -0.1, 0.35, -0.4, 0.55, 0.1, 0.3, 0.55, -0.4, 0.5),
-        (0.15, -0.7, 0.55, -0.6, 0.5, -0.3, 0.3, -0.3),
+        (-0.6, 0.35, 0.4, 0.4), (0.6, 0.35, 0.4, 0.4),  # wheels
+        (-0.8, -0.2, 0.1, -0.1, 0.35, -0.4, 0.55, 0.1, 0.3, 0.55, -0.4, 0.5),  # body
+        (0.15, -0.7, 0.55, -0.6, 0.5, -0.3, 0.3, -0.3),  # handlebar
     ],
     "person": [
-        (0, -0.77, 0.2, 0.23),
-        (-0.34, -0.52, 0.34, -0.52, 0.3, 0.2, -0.3, 0.2),
-        (-0.3, 0.15, -0.03, 0.15, -0.08, 1, -0.3, 1),
-        (0.03, 0.15, 0.3, 0.15, 0.3, 1, 0.08, 1),
-        (-0.34, -0.52, -0.62, 0.1, -0.48, 0.16, -0.2, -0.3),
-        (0.34, -0.52, 0.62, 0.1, 0.48, 0.16, 0.2, -0.3),
+        (0, -0.77, 0.2, 0.23), (-0.34, -0.52, 0.34, -0.52, 0.3, 0.2, -0.3, 0.2),  # head and trunk
+        (-0.3, 0.15, -0.03, 0.15, -0.08, 1, -0.3, 1), (0.03, 0.15, 0.3, 0.15, 0.3, 1, 0.08, 1),  # legs
+        (-0.34, -0.52, -0.62, 0.1, -0.48, 0.16, -0.2, -0.3), (0.34, -0.52, 0.62, 0.1, 0.48, 0.16, 0.2, -0.3),  # arms
     ],
     "pottedplant": [
-        (-0.42, 0.3, 0.42, 0.3, 0.28, 1, -0.28, 1),
-        (-0.35, -0.3, 0.32, 0.45),
-        (0.35, -0.3, 0.32, 0.45),
-        (0, -0.5, 0.34, 0.5),
-        (0, 0.1, 0.4, 0.3),
+        (-0.42, 0.3, 0.42, 0.3, 0.28, 1, -0.28, 1),  # pot
+        (-0.35, -0.3, 0.32, 0.45), (0.35, -0.3, 0.32, 0.45), (0, -0.5, 0.34, 0.5), (0, 0.1, 0.4, 0.3),  # leaves
     ],
     "sheep": [
-        (-0.45, -0.1, 0.4, 0.38),
-        (0, -0.25, 0.42, 0.38),
-        (0.4, -0.1, 0.36, 0.36),
-        (0, 0.15, 0.6, 0.3),
-        (0.8, -0.15, 0.2, 0.24),
-        (-0.45, 0.2, -0.25, 0.2, -0.25, 0.75, -0.45, 0.75),
-        (0.2, 0.2, 0.4, 0.2, 0.4, 0.75, 0.2, 0.75),
+        (-0.45, -0.1, 0.4, 0.38), (0, -0.25, 0.42, 0.38), (0.4, -0.1, 0.36, 0.36), (0, 0.15, 0.6, 0.3),  # body
+        (0.8, -0.15, 0.2, 0.24), _box(-0.45, 0.2, -0.25, 0.75), _box(0.2, 0.2, 0.4, 0.75),  # head and legs
     ],
     "sofa": [
-        (-0.8, -0.5, 0.8, -0.5, 0.8, 0.3, -0.8, 0.3),
-        (-1, -0.15, -0.7, -0.15, -0.7, 0.55, -1, 0.55),
-        (0.7, -0.15, 1, -0.15, 1, 0.55, 0.7, 0.55),
-        (-0.8, 0.1, 0.8, 0.1, 0.8, 0.5, -0.8, 0.5),
+        _box(-0.8, -0.5, 0.8, 0.3), _box(-0.8, 0.1, 0.8, 0.5),  # back and seat
+        _box(-1, -0.15, -0.7, 0.55), _box(0.7, -0.15, 1, 0.55),  # arms
     ],
     "train": [
         (-1, -0.4, 0.55, -0.4, 1, 0.1, 1, 0.4, -1, 0.4),
-        (-0.7, 0.4, 0.14, 0.14),
-        (-0.3, 0.4, 0.14, 0.14),
-        (0.3, 0.4, 0.14, 0.14),
-        (0.7, 0.4, 0.14, 0.14),
+        (-0.7, 0.4, 0.14, 0.14), (-0.3, 0.4, 0.14, 0.14), (0.3, 0.4, 0.14, 0.14), (0.7, 0.4, 0.14, 0.14),  # wheels
     ],
-    "tvmonitor": [
-        (-0.95, -0.75, 0.95, -0.75, 0.95, 0.45, -0.95, 0.45),
-        (-0.12, 0.4, 0.12, 0.4, 0.12, 0.7, -0.12, 0.7),
-        (-0.45, 0.65, 0.45, 0.65, 0.45, 0.8, -0.45, 0.8),
-    ],
+    "tvmonitor": [_box(-0.95, -0.75, 0.95, 0.45), _box(-0.12, 0.4, 0.12, 0.7), _box(-0.45, 0.65, 0.45, 0.8)],
 }
+# fmt: on
 
 
 def _wave(phase):
@@ -247,65 +204,58 @@ def _two_colours(noise, label):
             return first, second
 
 
-def _draw_object(rng, width, height, label, num_objects):
-    """Draw an object: a dict of label (class index), x and y (centre in pixels), half (half extents along its own axes
-    in pixels), cos and sin (of its rotation by at most 15 degrees) and flip (-1 or 1)."""
-    # the more objects in an image, the smaller each
+class Pose(NamedTuple):
+    """Where an object is: its centre and half extents along its own axes in pixels, its rotation, and -1 if flipped."""
+
+    x: float
+    y: float
+    half: tuple
+    cos: float
+    sin: float
+    flip: float = 1
+
+    def window(self, width, height):
+        """The window of an image that can contain the object, two slices, and the coordinates x, y of its pixels along
+        the object's axes, float64 arrays in pixels from its centre."""
+        reach = int(1.5 * max(self.half)) + 2
+        rows = slice(max(0, int(self.y) - reach), min(height, int(self.y) + reach))
+        columns = slice(max(0, int(self.x) - reach), min(width, int(self.x) + reach))
+        y = (np.arange(rows.start, rows.stop) + 0.5 - self.y)[:, None]
+        x = (np.arange(columns.start, columns.stop) + 0.5 - self.x)[None, :]
+        return (rows, columns), (x * self.cos + y * self.sin) * self.flip, y * self.cos - x * self.sin
+
+
+def _draw_pose(rng, width, height, label, num_objects):
+    """Draw the Pose of an object of a class: the more objects in an image, the smaller each."""
     size = FREQUENCY_AND_SIZE[CLASSES[label]][1] * (0.32 + 0.34 * rng.random()) / (1 + 0.15 * (num_objects - 1))
     extent = size * min(width, height)
     aspect = 0.85 + 0.3 * rng.random()
     t = 0.26 * rng.random() - 0.13  # tangent of half the angle: gives cosine and sine without library functions
-    return {
-        "label": label,
-        "x": width * (0.15 + 0.7 * rng.random()),
-        "y": height * (0.2 + 0.6 * rng.random()),
-        "half": (extent * aspect, extent / aspect),
-        "cos": (1 - t * t) / (1 + t * t),
-        "sin": 2 * t / (1 + t * t),
-        "flip": -1.0 if rng.random() < 0.5 else 1.0,
-    }
+    x, y = width * (0.15 + 0.7 * rng.random()), height * (0.2 + 0.6 * rng.random())
+    cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+    return Pose(x, y, (extent * aspect, extent / aspect), cos, sin, -1.0 if rng.random() < 0.5 else 1.0)
 
 
 def _choose(rng, weights):
-    """Draw a key of ``weights`` in proportion to its value."""
+    """Draw a key of ``weights`` in proportion to its value, an integer."""
     point = rng.random() * sum(weights.values())
-    for key, weight in weights.items():
-        point -= weight
-        if point < 0:
-            return key
-    return key
+    return next(key for key, total in zip(weights, accumulate(weights.values())) if point < total)
 
 
 def _scene(rng):
-    """Draw an image's size and its objects, background first: (width, height), list of dicts of ``_draw_object``."""
-    width, height = SIZES[int(rng.random() * len(SIZES))]
+    """Draw an image's size and its objects, those behind first: (width, height), list of (class index, Pose)."""
+    width, height = _choose(rng, SIZES)
     num_objects = _choose(rng, {1: 40, 2: 28, 3: 18, 4: 9, 5: 5})
     frequency = {name: pair[0] for name, pair in FREQUENCY_AND_SIZE.items()}
     labels = [CLASSES.index(_choose(rng, frequency)) for _ in range(num_objects)]
-    return (width, height), [_draw_object(rng, width, height, label, num_objects) for label in labels]
-
-
-def _object_coordinates(item, width, height):
-    """The window of an image that can contain an object, two slices, and the coordinates x, y of its pixels along the
-    object's axes, float64 arrays in pixels from its centre."""
-    reach = int(1.5 * max(item["half"])) + 2
-    rows = slice(max(0, int(item["y"]) - reach), min(height, int(item["y"]) + reach))
-    columns = slice(max(0, int(item["x"]) - reach), min(width, int(item["x"]) + reach))
-    y = (np.arange(rows.start, rows.stop) + 0.5 - item["y"])[:, None]
-    x = (np.arange(columns.start, columns.stop) + 0.5 - item["x"])[None, :]
-    return (rows, columns), (x * item["cos"] + y * item["sin"]) * item["flip"], y * item["cos"] - x * item["sin"]
+    return (width, height), [(label, _draw_pose(rng, width, height, label, num_objects)) for label in labels]
 
 
 def _border(instances):
     """The pixels within BORDER of an outline: those with different instances in their neighbourhood."""
-    padded = np.pad(instances, BORDER, mode="edge")
-    high, low = padded, padded
-    for axis in (0, 1):
-        length = high.shape[axis] - 2 * BORDER
-        shifts = [range(start, start + length) for start in range(2 * BORDER + 1)]
-        high = np.maximum.reduce([high.take(shift, axis) for shift in shifts])
-        low = np.minimum.reduce([low.take(shift, axis) for shift in shifts])
-    return high != low
+    image, side = Image.fromarray(instances), 2 * BORDER + 1
+    highest, lowest = (image.filter(extreme(side)) for extreme in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+    return np.asarray(highest) != np.asarray(lowest)
 
 
 def _backdrop(noise, width, height):
@@ -315,17 +265,10 @@ def _backdrop(noise, width, height):
     photo += 0.25 * (_smooth(noise, height, width, 14, 1) - 0.5) + 0.1 * (_smooth(noise, height, width, 14, 3) - 0.5)
     for _ in range(noise.integers(4, 12)):
         angle = np.pi * noise.random()
-        clutter = {
-            "x": width * noise.random(),
-            "y": height * noise.random(),
-            "half": 10 + 0.15 * width * noise.random(2),
-            "cos": np.cos(angle),
-            "sin": np.sin(angle),
-            "flip": 1,
-        }
-        window, x, y = _object_coordinates(clutter, width, height)
-        outline = (0, 0, 1, 1) if noise.random() < 0.5 else (-1, -1, 1, -1, 1, 1, -1, 1)
-        inside = _inside([outline], x / clutter["half"][0], y / clutter["half"][1])
+        x, y, half = width * noise.random(), height * noise.random(), 10 + 0.15 * width * noise.random(2)
+        window, x, y = Pose(x, y, half, np.cos(angle), np.sin(angle)).window(width, height)
+        outline = (0, 0, 1, 1) if noise.random() < 0.5 else _box(-1, -1, 1, 1)
+        inside = _inside([outline], x / half[0], y / half[1])
         photo[window][inside] += 0.7 * (_colour(noise) - photo[window][inside])
     return photo
 
@@ -336,22 +279,21 @@ def render_image(seed, name):
     Returns:
         photo: uint8 [H, W, 3] in RGB. mask: uint8 [H, W], class indices and VOID.
     """
-    (width, height), items = _scene(random.Random(f"{seed}/{name}"))
+    (width, height), objects = _scene(random.Random(f"{seed}/{name}"))
     noise = np.random.default_rng([seed, *name.encode()])
     photo = _backdrop(noise, width, height)
-    mask = np.zeros((height, width), np.uint8)
-    instances = np.zeros((height, width), np.uint8)
-    for instance, item in enumerate(items, start=1):
-        window, x, y = _object_coordinates(item, width, height)
-        inside = _inside(SILHOUETTES[CLASSES[item["label"]]], x / item["half"][0], y / item["half"][1])
-        mask[window][inside], instances[window][inside] = item["label"], instance
+    mask, instances = np.zeros((2, height, width), np.uint8)
+    for instance, (label, pose) in enumerate(objects, start=1):
+        window, x, y = pose.window(width, height)
+        inside = _inside(SILHOUETTES[CLASSES[label]], x / pose.half[0], y / pose.half[1])
+        mask[window][inside], instances[window][inside] = label, instance
 
         x, y = x[inside], y[inside]
         period = 16 + 6 * noise.random()
         bumps = _smooth(noise, height, width, 20, 1)[window][inside][:, 0]
-        blend = TEXTURES[CLASSES[item["label"]]](x / period, y / period, bumps)
-        first, second = _two_colours(noise, item["label"])
-        light = 1 - 0.25 * y / item["half"][1]
+        blend = TEXTURES[CLASSES[label]](x / period, y / period, bumps)
+        first, second = _two_colours(noise, label)
+        light = 1 - 0.25 * y / pose.half[1]
         photo[window][inside] = (first + (second - first) * blend[:, None]) * light[:, None]
     mask[_border(instances)] = VOID
     photo += 0.03 * noise.standard_normal((height, width, 1), np.float32)
@@ -370,9 +312,7 @@ def render(root, seed=2007):
     with writing(root), atomic_folder(Path(root)) as folder:
         for inner in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
             (folder / inner).mkdir(parents=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for _ in tqdm(pool.map(draw, names), "rendering", len(names), unit=" images", disable=None):
-                pass
+        map_images(draw, names, "rendering")
         for split, count in SPLITS.items():
             ids, names = names[:count], names[count:]
             (folder / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(ids) + "\n")

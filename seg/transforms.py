@@ -11,42 +11,29 @@ from util import VOID
 class Augmentation:
     """Change the colours of each image of a batch at random, then flip, rotate and crop it by one affine map.
 
-    Photo and mask are sampled at the same points, the photo bilinearly, the mask at the nearest pixel. Points outside
-    the image become void in the mask and ``fill`` in the photo.
+    Photo (bilinearly) and mask (nearest) are sampled at the same points; outside are ``fill`` and void.
 
     Args:
         flip: probability of a horizontal flip.
         degrees: rotation by an angle from -degrees .. degrees, uniformly distributed.
-        scale: smallest and largest side of the crop relative to the image's side; its logarithm is uniformly
-            distributed, so that halving is as likely as doubling. A crop lies anywhere inside the image; if it is
-            larger than the image, the image lies anywhere inside the crop.
+        scale: smallest and largest side of the crop relative to the image's side, logarithmically distributed: halving
+            is as likely as doubling. A crop lies anywhere inside the image, or the image anywhere inside a larger crop.
         brightness, contrast, saturation: as in torchvision's ColorJitter, x stands for a factor from max(0, 1 - x) ..
-            1 + x, uniformly distributed. Of a photo, brightness scales all values, contrast their distance from its
-            mean grey value, and saturation their distance from a pixel's own grey value.
-        unchanged: how many times an epoch shows each image as it is.
-        augmented: how many times an epoch shows each image augmented, each time with new random parameters.
+            1 + x: of all values, of their distance from the photo's mean grey value, and from a pixel's own grey value.
+        unchanged, augmented: how many times an epoch shows each image as it is, and with new random parameters.
     """
 
     def __init__(
-        self,
-        flip=0.0,
-        degrees=0.0,
-        scale=(1.0, 1.0),
-        brightness=0.0,
-        contrast=0.0,
-        saturation=0.0,
-        unchanged=0,
-        augmented=1,
+        self, flip=0, degrees=0, scale=(1, 1), brightness=0, contrast=0, saturation=0, unchanged=0, augmented=1
     ):
         self.flip, self.degrees, self.scale = flip, degrees, scale
         self.colour = (brightness, contrast, saturation)
         self.unchanged, self.augmented = unchanged, augmented
 
     def draw(self, count, generator):
-        """Draw random parameters: float32 [count, 3, 3].
+        """Draw random parameters, float32 [count, 3, 3].
 
-        The first two rows are an affine map from output to input coordinates in -1..1, the third holds the factors of
-        brightness, contrast and saturation.
+        Two rows are an affine map from output to input coordinates in -1..1, the third holds the factors of colours.
         """
         flip, angle, scale, x, y = torch.rand(5, count, generator=generator)
         sign = torch.where(flip < self.flip, -1.0, 1.0)
@@ -64,10 +51,7 @@ class Augmentation:
     def __call__(self, images, masks, params, fill):
         """Augment images, uint8 [B, 3, H, W], and masks, uint8 [B, H, W], with params [B, 3, 3] from ``draw``.
 
-        ``fill``, float32 [3, 1, 1] in 0..255, is the colour of the photo's borders.
-
-        Returns:
-            images and masks, new tensors of the same shapes and type.
+        ``fill``, float32 [3, 1, 1] in 0..255, is the colour of the photo's borders. Returns new tensors alike.
         """
         height, width = masks.shape[1:]
         # Both sides run from -1 to 1: on a rectangle, a rotation would shear without these factors.
@@ -82,10 +66,9 @@ class Augmentation:
 
 
 def adjust_colours(images, factors):
-    """Multiply brightness, contrast and saturation of images [B, 3, H, W] in 0..255 by factors [B, 3].
+    """Multiply brightness, contrast and saturation of images [B, 3, H, W] in 0..255 by factors [B, 3]: new, float32.
 
-    As torchvision's adjust_brightness, adjust_contrast and adjust_saturation one after the other, in any order, but
-    nothing is rounded, and values are clipped only once, at the end. Returns new images, float32 in 0..255.
+    As torchvision's functions one after the other, in any order, but values are clipped once, and nothing is rounded.
     """
     brightness, contrast, saturation = factors[..., None, None, None].unbind(1)
     images = images.float()

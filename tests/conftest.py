@@ -137,7 +137,7 @@ def skip_drawing(patch):
 def use_tiny_net(patch):
     """Make runs fast: train.py trains TinyNet, which ``checkpoint.load`` finds here, at 32x32, and draws no plot."""
     loaders = voc.loaders
-    patch.setattr(voc, "loaders", lambda *args, size, **options: loaders(*args, size=32, **options))
+    patch.setattr(voc, "loaders", lambda args, size, **options: loaders(args, 32, **options))
     patch.setattr(train, "FCN", TinyNet)
     patch.setattr(checkpoint, "ROOT", TESTS)
     skip_drawing(patch)
@@ -148,10 +148,3 @@ def tiny_net():
     with pytest.MonkeyPatch.context() as patch:
         use_tiny_net(patch)
         yield
-
-
-class Malicious:
-    """Runs code when it is unpickled."""
-
-    def __reduce__(self):
-        return (exec, ("import checkpoint; checkpoint.ran = True",))

@@ -1,101 +1,58 @@
-"""Ablations: a variant changes what its name says, and nothing else."""
+"""Ablations: each differs from its base in one line, trains, and records what ran."""
 
+import difflib
+import importlib
+import os
+import subprocess
 import sys
-from contextlib import ExitStack
-from unittest import mock
 
 import pytest
-import torch
-from conftest import ROOT, SHARED
-from torch import nn
+from conftest import ROOT, run_main, skip_drawing
 
-from seg import engine
+from seg.run import Run
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import ablation
-
-CHANGES = {
-    "as it is": set(),
-    "without ImageNet": {"backbone"},
-    "without fine-tuning": {"rates", "batch norm"},
-    "one learning rate": {"rates"},
-    "constant batch norm": {"batch norm"},
-    "without average": {"decay"},
-    "without colours": {"colour"},
-    "without crops": {"scale"},
-    "without weights": {"weight"},
-    "ENet's weights": {"weight"},
-    "square input": {"size"},
+FOLDER = ROOT / "benchmarks" / "ablation"
+# the base, and what stands in the line that differs in the base and in the variant
+VARIANTS = {
+    "without_skips": ("train_5_a", "CustomFCN(len(train.classes))", "(len(train.classes), skips=False)"),
+    "without_shortcuts": ("train_5_a", "CustomFCN(len(train.classes))", "(len(train.classes), residual=False)"),
+    "without_context": ("train_5_a", "CustomFCN(len(train.classes))", "(len(train.classes), context=False)"),
+    "copies": ("train_4_b", "unchanged=1, augmented=2)", "Augmentation(unchanged=3, augmented=0)"),
+    "constant_learning_rate": ("train_4_b", "CosineAnnealingLR(", "ConstantLR(optimizer, factor=1.0)"),
+    "without_average": ("train_6", "decay=0.99)", "decay=0.0)"),
+    "full_weights": ("train_6", "class_weights(train.split).sqrt().to(", "class_weights(train.split).to("),
 }
+NETWORKS = {"train_4_b": "basic_fcn.py", "train_5_a": "custom_fcn.py", "train_6": "resnet_unet.py"}
 
 
-@pytest.mark.parametrize("study", ablation.STUDIES)
-def test_what_a_variant_replaces_exists(study):
-    for replacements in ablation.STUDIES[study][1].values():
-        with ExitStack() as stack:
-            for target, replacement in replacements.items():
-                stack.enter_context(mock.patch(target, replacement))
+def test_the_variants_are_those_listed_here_and_each_has_a_name_of_its_own():
+    names = {path.stem for path in FOLDER.glob("*.py")}
+    assert names == set(VARIANTS) and not names & {path.stem for path in ROOT.glob("*.py")}
 
 
-def arguments_of_fit(study, variant, data, out):
-    """What the script of a study, changed as in a variant, hands over to engine.fit."""
-    script, variants = ablation.STUDIES[study]
-    command = [f"{script.__name__}.py", "--data", str(data), "--device", "cpu", "--limit", "2", "--out", str(out)]
-    with ExitStack() as stack:
-        fit = stack.enter_context(mock.patch.object(engine, "fit"))
-        for target, replacement in ({"sys.argv": command} | variants[variant]).items():
-            stack.enter_context(mock.patch(target, replacement))
-        script.main()
-    return fit.call_args
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_differs_from_its_base_in_one_line(name):
+    base, before, after = VARIANTS[name]
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / f"{base}.py", FOLDER / f"{name}.py")]
+    (_, _, old), (_, docstring, new) = (text.split('"""') for text in texts)
+    removed, added = [line for line in difflib.ndiff(old.splitlines(), new.splitlines()) if line[0] in "+-"]
+    assert before in removed and after in added
+    assert f"Differs from {base}.py only in " in docstring and f"python benchmarks/ablation/{name}.py\n" in docstring
 
 
-@pytest.mark.parametrize("name", ablation.STUDIES["augmentation"][1])
-def test_a_variant_of_the_augmentation_changes_what_its_name_says(tiny, tmp_path, name):
-    (args, _, train, *_), options = arguments_of_fit("augmentation", name, tiny, tmp_path)
-    for _ in range(args.epochs):
-        rates = [group["lr"] for group in options["optimizer"].param_groups]
-        options["optimizer"].step()
-        options["scheduler"].step()
-    num_augmented = 0 if name == "copies" else 2
-    assert (train.repeats, train.unchanged) == (3, 3 - num_augmented)
-    if name == "constant learning rate":
-        assert rates == [5e-4, 1e-2]
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_trains_and_records_its_own_text_and_that_of_its_network(tiny, tmp_path, monkeypatch, name):
+    base, path = VARIANTS[name][0], FOLDER / f"{name}.py"
+    flags = f"--data {tiny} --out {tmp_path} --device cpu --epochs 1 --limit 2 --batch-size 2"
+    flags += " --no-pretrained" * (base == "train_6")
+    if name == "copies":  # one as a user types it
+        command = [sys.executable, path.relative_to(ROOT), *flags.split()]
+        subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, check=True)
     else:
-        assert all(rate < 1e-4 for rate in rates)
-
-
-@pytest.mark.parametrize("name", ablation.STUDIES["recipe"][1])
-def test_a_variant_of_the_recipe_changes_what_its_name_says(tiny, tmp_path, monkeypatch, name):
-    if not (SHARED / "torch" / "hub" / "checkpoints").is_dir():
-        pytest.skip("needs the ImageNet weights")
-    monkeypatch.setenv("TORCH_HOME", str(SHARED / "torch"))
-
-    def run(variant):
-        """What train_6.py hands over to the engine: numbers of each part."""
-        (_, model, train, *_), options = arguments_of_fit("recipe", variant, tiny, tmp_path)
-        backbone = dict(model.network.backbone.named_parameters())
-        return {
-            "backbone": backbone["0.0.weight"].sum().item(),
-            "batch norm": {type(layer) for layer in model.network.backbone.modules() if "Norm" in type(layer).__name__},
-            "rates": [group["lr"] for group in options["optimizer"].param_groups],
-            "decay": model.arguments["decay"],
-            "colour": train.augment.colour,
-            "scale": train.augment.scale,
-            "flip": train.augment.flip,
-            "weight": options["criterion"].weight.tolist(),
-            "size": train.size,
-        }
-
-    before, after = run("as it is"), run(name)
-    assert {part for part in before if before[part] != after[part]} == CHANGES[name]
-    assert before["batch norm"] == {nn.BatchNorm2d}
-    if name == "without weights":
-        assert set(after["weight"]) == {1.0}
-    if name == "ENet's weights":
-        torch.testing.assert_close(torch.tensor(after["weight"]), torch.tensor(before["weight"]).square())
-    if name == "without fine-tuning":
-        assert after["rates"] == [0.0, before["rates"][1]]
-    if name == "square input":
-        areas = [width * height for height, width in (before["size"], after["size"])]
-        assert areas[1] == pytest.approx(areas[0], rel=0.03)  # as far as 32 divides the side
+        skip_drawing(monkeypatch)
+        monkeypatch.syspath_prepend(FOLDER)
+        assert run_main(ROOT, importlib.import_module(name), flags) == 0
+    (metrics,) = (tmp_path / "results").glob(f"{name}_*.json")
+    code = Run.read(metrics).metrics["code"][0]["files"]
+    for file in (f"benchmarks/ablation/{name}.py", NETWORKS[base]):
+        assert code[file] == (ROOT / file).read_text(encoding="utf-8")

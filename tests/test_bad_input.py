@@ -1,16 +1,13 @@
-"""Bad input of every kind: exit code 2 within 10 seconds, and one line that names what is wrong."""
+"""Wrong flags, paths, lists, images and checkpoints: exit code 2, and one line that names what is wrong."""
 
 import io
 import shutil
-import struct
-import time
-import zlib
 
 import numpy as np
 import pytest
 import torch
-from conftest import Malicious, make_tiny, run_main, write_pair, write_split
-from PIL import ExifTags, Image, TiffImagePlugin
+from conftest import make_tiny, run_main, write_pair, write_split
+from PIL import ExifTags, Image
 
 import compare
 import download
@@ -25,14 +22,7 @@ pytestmark = pytest.mark.usefixtures("tiny_net")
 LISTS, PHOTOS, MASKS = "Tiny/ImageSets/Segmentation", "Tiny/JPEGImages", "Tiny/SegmentationClass"
 FIRST = "000000"  # of train
 PHOTO, MASK = f"{PHOTOS}/{FIRST}.jpg", f"{MASKS}/{FIRST}.png"
-
-
-def png_header(width, height):
-    """A PNG that states its size and is truncated where its pixels begin."""
-    chunks = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0), b"IDAT"
-    lengths = (struct.pack(">I", len(chunk) - 4) for chunk in chunks)
-    checksums = (struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(b"".join(parts) for parts in zip(lengths, chunks, checksums))
+CONVERT = "python voc.py --data Tiny --from-colours colours.txt"
 
 
 def write(path, content):
@@ -53,51 +43,17 @@ def remove(path):
     return lambda folder: shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
 
 
-def folder_at(path):
-    """A fault: a folder in the place of a file."""
-
-    def spoil(folder):
-        (folder / path).unlink(missing_ok=True)
-        (folder / path).mkdir()
-
-    return spoil
+def moved(source, target):
+    return lambda folder: shutil.move(folder / source, folder / target)
 
 
-def mask(array):
-    return lambda folder: Image.fromarray(array).save(folder / MASK)
+def copied(source, target):
+    return lambda folder: shutil.copy(folder / source, folder / target)
 
 
-def photo(array):
-    """A fault: the photo becomes a TIFF of the array."""
-    return both(lambda folder: Image.fromarray(array).save(folder / PHOTOS / f"{FIRST}.tif"), remove(PHOTO))
-
-
-def deep_photo(planar):
-    """A fault: the photo becomes a TIFF in RGB with 16 bits per channel, of which only the lower 12 are used."""
-    count = 1 if planar == 1 else 3  # of strips: with a plane per channel, one for each
-    tags = {256: 40, 257: 40, 258: (16, 16, 16), 259: 1, 262: 2, 277: 3, 278: 40, 284: planar}
-    tags |= {273: tuple(9600 // count * strip for strip in range(count)), 279: (9600 // count,) * count}
-    directory = TiffImagePlugin.ImageFileDirectory_v2()
-    for tag, value in tags.items():
-        directory[tag] = value
-    header = b"II*\0\x08\0\0\0" + directory.tobytes(8)  # adds its length to the offsets of the strips
-    content = header + (np.arange(4800) // 2).astype("<u2").tobytes()
-    return both(write(f"{PHOTOS}/{FIRST}.tif", content), remove(PHOTO))
-
-
-def linked_twice(folder):
-    """A fault: of two links to a folder of photos, a list names the second."""
-    (folder / "elsewhere").mkdir()
-    shutil.copy(folder / PHOTO, folder / "elsewhere/first.png")
-    for name in "ab":
-        (folder / PHOTOS / name).symlink_to(folder / "elsewhere")
-    (folder / LISTS / "train.txt").write_text("b/first\n")
-
-
-def jpeg_mask(folder):
-    """A fault: a JPEG with the name of a PNG."""
-    with Image.open(folder / MASK) as image:
-        Image.fromarray(np.array(image) % 5).save(folder / MASK, "jpeg")
+def mask(array, name=FIRST):
+    """A fault: the mask becomes an array, as a greyscale image or in RGB."""
+    return lambda folder: Image.fromarray(array).save(folder / MASKS / f"{name}.png")
 
 
 def all_masks(split, change):
@@ -105,10 +61,9 @@ def all_masks(split, change):
 
     def spoil(folder):
         for name in (folder / LISTS / f"{split}.txt").read_text().split():
-            path = folder / MASKS / f"{name}.png"
-            with Image.open(path) as image:
+            with Image.open(folder / MASKS / f"{name}.png") as image:
                 array = np.array(image)
-            Image.fromarray(change(array)).save(path)
+            mask(change(array), name)(folder)
 
     return spoil
 
@@ -122,8 +77,20 @@ def binary(array):
     return np.where(array, 255, 0).astype(np.uint8)
 
 
+def jpeg_mask(folder):
+    """A fault: a JPEG with the name of a PNG."""
+    with Image.open(folder / MASK) as image:
+        Image.fromarray(np.array(image) % 5).save(folder / MASK, "jpeg")
+
+
+def float_photo(folder):
+    """A fault: the photo becomes a TIFF with 32 bits per pixel."""
+    (folder / PHOTO).unlink()
+    Image.fromarray(np.zeros((40, 40), np.float32)).save(folder / PHOTOS / f"{FIRST}.tif")
+
+
 def rotated_photo(folder):
-    """A fault: the photo gets an EXIF orientation after the mask was drawn."""
+    """A fault: the photo has an EXIF orientation that was ignored when its mask was drawn."""
     with Image.open(folder / PHOTO) as image:
         exif = image.getexif()
         exif[ExifTags.Base.Orientation] = 6
@@ -134,19 +101,18 @@ def rotated_photo(folder):
 def reordered_palette(folder):
     """A fault: an image editor has saved the used colours only, in the order of their first pixels."""
     with Image.open(folder / MASK) as image:
-        array, palette = np.array(image), np.array(image.getpalette()).reshape(-1, 3)
+        array, palette = np.array(image), np.array(image.getpalette(), np.uint8).reshape(-1, 3)
     values, indices = np.unique(array, return_inverse=True)
     image = Image.fromarray(indices.reshape(array.shape).astype(np.uint8))
-    image.putpalette(palette[values].astype(np.uint8).tobytes())
+    image.putpalette(palette[values].tobytes())
     image.save(folder / MASK)
 
 
-def copied(source, target):
-    return lambda folder: shutil.copy(folder / source, folder / target)
+class Malicious:
+    """Runs code when it is unpickled."""
 
-
-def both(*faults):
-    return lambda folder: [fault(folder) for fault in faults]
+    def __reduce__(self):
+        return (exec, ("from seg import checkpoint; checkpoint.ran = True",))
 
 
 def saved(value):
@@ -166,168 +132,106 @@ def changed(**values):
     return change
 
 
-def not_finite(content):
-    state = torch.load(io.BytesIO(content), weights_only=True)
-    next(tensor for tensor in state["model"].values() if tensor.is_floating_point()).fill_(float("nan"))
-    return saved(state)
-
-
-VALUES = {
-    "--epochs": ("0", "two", "-1", "1e3", ""),
-    "--batch-size": ("0", "-4", "all"),
-    "--seed": ("-1", "4294967296", "0x10"),
-    "--limit": ("0", "1.5"),
-    "--device": ("gpu", "cuda:99", "cpu:1", "cuda:x"),
-}
-# the script, its flags, and a part of its message
-FLAGS = [(train, f"{flag} {value}", flag) for flag, values in VALUES.items() for value in values]
-FLAGS += [
+# the script, its flags, and parts of its message
+FLAGS = [
+    (train, "--epochs 0", "--epochs", "'0' is not an integer from 1"),
+    (train, "--epochs two", "--epochs", "'two' is not an integer"),
+    (train, "--batch-size -4", "--batch-size"),
+    (train, "--seed -1", "--seed"),
+    (train, "--limit 1.5", "--limit"),
+    (train, "--device gpu", "--device", "auto, cpu, cuda"),
+    (train, "--device cuda:99", "--device", "use --device cpu"),
     (train, "--unknown", "--unknown"),
     (train, "stray", "stray"),
     (train, "--no-pretrained", "--no-pretrained"),  # has no pretrained weights
-    (train, "--out afile --data Tiny", "afile/plots"),
-    (train, "--out afile/below --data Tiny", "afile/below/plots"),
-    (compare, "--seeds", "--seeds"),
+    (train, "--resume --overwrite", "--overwrite", "not allowed with"),
+    (train, "--out afile --data Tiny", "afile/plots", "cannot be written"),
+    (train, "--data none", "none: no data in VOC layout", "python download.py", "--tar", "--toy"),
+    (train, "--data .", "use --data Tiny"),
+    (train, f"--data {PHOTOS}", "use --data Tiny"),
     (compare, "--seeds x", "--seeds"),
     (download, "--year 1999", "--year"),
     (download, "--tar none.tar", "none.tar"),
-    (download, "--tar afile", "afile"),
-    (download, "--mirror ftp", "--mirror"),
-    (voc, "--data Tiny --split none", "none.txt"),
+    (download, "--tar afile", "afile", "MD5"),
+    (download, "--mirror ftp://a", "--mirror"),
+    (voc, "--data Tiny --split none", "none.txt: no such split", "test, train, val"),
     (voc, "--data Tiny --from-colours none.txt", "none.txt: cannot be read"),
-    (voc, "--data Tiny --from-colours afile", "afile: line 1 is"),
     (voc, "--data none --check", "none: no data in VOC layout"),
     (predict, "", "checkpoint"),
     (predict, "none.pt Tiny/JPEGImages", "none.pt: no such file"),
     (predict, "Tiny Tiny/JPEGImages", "Tiny"),
-    (predict, "best_train.pt none.jpg", "none.jpg"),
+    (predict, "best_train.pt none.jpg", "none.jpg: no such file"),
     (predict, "best_train.pt Tiny", "Tiny: holds no photo"),
-    (predict, "best_train.pt afile", "afile"),
+    (predict, "best_train.pt afile", "afile: cannot be read as an image"),
     (predict, "best_train.pt Tiny/JPEGImages --out afile", "afile"),
-    (predict, "best_train.pt Tiny/JPEGImages --device gpu", "--device"),
-    (predict, "best_train.pt Tiny/JPEGImages --size 225", "--size: '225' is neither N nor WIDTHxHEIGHT in mult"),
-    (train, "--data none", "none: no data in VOC layout"),
-    (train, "--data=", "use --data Tiny"),
-    (train, "--data .", "use --data Tiny"),
-    (train, f"--data {PHOTOS}", "use --data Tiny"),
-    (train, f"--data {LISTS}", "use --data Tiny"),
-    (train, f"--data {PHOTO}", "use --data Tiny"),
+    (predict, "best_train.pt Tiny/JPEGImages --size 225", "--size", "225", "32"),
 ]
 # faults of the data set, with which train.py then starts
 DATA = [
-    (remove(LISTS), "Tiny"),
-    (remove(f"{LISTS}/train.txt"), "train.txt"),
-    (remove(f"{LISTS}/val.txt"), "val.txt: no such split (there are: test, train)"),
-    (write(f"{LISTS}/train.txt", b""), "train.txt"),
-    (write(f"{LISTS}/train.txt", b" \n\n"), "train.txt"),
-    (write(f"{LISTS}/val.txt", b""), "val.txt: the split is empty"),
-    (write(f"{LISTS}/test.txt", b""), "test.txt"),
-    (write(f"{LISTS}/train.txt", b"\xff\xfe\x00\x01"), "train.txt"),
-    (folder_at(f"{LISTS}/train.txt"), "(Is a directory): make it a text file that you may read"),
-    (write(f"{LISTS}/train.txt", b"000000\n000001\n000000\n"), "lists an id more than once (000000, 2 times)"),
-    (write(f"{LISTS}/train.txt", b"../../secret\n"), "lists an invalid id ('../../secret')"),
-    (write(f"{LISTS}/train.txt", b"/etc/passwd\n"), "lists an invalid id ('/etc/passwd')"),
-    (write(f"{LISTS}/train.txt", b"a\x00b\n"), "train.txt: is not UTF-8 text"),
-    (write(f"{LISTS}/train.txt", b"a\x1bb\n"), r"a\x1bb"),
-    (write(f"{LISTS}/train.txt", b"a" * 400), "aaaa.jpg"),
-    (write(f"{LISTS}/train.txt", "füchse und 'hunde'\n".encode()), "füchse und 'hunde'.jpg"),
-    (write(f"{LISTS}/train.txt", b"none  1\n"), "none.jpg: no such file"),
-    (write(f"{LISTS}/train.txt", b"000000 -1\n000001 -1\n"), "train.txt: the split is empty, as all its lines end"),
+    (remove(LISTS), "Tiny: no data in VOC layout"),
+    (remove(f"{LISTS}/val.txt"), "val.txt: no such split", "test, train"),
+    (write(f"{LISTS}/train.txt", b""), "train.txt: the split is empty"),
+    (write(f"{LISTS}/train.txt", b"000000\n000001\n000000\n"), "train.txt: lists an id more than once (000000"),
+    (write(f"{LISTS}/train.txt", b"../../secret\n"), "train.txt: lists an invalid id ('../../secret')"),
+    (write(f"{LISTS}/train.txt", "größe\n".encode("latin-1")), "train.txt: ", "UTF-8"),
+    (write(f"{LISTS}/train.txt", "000000\n".encode("utf-16")), "train.txt: ", "UTF-8"),
     (write(f"{LISTS}/train.txt", b"none.jpg\n"), "none.jpg: no such file"),
-    (write(f"{LISTS}/train.txt", b"a.jpg b.png\n"), "a photo and a mask of different names ('a.jpg b.png')"),
-    (write(f"{LISTS}/train.txt", "größe\n".encode("latin-1")), "train.txt: is not UTF-8 text"),
-    (write(f"{LISTS}/train.txt", "000000\n".encode("utf-16")), "save it as UTF-8"),
-    (copied(PHOTO, f"{PHOTOS}/{FIRST}.JPEG"), f"is not the only file with its id (also {FIRST}.jpg): keep one"),
-    (copied(MASK, f"{MASKS}/{FIRST}.PNG"), f"is not the only file with its id (also {FIRST}.png): keep one"),
-    (rotated_photo, f"{FIRST}.png: fits its photo only without the photo's EXIF orientation (30x20, but upright 20x3"),
-    (remove(PHOTOS), "JPEGImages: no such folder: put the photos there"),
-    (remove(MASKS), "SegmentationClass: no such folder: put the masks there"),
-    (both(copied(PHOTO, f"{MASKS}/{FIRST}.jpg"), remove(MASK)), f"{MASKS}/{FIRST}.jpg: is not a PNG, and JPEG changes"),
-    (both(copied(PHOTO, f"{PHOTOS}/{FIRST}.heic"), remove(PHOTO)), f"{FIRST}.heic: is in a format that is not read"),
-    (photo(np.zeros((40, 40), np.float32)), f"{FIRST}.tif: is an image in mode F, with 32 bits per pixel"),
-    (photo(np.zeros((40, 40), np.int32)), f"{FIRST}.tif: is an image in mode I, with 32 bits per pixel"),
-    (photo(np.full((40, 40), 4095, np.uint16)), f"{FIRST}.tif: has 16 bits per pixel, but only values from 4095 to"),
-    (photo(np.arange(7300, 8300, dtype=np.uint16).reshape(40, 25)), "but only values from 7300 to 8299"),
-    (deep_photo(planar=1), f"{FIRST}.tif: has 16 bits per pixel, but only values from 0 to 2559, too few for 8 bits"),
-    (deep_photo(planar=2), f"{FIRST}.tif: is a TIFF with 16 bits and a plane per channel, which Pillow reads wrongly"),
-    (linked_twice, "JPEGImages/b/first.png: is hidden, or in a folder that two links lead to: rename it"),
-    (remove(PHOTO), f"{FIRST}.jpg: no such file"),
+    (remove(PHOTOS), "JPEGImages", "no such"),
+    (remove(MASKS), "SegmentationClass", "no such"),
+    (remove(PHOTO), f"{FIRST}.jpg: no such file", "python voc.py --data Tiny --check lists all faults"),
+    (copied(PHOTO, f"{PHOTOS}/{FIRST}.JPEG"), f"{FIRST}.", "is not the only file with its id"),
+    (moved(PHOTO, f"{PHOTOS}/{FIRST}.heic"), f"{PHOTOS}/{FIRST}.", "JPEG"),
+    (float_photo, f"{FIRST}.tif: is an image in mode F"),
     (write(PHOTO, truncate), f"{FIRST}.jpg: cannot be read as an image"),
-    (write(PHOTO, b""), f"{FIRST}.jpg"),
-    (write(PHOTO, b"<html>404</html>"), f"{FIRST}.jpg"),
-    (write(PHOTO, png_header(60000, 60000)), f"{FIRST}.jpg: cannot be read as an image (Image size"),
-    (write(PHOTO, png_header(12000, 9000)), f"{FIRST}.jpg: 12000x9000 pixels are too many"),
-    (write(PHOTO, png_header(0, 5)), f"{FIRST}.jpg"),
-    (folder_at(PHOTO), f"{FIRST}.jpg"),
+    (write(PHOTO, b"<html>404</html>"), f"{FIRST}.jpg: cannot be read as an image"),
+    (rotated_photo, f"{FIRST}.png: fits its photo only without the photo's EXIF orientation (30x20, but upright 20x30"),
     (remove(MASK), f"{FIRST}.png: no such file"),
-    (write(MASK, truncate), f"{FIRST}.png"),
-    (write(MASK, b""), f"{FIRST}.png"),
-    (write(MASK, png_header(60000, 60000)), f"{FIRST}.png: cannot be read as an image (Image size"),
-    (mask(np.zeros((40, 40, 3), np.uint8)), f"{FIRST}.png: is an image in mode RGB,"),
-    (mask(np.zeros((40, 40, 3), np.uint8)), "python voc.py --data Tiny --from-colours colours.txt converts"),
-    (mask(np.zeros((40, 40, 4), np.uint8)), "python voc.py --data Tiny --from-colours colours.txt converts"),
-    (reordered_palette, f"{FIRST}.png: has VOC's colours in another order"),
-    (reordered_palette, "python voc.py --data Tiny --from-colours colours.txt converts"),
-    (mask(np.zeros((40, 40), np.uint16)), f"{FIRST}.png"),
-    (jpeg_mask, f"{FIRST}.png: is JPEG, not PNG, in spite of its name: export the mask as PNG"),
-    (mask(np.full((40, 40), len(voc.CLASSES), np.uint8)), f"{FIRST}.png: holds the value 21,"),
-    (mask(np.full((40, 40), 128, np.uint8)), "python voc.py --data Tiny --from-colours colours.txt converts"),
+    (moved(MASK, f"{MASKS}/{FIRST}.jpg"), f"{MASKS}/{FIRST}.", "PNG"),
+    (jpeg_mask, f"{FIRST}.png: is JPEG, not PNG"),
+    (write(MASK, truncate), f"{FIRST}.png: cannot be read as an image"),
+    (mask(np.zeros((40, 40, 3), np.uint8)), f"{FIRST}.png: is an image in mode RGB", CONVERT),
+    (reordered_palette, f"{FIRST}.png: has VOC's colours in another order", CONVERT),
+    (mask(np.zeros((40, 40), np.uint16)), f"{FIRST}.png: is an image in mode I;16"),
+    (mask(np.full((40, 40), 21, np.uint8)), f"{FIRST}.png: holds the value 21", CONVERT),
+    (write("Tiny/classes.txt", b"a\nb\n"), f"{FIRST}.png: holds the value", "nor void (255)", "classes.txt"),
     (mask(np.zeros((7, 9), np.uint8)), f"{FIRST}.png: is 9x7, but its photo is"),
-    (remove(MASK), "python voc.py --data Tiny --check lists all faults"),
-    (write(f"{LISTS}/val.txt", b""), "python voc.py --data Tiny --check lists all faults"),
     (all_masks("train", all_void), "no mask of the split train has a labelled pixel"),
     (all_masks("val", all_void), "no mask of the split val has a labelled pixel"),
-    (all_masks("train", binary), "show only background (value 0) and void: 255 is void, and an object needs the value"),
-    (both(all_masks("train", np.ones_like), write("Tiny/classes.txt", b"a\nb\n")), "show only b (value 1)"),
-    (write("Tiny/classes.txt", b"sky\nroad\n\ncar\n"), "classes.txt: line 3 is empty"),
-    (write("Tiny/classes.txt", b"sky\nroad\nsky\ncar\n"), "classes.txt: line 3 repeats a class name (sky)"),
-    (write("Tiny/classes.txt", b"# id name\nsky\nroad\n"), "classes.txt: line 1 begins with #, but each line is"),
-    (write("Tiny/classes.txt", "Größe\nsky\n".encode("latin-1")), "classes.txt: is not UTF-8 text"),
-    (write("Tiny/classes.txt", b"one\n"), "classes.txt: needs 2 to 255 different class names, one per line; it has 1"),
-    (write("Tiny/classes.txt", b"same\nsame\n"), "classes.txt"),
-    (write("Tiny/classes.txt", b"\n".join(b"%d" % label for label in range(256))), "classes.txt"),
-    (write("Tiny/classes.txt", b"\xff\xfe\x00\x01"), "classes.txt"),
-    (write("Tiny/classes.txt", b"a\nb\n"), "classes.txt"),
-    (folder_at("Tiny/classes.txt"), "classes.txt"),
+    (all_masks("train", binary), "show only background (value 0) and void"),
+    (write("Tiny/classes.txt", b"sky\nroad\n\ncar\n"), "classes.txt: line 3"),
+    (write("Tiny/classes.txt", b"sky\nroad\nsky\ncar\n"), "classes.txt: line 3", "sky"),
+    (write("Tiny/classes.txt", b"# id name\nsky\nroad\n"), "classes.txt: line 1"),
+    (write("Tiny/classes.txt", b"one\n"), "classes.txt: needs 2 to 255 different class names"),
 ]
-# contents of colours.txt, and the message of voc.py --from-colours
+# contents of colours.txt, and parts of the message of voc.py --from-colours
 COLOURS = [
     (b"0 0 0 sky\n", "colours.txt: needs 2 to 255 classes"),
-    (b"0 0 0 sky\n0,0,256,road\n", "colours.txt: line 2 is '0,0,256,road'"),
-    (b"# R G B name\n0 0 0 sky\n\nroad\n", "colours.txt: line 4 is 'road'"),
-    (b"0 0 0 sky\n0 0 0 road\n", "colours.txt: line 2 repeats a colour or a name (0 0 0 road)"),
-    (b"0 0 0 sky\n0 0 1 sky\n", "colours.txt: line 2 repeats a colour or a name (0 0 1 sky)"),
-    (b"\xff\xfe", "colours.txt: is not UTF-8 text"),
+    (b"0 0 0 sky\nroad\n", "colours.txt: ", "'road'"),
+    (b"0 0 0 sky\n0 0 0 road\n", "colours.txt: ", "0 0 0 road"),
 ]
 # contents of a checkpoint, with which predict.py or train.py --resume then starts
 CHECKPOINT = [
     (truncate, "not a readable checkpoint"),
-    (b"", "not a readable checkpoint"),
     (b"text", "not a readable checkpoint"),
     (saved(Malicious()), "not a readable checkpoint"),
     (saved([1, 2]), "not written by this project"),
 ]
 LOADED = [
     (changed(size=None), "not written by this project"),
-    (changed(size=10**9), "does not fit"),
-    (changed(module="os"), "is not in"),
-    (changed(module="../util"), "is not in"),
-    (changed(module="conftest", **{"class": "make_tiny"}), "is not in"),
-    (changed(arguments={"num_classes": 5}), "does not fit"),
-    (changed(arguments={"other": 5}), "does not fit"),
-    (not_finite, "best_train.pt: holds weights that are not finite"),
+    (changed(module="os"), "not at the top level of os.py"),
+    (changed(module="../util"), "not at the top level"),
+    (changed(module="conftest", **{"class": "make_tiny"}), "make_tiny", "not at the top level of conftest.py"),
+    (changed(arguments={"num_classes": 5}), "does not fit TinyNet of tiny_net.py"),
+    (changed(arguments={"other": 5}), "does not fit TinyNet of tiny_net.py", "'other'"),
 ]
 RESUMED = [
     (changed(history=None), "not written by this project"),
-    (changed(optimizer={}), "does not fit the model or optimizer"),
-    (changed(optimizer=None), "'optimizer'"),
+    (changed(optimizer=None), "does not fit the model or optimizer", "'optimizer'"),
     (changed(model={}), "does not fit the model or optimizer"),
-    (changed(flags=5), "does not fit the model or optimizer"),
-    (changed(code={"train.py": "print()"}), "train.py has changed since ('-print()')"),
-    (changed(code=None), "was written by an earlier version"),
     (changed(data_sha256="others"), "other image ids or masks"),
-    (changed(dataset="Other"), "dataset Other"),
-    (changed(classes=["a", "b"]), "classes"),
+    (changed(dataset="Other"), "dataset Other, not Tiny"),
+    (changed(classes=["a", "b"]), "classes ['a', 'b'], not ['background'"),
+    (changed(mean=[0.5, 0.5, 0.5]), "mean [0.5, 0.5, 0.5], not [0.485"),
 ]
 OTHER_FLAGS = [
     ("--seed 1", "seed 0, not 1"),
@@ -337,29 +241,30 @@ OTHER_FLAGS = [
 ]
 
 RESUME = "--data Tiny --epochs 3 --limit 2 --batch-size 2 --device cpu --resume"
-PREDICT = f"best_train.pt {PHOTO} --device cpu"
-CASES = [(None, script, flags, message) for script, flags, message in FLAGS]
-CASES += [(spoil, train, "--data Tiny --epochs 1 --device cpu", message) for spoil, message in DATA]
-CASES += [(write("colours.txt", text), voc, "--data Tiny --from-colours colours.txt", part) for text, part in COLOURS]
-CASES += [(write("best_train.pt", content), predict, PREDICT, message) for content, message in CHECKPOINT + LOADED]
-CASES += [(write("last_train.pt", content), train, RESUME, message) for content, message in CHECKPOINT + RESUMED]
-CASES += [(None, train, f"{RESUME} {flags}", message) for flags, message in OTHER_FLAGS]
-CASES += [(remove("best_train.pt"), train, RESUME, "best_train.pt: is missing")]
-CASES += [(all_masks(split, np.ones_like), train, RESUME, "other image ids or masks") for split in ("val", "test")]
+CASES = [(None, *case) for case in FLAGS]
+CASES += [(spoil, train, "--data Tiny --epochs 1 --device cpu", *words) for spoil, *words in DATA]
+for content, *words in COLOURS:
+    CASES += [(write("colours.txt", content), voc, "--data Tiny --from-colours colours.txt", *words)]
+for content, *words in CHECKPOINT + LOADED:
+    CASES += [(write("best_train.pt", content), predict, f"best_train.pt {PHOTO}", "best_train.pt: ", *words)]
+for content, *words in CHECKPOINT + RESUMED:
+    CASES += [(write("last_train.pt", content), train, RESUME, "last_train.pt: ", *words)]
+CASES += [(None, train, f"{RESUME} {flags}", "last_train.pt: ", message) for flags, message in OTHER_FLAGS]
+CASES += [(all_masks("val", np.ones_like), train, RESUME, "other image ids or masks")]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_net):
-    """A folder with the checkpoints of train.py."""
+    """A folder with the checkpoints of train.py; its first epoch is the best."""
     folder = tmp_path_factory.mktemp("run")
     make_tiny(folder / "Tiny")
     assert run_main(folder, train, "--data Tiny --epochs 2 --limit 2 --batch-size 2 --device cpu") == 0
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:Image size")  # as in voc.py; pytest resets the filters
-@pytest.mark.parametrize(("spoil", "script", "flags", "message"), CASES)
-def test_bad_input_ends_with_one_line_that_names_it(finished, tiny, capsys, spoil, script, flags, message):
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[-1][:40])
+def test_bad_input_ends_with_one_line_that_names_it(finished, tiny, capsys, case):
+    spoil, script, flags, *words = case
     folder = tiny.parent
     (folder / "afile").write_text("neither an image nor a checkpoint")
     for name in ("best_train.pt", "last_train.pt"):
@@ -367,12 +272,10 @@ def test_bad_input_ends_with_one_line_that_names_it(finished, tiny, capsys, spoi
     if spoil:
         spoil(folder)
     before = {path: path.read_bytes() for path in folder.glob("*.pt")}
-    start = time.monotonic()
     code = run_main(folder, script, flags)
-    assert time.monotonic() - start < 10
     errors = capsys.readouterr().err.splitlines()
     assert (code, len(errors)) == (2, 1), errors
-    assert errors[0].startswith("error: ") and message in errors[0]
+    assert errors[0].startswith("error: ") and [word for word in words if word not in errors[0]] == [], errors
     assert {path: path.read_bytes() for path in folder.glob("*.pt")} == before
     assert not hasattr(checkpoint, "ran")
 
@@ -389,67 +292,23 @@ def test_unusual_but_valid_input_is_accepted(tmp_path, capsys):
     assert (tmp_path / "plots" / "train_predictions.png").exists()
 
 
-def test_check_lists_every_fault_in_one_run_the_first_20_of_a_kind(tmp_path, capsys):
-    root = make_tiny(tmp_path / "Tiny", (("train", 30), ("val", 12), ("test", 2)))
+def test_check_lists_all_faults_in_one_run(tmp_path, capsys):
+    make_tiny(tmp_path / "Tiny", (("train", 4), ("val", 3), ("test", 2)))
     assert run_main(tmp_path, voc, "--data Tiny --check") == 0
-    assert "Tiny: no faults in 30 train images, 12 val images, 2 test images" in capsys.readouterr().out
+    assert "Tiny: no faults in 4 train images, 3 val images, 2 test images" in capsys.readouterr().out
 
-    for index in range(25):
-        (root / "JPEGImages" / f"{index:06d}.jpg").write_bytes(b"")
-    faults = {  # of images of val, each with a part of its message
-        reordered_palette: "has VOC's colours in another order",
-        rotated_photo: "fits its photo only without the photo's EXIF",
-        mask(np.zeros((40, 40, 3), np.uint8)): "is an image in mode RGB",
-        mask(np.full((40, 40), 99, np.uint8)): "holds the value 99",
-        mask(np.zeros((7, 9), np.uint8)): "is 9x7, but its photo is",
-        remove(MASK): "no such file",
-        remove(PHOTO): "no such file",
-        copied(PHOTO, f"{PHOTOS}/{FIRST}.JPEG"): "is not the only file with its id",
-        write(MASK, truncate): "cannot be read as an image",
+    faults = {
+        "000000.jpg: cannot be read as an image": write(PHOTO, truncate),
+        "000001.png: holds the value 99": mask(np.full((40, 40), 99, np.uint8), "000001"),
+        "000002.png: is 9x7, but its photo is": mask(np.zeros((7, 9), np.uint8), "000002"),
+        "000004.png: no such file": remove(f"{MASKS}/000004.png"),
+        "000005.png: is an image in mode RGB": mask(np.zeros((40, 40, 3), np.uint8), "000005"),
+        "test.txt: the split is empty": write(f"{LISTS}/test.txt", b""),
     }
-    expected = [(f"{index:06d}.jpg", "cannot be read as an image") for index in range(20)]
-    for index, (spoil, text) in enumerate(faults.items(), start=30):
-        one = make_tiny(tmp_path / f"one{index}" / "Tiny", (("val", 1),))
-        spoil(one.parent)
-        for path in (one / "JPEGImages", one / "SegmentationClass"):
-            for suffix in ("jpg", "JPEG", "png"):
-                source, target = path / f"{FIRST}.{suffix}", root / path.name / f"{index:06d}.{suffix}"
-                target.unlink(missing_ok=True)
-                if source.exists():
-                    shutil.copy(source, target)
-        expected.append((f"{index:06d}.", text))
-    with open(root / "ImageSets" / "Segmentation" / "val.txt", "a") as file:
-        file.write("000030\n../secret\na.jpg b.png\n")
-    (root / "ImageSets" / "Segmentation" / "test.txt").write_text("")
-    (root / "classes.txt").write_text("\n".join((*voc.CLASSES[:16], "", "bird", "16", "17", "18", "19")))
-    expected += [("val.txt", "more than once (000030"), ("val.txt", "('../secret')"), ("val.txt", "a.jpg b.png")]
-    expected += [("test.txt", "the split is empty")]
-    expected += [("classes.txt", "line 17 is empty"), ("classes.txt", "line 18 repeats")]
-
+    for spoil in faults.values():
+        spoil(tmp_path)
     assert run_main(tmp_path, voc, "--data Tiny --check") == 2
     output, error = capsys.readouterr()
-    lines = output.splitlines()
-    for name, text in expected:
-        assert sum(name in line and text in line for line in lines) == 1, (name, text, output)
-    assert "... and 5 more of this kind" in lines and len(lines) == len(expected) + 1
-    assert error == f"error: Tiny: {25 + len(expected) - 20} faults, listed above\n"
-
-
-@pytest.mark.parametrize("classes", ["", "\n".join(map(str, range(300)))])
-def test_a_wrong_number_of_classes_is_not_blamed_on_the_masks(tiny, capsys, classes):
-    (tiny / "classes.txt").write_text(classes)
-    assert run_main(tiny.parent, voc, "--data Tiny --check") == 2
-    output, error = capsys.readouterr()
-    assert output.startswith("Tiny/classes.txt: needs 2 to 255 different class names") and output.count("\n") == 1
-    assert error == "error: Tiny: 1 fault, listed above\n"
-
-
-def test_a_missing_folder_is_one_fault_and_what_all_masks_show_is_said_only_if_all_are_valid(tiny, capsys):
-    for path in sorted((tiny / "SegmentationClass").iterdir())[:5]:  # train
-        Image.new("L", (40, 40), 99).save(path)
-    Image.new("L", (40, 40)).save(tiny / "SegmentationClass" / f"{FIRST}.png")
-    shutil.rmtree(tiny / "JPEGImages")
-    assert run_main(tiny.parent, voc, "--data Tiny --check") == 2
-    output, error = capsys.readouterr()
-    assert output.count("no such folder") == 1 and output.count("holds the value 99") == 4
-    assert "5 faults" in error and "show only" not in output and "warning" not in output
+    assert [text for text in faults if output.count(text) != 1] == []
+    assert len(output.splitlines()) == len(faults)
+    assert error == f"error: Tiny: {len(faults)} faults, listed above\n"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,32 +18,30 @@ from PIL import Image
 
 import compare
 import util
-from seg import files, plotting
+from seg import plotting
+from seg.run import Run
 
 CLASSES = ("background", "cat", "dog")
-OPTIONS = {"has_test": True, "classes": CLASSES, "mious": (0.1, 0.2), "epoch_seconds": (2.0, 4.0)}
+TRAIN = (ROOT / "train.py").read_text(encoding="utf-8")
 
 
-def write_run(out, experiment, seed, ious, limit=None, epochs=3, batch_size=16, **options):
-    """Write a made-up run with the given IoU of each class, NaN for an absent one; return the Run."""
-    has_test, classes, mious, epoch_seconds = (options.get(name, default) for name, default in OPTIONS.items())
+def write_run(out, name, seed, ious, limit=None, epochs=3, batch_size=16, has_test=True, classes=CLASSES, **changes):
+    """Write a made-up run with the given IoU of each class, NaN for an absent one, and change its JSON."""
     split = {"pixel_accuracy": 0.8, "miou": float(np.nanmean(ious)), "assignment_iou": 0.1}
     split["iou"] = {name: None if math.isnan(iou) else float(iou) for name, iou in zip(classes, ious)}
-    split["background"] = {"pixel_accuracy": options.get("background", 0.7), "miou": 0.3}
-    metrics = {"experiment": experiment, "dataset": "Made", "seed": seed, "device": "cpu", "epochs": len(mious)}
-    optional = ("dataset", "device", "idea", "loss", "size", "data_sha256", "code")
-    metrics |= {name: options[name] for name in optional if options.get(name)}
-    metrics |= {"parameters": 1_500_000, "multiply_adds": 2_000_000_000}
-    metrics |= {"seconds": sum(epoch_seconds), "epoch_seconds": epoch_seconds}
-    metrics |= {"flags": {"epochs": epochs, "batch_size": batch_size, "limit": limit}, "versions": {"torch": "2.9"}}
-    metrics |= {"defaults": {"epochs": 3, "batch_size": 16}}
-    metrics |= {"val": split | {"miou": split["miou"] / 2}, "test": split if has_test else None}
-    path = out / "results" / f"{experiment}_seed{seed}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(metrics))
-    rows = "".join(f"{epoch},{3 - epoch / 2},{2 - epoch / 4},{miou}\n" for epoch, miou in enumerate(mious, 1))
-    path.with_suffix(".csv").write_text(f"epoch,train_loss,val_loss,val_miou\n{rows}")
-    return compare.Run.read(path)
+    split["background"] = {"pixel_accuracy": changes.pop("background", 0.7), "miou": 0.3}
+    metrics = {
+        "experiment": name, "title": "", "dataset": "Made", "seed": seed, "device": "cpu", "epochs": 2, "best_epoch": 2,
+        "loss": "CrossEntropyLoss", "parameters": 1_500_000, "seconds": 6.0, "size": [32, 32], "data_sha256": "a",
+        "flags": {"epochs": epochs, "batch_size": batch_size, "limit": limit}, "versions": {"torch": "2.9"},
+        "defaults": {"epochs": 3, "batch_size": 16}, "code": [],
+        "val": split | {"miou": split["miou"] / 2}, "test": split if has_test else None,
+    }  # fmt: skip
+    run = Run(out, name, seed)
+    run.json.parent.mkdir(parents=True, exist_ok=True)
+    run.json.write_text(json.dumps(metrics | changes))
+    run.csv.write_text("epoch,train_loss,val_loss,train_miou,val_miou\n1,2.5,1.75,0.2,0.1\n2,2.0,1.5,0.3,0.2\n")
+    return run
 
 
 def random_ious(seed, mean=0.5):
@@ -56,33 +55,29 @@ def run_compare(out, monkeypatch, *flags):
     return (out / "RESULTS.md").read_text(encoding="utf-8")
 
 
-def table_rows(text):
-    """The rows of all tables in a text, as lists of cells."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+def tables(text):
+    """The rows of each table in a text, as dicts from heading to cell."""
+    found = []
+    for part in text.split("\n\n"):
+        if part.startswith("| "):
+            heading, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines())
+            found.append([dict(zip(heading, row, strict=True)) for row in rows])
+    return found
 
 
-def runs_with(mious, seeds=range(99)):
-    """Runs that hold only a mean IoU on val, as a dict from seed to Run."""
-    return {seed: compare.Run({"val": {"miou": float(miou)}}, []) for seed, miou in zip(seeds, mious)}
-
-
-@pytest.mark.parametrize("num_seeds", [*range(3, 12), 30])
+@pytest.mark.parametrize("num_seeds", [2, 3, 5, 11, 30])
 def test_interval_is_that_of_the_paired_t_test(num_seeds):
     values, base = np.random.default_rng(num_seeds).normal(0.5, 0.05, (2, num_seeds))
-    mean, low, high = compare.paired_difference(runs_with(values), runs_with(base), "val")
+    mean, interval = compare.mean_and_interval((values - base).tolist())
+    assert mean == pytest.approx(np.mean(values - base))
+    if num_seeds < 3:
+        assert interval is None
+        return
     expected = scipy.stats.ttest_rel(values, base).confidence_interval(0.95)
-    assert mean == pytest.approx(np.mean(values - base)) == (low + high) / 2
     # the quantiles have six decimals; more seeds than the table has get its last quantile, which is slightly too large
     factor = scipy.stats.t.ppf(0.975, 10) / scipy.stats.t.ppf(0.975, 29) if num_seeds == 30 else 1
-    assert high - low == pytest.approx(factor * (expected.high - expected.low), rel=1e-6)
-
-
-def test_fewer_than_three_common_seeds_give_no_interval():
-    runs = runs_with([0.6, 0.7, 0.9], seeds=[0, 1, 7])
-    for seeds, mean in (([1, 2], 0.4), ([1, 0], 0.45)):
-        found = compare.paired_difference(runs, runs_with([0.3, 0.1], seeds), "val")
-        assert found == (pytest.approx(mean), None, None)
-    assert compare.paired_difference(runs, runs_with([0.3], [2]), "val") == (None, None, None)
+    assert interval[1] - interval[0] == pytest.approx(factor * (expected.high - expected.low), rel=1e-6)
+    assert sum(interval) / 2 == pytest.approx(mean)
 
 
 def test_report_has_mean_and_deviation_over_the_seeds_of_every_experiment(tmp_path, monkeypatch):
@@ -92,61 +87,39 @@ def test_report_has_mean_and_deviation_over_the_seeds_of_every_experiment(tmp_pa
         for seed in range(3):
             write_run(tmp_path / f"seed{seed}", name, seed, ious[seed])
         mious[name] = np.mean(ious, axis=1)
-    rows = table_rows(run_compare(tmp_path, monkeypatch))
-    baseline, *results = (dict(zip(rows[0], row)) for row in rows[2:6])
+    text = run_compare(tmp_path, monkeypatch)
+    (baseline, *results), differences = tables(text)
     assert baseline["experiment"] == "all-background baseline" and baseline["test mean IoU"] == "0.3000"
     assert [row["experiment"] for row in results] == ["train", "train_4_a", "train_mine"]
     for row in results:
         values = mious[row["experiment"]]
         assert row["test mean IoU"] == f"{np.mean(values):.4f} ± {scipy.stats.tstd(values):.4f}"
-        assert (row["seeds"], row["parameters"], row["multiply-adds"]) == ("3", "1.50 M", "2.00 G")
+        assert (row["seeds"], row["epochs"], row["parameters"]) == ("3", "3", "1.50 M")
     # an experiment of the user builds on the baseline
-    for row, name, clear in zip(rows[8:10], ("train_4_a", "train_mine"), ("no", "yes"), strict=True):
+    for row, name, clear in zip(differences, ("train_4_a", "train_mine"), ("no", "yes"), strict=True):
         expected = np.mean(mious[name]) - np.mean(mious["train"])
-        assert row[:3] == [name, "train", f"{expected:+.4f}"] and row[4] == clear
+        assert (row["experiment"], row["compared with"], row["clear"]) == (name, "train", clear)
+        assert row["difference in test mean IoU"] == f"{expected:+.4f}"
     for name in ("comparison", "classes", "curves"):
+        assert f"](plots/{name}.png)" in text
         with Image.open(tmp_path / "plots" / f"{name}.png") as plot:
             assert min(plot.size) > 250 and np.std(plot.convert("L")) > 10
 
 
-def test_a_changed_script_is_noticed_in_all_of_its_experiments():
-    """A script may train in phases, each under a name of its own."""
-    for text, change in (((ROOT / "train.py").read_text(encoding="utf-8"), None), ("pass", "train.py")):
-        code = files.read_code(ROOT / "train.py") | {"train.py": text}
-        found = compare.Run({"experiment": "train_second_phase", "code": code}, []).code_change(ROOT)
-        assert found is change if change is None else change in found
-
-
-@pytest.mark.parametrize("edited", ["train_mine.py", "mine.py", None])
-def test_runs_of_another_version_of_the_code_are_named(edited, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    texts = {"train_mine.py": '"""Mine."""\nimport mine\nlr = 1e-3\n', "mine.py": "width = 8\n"}
-    for seed in range(2):
-        write_run(tmp_path, "train_mine", seed, random_ious(seed), **({"code": texts} if seed else {}))  # 0 is older
-    for name, text in texts.items():
-        text = text.replace("1e-3", "1e-2").replace("8", "16") if name == edited else f"# a comment\n{text}"
-        (tmp_path / name).write_text(text.replace("Mine.", "Val mean IoU: 0.5"))
-    text = run_compare(tmp_path, monkeypatch)
-    lines = {"train_mine.py": "-lr = 0.001", "mine.py": "-width = 8"}
-    rows = [row for row in table_rows(text) if "has changed" in row[-1]]
-    assert rows == ([["train_mine", "1", f"{edited} has changed since ({lines[edited]!r})"]] if edited else [])
-    assert ("## Changed since" in text) == bool(edited)
-
-
-def test_a_script_with_a_syntax_error_has_changed(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    write_run(tmp_path, "train_mine", 0, random_ious(0), code={"train_mine.py": "lr = 1e-3\n"})
-    (tmp_path / "train_mine.py").write_text("lr = (1e-3\n")
-    assert "train_mine.py has changed since ('-lr = 0.001')" in run_compare(tmp_path, monkeypatch)
-
-
-def test_runs_on_other_masks_are_named(tmp_path, monkeypatch):
-    for seed, data in enumerate(("a", "b", "a")):
-        write_run(tmp_path, "train", seed, random_ious(seed), size=[32, 32], data_sha256=data)
-    write_run(tmp_path, "train_6", 0, random_ious(0), size=[32, 48], data_sha256="c")  # another size, other hashes
+def test_runs_of_other_code_or_other_masks_are_named_once_per_experiment(tmp_path, monkeypatch):
+    edited = TRAIN.replace("util.seed_everything(args.seed)", "pass")
+    assert edited != TRAIN
+    codes = [TRAIN, TRAIN.replace('"""', '"""Mean IoU: 0.5. ', 1), edited, edited]  # a docstring holds results
+    for seed, text in enumerate(codes):
+        write_run(tmp_path, "train", seed, random_ious(seed), code=[{"epoch": 1, "files": {"train.py": text}}])
+    for seed, sha256 in enumerate("aba"):
+        write_run(tmp_path, "train_4_a", seed, random_ious(seed), data_sha256=sha256)
+    write_run(tmp_path, "train_6", 0, random_ious(0), size=[32, 48], data_sha256="c")  # another size, another hash
     write_run(tmp_path, "train_5_b", 1, random_ious(1), size=[64, 64], data_sha256="d", background=0.8)
-    rows = [row for row in table_rows(run_compare(tmp_path, monkeypatch)) if "other image" in row[-1]]
-    assert rows == [[name, "1", "other image ids or masks"] for name in ("train", "train_5_b")]
+    text = run_compare(tmp_path, monkeypatch).partition("## Changed since")[2]
+    (rows,) = tables(text)
+    assert [tuple(row.values())[:2] for row in rows] == [("train", "2, 3"), ("train_4_a", "1"), ("train_5_b", "1")]
+    assert "train.py" in rows[0]["change"] and rows[1]["change"] == rows[2]["change"] == "other image ids or masks"
 
 
 @pytest.mark.parametrize("other", [{"classes": ("background", "dog", "cat")}, {"has_test": False}])
@@ -157,80 +130,45 @@ def test_runs_with_other_classes_or_splits_are_refused(other, tmp_path, monkeypa
         run_compare(tmp_path, monkeypatch)
 
 
-def test_only_scripts_that_have_the_flag_get_no_pretrained(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["x", "--no-pretrained"])
-    args = compare.cli.shared_flags("").parse_args()
-    calls = ("cli.arguments(__file__, __doc__,\n    epochs=2, pretrained=True)", "timm.create_model(pretrained=True)")
-    for name, call in zip(("with", "without"), calls):
-        (tmp_path / f"{name}.py").write_text(f"x = {call}\n")
-        assert ("--no-pretrained" in compare.command(args, f"{name}.py", 0)) == (name == "with")
-
-
 def test_a_copied_folder_is_not_taken_for_that_of_a_seed(tmp_path, monkeypatch):
     for folder in ("seed0_old", "seed0"):
         write_run(tmp_path / folder, "train", 0, [0.2, 0.2, 0.2 if folder == "seed0" else 0.8])
-    assert table_rows(run_compare(tmp_path, monkeypatch))[3][7] == "0.2000"
+    assert tables(run_compare(tmp_path, monkeypatch))[0][1]["test mean IoU"] == "0.2000"
 
 
 def test_a_script_of_the_user_is_compared_with_the_baseline_or_else_with_the_first(tmp_path, monkeypatch):
     for experiment in ("train", "train_5_a", "train_mine", "train_mine_no_pretrained"):
         write_run(tmp_path, experiment, 0, random_ious(0))
-    pairs = [["train_5_a", "train"], ["train_mine", "train"], ["train_mine_no_pretrained", "train_mine"]]
-    found = [row[:2] for row in table_rows(run_compare(tmp_path, monkeypatch)) if len(row) == 7][2:]
-    assert found == pairs
-    text = run_compare(tmp_path, monkeypatch, "--experiments", "train_5_a", "train_mine")
-    assert [row[:2] for row in table_rows(text) if len(row) == 7][2:3] == [["train_mine", "train_5_a"]]
+    pairs = [("train_5_a", "train"), ("train_mine", "train"), ("train_mine_no_pretrained", "train_mine")]
+    without_train = [("train_mine", "train_5_a"), ("train_mine_no_pretrained", "train_mine")]
+    for flags, expected in (([], pairs), (["--experiments", "train_5_a", "train_mine"], without_train)):
+        _, differences = tables(run_compare(tmp_path, monkeypatch, *flags))
+        assert [(row["experiment"], row["compared with"]) for row in differences] == expected
 
 
 @pytest.mark.parametrize("dataset", ["VOC2007", "Toy"])
 def test_published_results_stand_beside_those_on_the_same_data_only(dataset, tmp_path, monkeypatch):
     for name in ("train", "train_4_a", "train_mine"):
         write_run(tmp_path, name, 0, random_ious(0), dataset=dataset)
-    rows = table_rows(run_compare(tmp_path, monkeypatch, "--data", dataset))
-    results = [dict(zip(rows[0], row)) for row in rows[3:6]]
-    column = "published IoU"
-    assert [row.get(column) for row in results] == (["0.055", "0.0613", ""] if dataset == "VOC2007" else [None] * 3)
+    results = tables(run_compare(tmp_path, monkeypatch, "--data", dataset))[0][1:]
+    expected = ["0.055", "0.0613", ""] if dataset == "VOC2007" else [None] * 3
+    assert [row.get("published IoU") for row in results] == expected
 
 
-def test_report_says_how_long_a_run_takes_to_reach_a_mean_iou(tmp_path, monkeypatch):
-    runs = {  # seconds of the epochs, mean IoU after each
-        ("train", 0): ((60, 120, 30), (0.3, 0.55, 0.45)),
-        ("train", 1): ((90, 90, 90), (0.4, 0.45, 0.49)),
-        ("train_4_a", 0): ((6, 6, 6), (0.1, 0.2, 0.39)),
-        ("train_4_a", 1): ((6, 12, 12), (0.1, 0.2, 0.39)),
-        ("train_4_a", 2): ((600, 600, 600), (0.1, 0.2, 0.39)),
-    }
-    for (name, seed), (epoch_seconds, mious) in runs.items():
-        options = {"epoch_seconds": epoch_seconds, "mious": mious, "device": "laptop" if seed == 2 else "cpu"}
-        write_run(tmp_path / f"seed{seed}", name, seed, random_ious(seed), **options)
-    rows = table_rows(run_compare(tmp_path, monkeypatch))
-    assert rows[-5:] == [
-        ["experiment", "device", "0.20", "0.30", "0.40", "0.50", "end"],
-        ["---"] * 7,
-        ["train", "cpu", "1.2", "1.2", "2.2", "3.0 (1 of 2)", "4.0"],
-        ["train_4_a", "cpu", "0.2", "0.4", "-", "-", "0.4"],
-        ["train_4_a", "laptop", "20.0", "30.0", "-", "-", "30.0"],
-    ]
-
-
-def test_tables_and_plots_name_the_idea_and_plots_the_loss_of_each_experiment(tmp_path, monkeypatch):
+def test_tables_name_the_title_and_plots_the_loss_of_each_experiment(tmp_path, monkeypatch):
     cross_entropy, weighted = "CrossEntropyLoss", "CrossEntropyLoss, weighted by class"
-    recorded = {"train_4_b": ("augmentation", (cross_entropy,) * 2), "train_4_c": ("weighted loss", (weighted,) * 2)}
-    recorded |= {"train_mine": (None, (weighted, cross_entropy)), "train_old": (None, (None, None))}
-    for name, (idea, losses) in recorded.items():
+    recorded = {"train_4_b": ("augmentation", (cross_entropy,)), "train_mine": ("", (weighted, cross_entropy))}
+    for name, (title, losses) in recorded.items():
         for seed, loss in enumerate(losses):
-            write_run(tmp_path / f"seed{seed}", name, seed, random_ious(seed), idea=idea, loss=loss)
-    drawn = {}
-    for plot in ("histories", "comparison", "classes_by_experiment"):
-        monkeypatch.setattr(plotting, plot, lambda path, title, *rest, plot=plot: drawn.update({plot: rest}))
-    rows = table_rows(run_compare(tmp_path, monkeypatch))
-    names = ["train_4_b: augmentation", "train_4_c: weighted loss", "train_mine", "train_old"]
-    assert [row[0] for row in rows[3:7]] == names
-    assert rows[9][:2] == ["train_4_c: weighted loss", "train_4_b"]
-    assert all(list(rest[0]) == names for rest in drawn.values())
-    assert drawn["histories"][1] == dict(zip(names, (cross_entropy, weighted, f"{cross_entropy} and {weighted}", None)))
-    assert len(drawn["histories"][0]["train_mine"]) == 2
+            write_run(tmp_path / f"seed{seed}", name, seed, random_ious(seed), title=title, loss=loss)
+    draw = mock.Mock(wraps=plotting.histories)
+    monkeypatch.setattr(plotting, "histories", draw)
+    results, differences = tables(run_compare(tmp_path, monkeypatch))[:2]
+    assert [row["experiment"] for row in results[1:]] == ["train_4_b: augmentation", "train_mine"]
+    assert differences[0]["compared with"] == "train_4_b"
+    runs, losses = draw.call_args.args[2:4]
+    assert list(map(len, runs.values())) == [1, 2]
+    assert losses == {"train_4_b: augmentation": cross_entropy, "train_mine": f"{cross_entropy} and {weighted}"}
 
 
 def test_report_names_the_classes_that_change_most_and_leaves_absent_ones_out(tmp_path, monkeypatch):
@@ -240,9 +178,8 @@ def test_report_names_the_classes_that_change_most_and_leaves_absent_ones_out(tm
         after = [0.5, 0.5 - change, 0.5 + change, 0.51, 0.52, math.nan]
         for name, ious in (("train_5_b", before), ("train_5_b_no_pretrained", after)):
             write_run(tmp_path / f"seed{seed}", name, seed, ious, classes=classes, has_test=False)
-    row = table_rows(run_compare(tmp_path, monkeypatch))[7]
-    assert row[:2] == ["train_5_b_no_pretrained", "train_5_b"]
-    assert row[-2:] == ["dog +0.11, sheep +0.02, cow +0.01", "cat -0.11"]
+    (row,) = tables(run_compare(tmp_path, monkeypatch))[1]
+    assert row["classes that gain"] == "dog +0.11, sheep +0.02, cow +0.01" and row["classes that lose"] == "cat -0.11"
 
 
 def test_report_leaves_out_what_one_seed_without_test_split_and_background_class_lacks(tmp_path, monkeypatch):
@@ -252,38 +189,23 @@ def test_report_leaves_out_what_one_seed_without_test_split_and_background_class
     assert "test mean IoU" not in text and "±" not in text.split("| experiment")[1] and "compared with" not in text
 
 
-def test_runs_on_several_datasets_are_not_mixed(tmp_path, monkeypatch):
+def test_runs_of_several_settings_are_not_mixed(tmp_path, monkeypatch):
     write_run(tmp_path, "train", 0, random_ious(0), limit=8)
+    assert "the first 8 images" in run_compare(tmp_path, monkeypatch)  # all runs have this setting
     write_run(tmp_path / "seed1", "train", 1, random_ious(1))
-    with pytest.raises(util.UserError, match="there are runs with: --data Made; --data Made --limit 8"):
+    with pytest.raises(util.UserError, match="no finished run with these flags: .*--limit.*--seeds"):
         run_compare(tmp_path, monkeypatch)
     text = run_compare(tmp_path, monkeypatch, "--data", tmp_path / "Made", "--limit", 8)
     assert "the first 8 images" in text and "| train | 1 |" in text
-
-
-def test_a_short_try_neither_counts_as_done_nor_hides_the_finished_run(tmp_path, monkeypatch, started):
-    flags = ["--data", tmp_path / "Made", "--experiments", "train"]
-    write_run(tmp_path, "train", 0, random_ious(0, 0.1), epochs=1)
-    write_run(tmp_path / "seed1", "train", 1, random_ious(1))
-    first = run_compare(tmp_path, monkeypatch, *flags, "--seeds", 0, 1)  # without --epochs: the script's own 3
-    assert len(started) == 1 and f"{tmp_path / 'seed0'}" in started[0]
-    rows = table_rows(first)
-    row = dict(zip(rows[0], rows[3]))
-    values = [np.mean(random_ious(seed)) for seed in (0, 1)]
-    assert (row["seeds"], row["epochs"]) == ("2", "3") and row["test mean IoU"].startswith(f"{np.mean(values):.4f}")
-    assert run_compare(tmp_path, monkeypatch, *flags).splitlines()[4:] == first.splitlines()[4:]
-    short = table_rows(run_compare(tmp_path, monkeypatch, *flags, "--epochs", 1, "--seeds", 0))
-    assert len(started) == 1 and short[3][1:3] == ["1", "1"]
 
 
 def test_unknown_experiments_and_missing_or_damaged_results_are_named(tmp_path, monkeypatch, started):
     with pytest.raises(util.UserError, match="train_nine"):
         run_compare(tmp_path, monkeypatch, "--experiments", "train", "train_nine", "--seeds", 0)
     assert not started  # not even the first one
-    with pytest.raises(util.UserError, match="no finished run found"):
+    with pytest.raises(util.UserError, match="no finished run"):
         run_compare(tmp_path, monkeypatch)
-    write_run(tmp_path, "train", 0, random_ious(0))
-    (tmp_path / "results" / "train_seed0.json").write_text('{"experiment": "tr')
+    write_run(tmp_path, "train", 0, random_ious(0)).json.write_text('{"experiment": "tr')
     with pytest.raises(util.UserError, match="train_seed0.json: was not written by a run"):
         run_compare(tmp_path, monkeypatch)
 
@@ -312,23 +234,21 @@ def started(monkeypatch):
 
 
 def test_only_missing_runs_are_started(tmp_path, monkeypatch, started):
-    flags = ["--data", tmp_path / "Made", "--experiments", "train", "train_4_a", "--epochs", 3]
+    flags = ["--data", tmp_path / "Made", "--experiments", "train", "train_4_a"]
+    write_run(tmp_path / "seed0", "train", 0, random_ious(0))
+    write_run(tmp_path, "train_4_a", 0, random_ious(0, 0.1), epochs=1)  # a short try, which does not count as done
     first = run_compare(tmp_path, monkeypatch, *flags, "--seeds", 0)
-    assert run_compare(tmp_path, monkeypatch, *flags, "--seeds", 0) == first and len(started) == 2
+    assert len(started) == 1 and {str(tmp_path / "seed0"), "--resume"} <= set(started[0])
+    assert {row["test mean IoU"] for row in tables(first)[0][1:]} == {f"{np.mean(random_ious(0)):.4f}"}
+    assert run_compare(tmp_path, monkeypatch, *flags, "--seeds", 0) == first and len(started) == 1
     run_compare(tmp_path, monkeypatch, *flags, "--seeds", 0, 1)
-    assert len(started) == 4 and all(f"{tmp_path / 'seed1'}" in command for command in started[2:])
+    assert len(started) == 3 and all(str(tmp_path / "seed1") in command for command in started[1:])
     run_compare(tmp_path, monkeypatch, *flags, "--seeds", 0, "--batch-size", 8)  # another batch size is another run
+    assert len(started) == 5
+    run = write_run(tmp_path / "seed1", "train", 1, random_ious(1))
+    run.csv.write_text(run.csv.read_text() + "3,1.5,1.2,0.3,0.3\n")  # was continued, and stopped
+    run_compare(tmp_path, monkeypatch, *flags, "--seeds", 1)
     assert len(started) == 6
-
-
-def test_a_finished_run_that_was_continued_and_stopped_is_not_done(tmp_path, monkeypatch, started):
-    flags = ["--data", tmp_path / "Made", "--experiments", "train", "--seeds", 0]
-    path = write_run(tmp_path / "seed0", "train", 0, random_ious(0)).path.with_suffix(".csv")
-    run_compare(tmp_path, monkeypatch, *flags)
-    assert not started
-    path.write_text(path.read_text() + "3,1.5,1.2,0.3\n")
-    run_compare(tmp_path, monkeypatch, *flags)
-    assert len(started) == 1
 
 
 def test_failed_run_is_reported_and_the_others_go_on_with_the_same_flags(tmp_path, monkeypatch, started):
@@ -360,7 +280,8 @@ time.sleep(30)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_comparison_waits_until_its_run_has_saved(tmp_path, number, code):
     (tmp_path / "train.py").write_text(SLOW_RUN)
-    program = f"import pathlib, cli, compare; compare.ROOT = pathlib.Path({str(tmp_path)!r}); cli.run(compare.main)"
+    imports = "import pathlib, compare; from seg import cli"
+    program = f"{imports}; compare.ROOT = pathlib.Path({str(tmp_path)!r}); cli.run(compare.main)"
     line = [sys.executable, "-c", program, "--seeds", "0", "--experiments", "train"]
     options = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "start_new_session": True}
     with subprocess.Popen(line, cwd=tmp_path, stdout=subprocess.PIPE, text=True, **options) as process:
@@ -371,45 +292,19 @@ def test_stopped_comparison_waits_until_its_run_has_saved(tmp_path, number, code
         assert (tmp_path / "saved").exists()
 
 
-# Runs the scripts in this process, because starting Python for each takes long, and without plots.
-IN_ONE_PROCESS = """
-import runpy, subprocess, sys
-from unittest import mock
-import cli, compare, engine
-
-class Process:
-    def __init__(self, command):
-        with mock.patch("sys.argv", command[1:]):
-            runpy.run_path(command[1])["main"]()
-        self.returncode = 0
-    def wait(self):
-        pass
-
-with mock.patch("subprocess.Popen", Process), mock.patch("seg.report.Report._draw_all"):
-    cli.run(compare.main)
-"""
-
-
-def test_script_of_the_user_is_compared_with_ours(tiny, tmp_path):
+def test_a_script_of_the_user_is_run_and_reported(tiny, tmp_path):
     project = tmp_path / "project"
-    project.mkdir()
-    for path in (*ROOT.glob("*.py"), ROOT / "report_template.html"):
+    shutil.copytree(ROOT / "seg", project / "seg", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*ROOT.glob("*.py"), ROOT / "tests" / "tiny_net.py"):
         shutil.copy(path, project)
-    shutil.copy(ROOT / "tests" / "tiny_net.py", project)
     (project / "basic_fcn.py").write_text("from tiny_net import TinyNet as FCN\n")
-    script = (ROOT / "train.py").read_text(encoding="utf-8").replace("size=224", "size=32")
-    for name in ("train.py", "train_mine.py"):
-        (project / name).write_text(script, encoding="utf-8")
-    assert "size=32" in script
-    flags = "--experiments train train_mine --seeds 0 1 2 --epochs 1 --limit 2 --batch-size 2 --device cpu --data"
-    line = [sys.executable, "-c", IN_ONE_PROCESS, *flags.split(), str(tiny)]
+    (project / "train_mine.py").write_text(TRAIN.replace("size=224", "size=32"), encoding="utf-8")
+    flags = "--experiments train_mine --seeds 7 --epochs 1 --limit 2 --batch-size 2 --device cpu --data"
+    line = [sys.executable, "compare.py", *flags.split(), str(tiny)]
     done = subprocess.run(line, cwd=project, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = table_rows((project / "RESULTS.md").read_text(encoding="utf-8"))
-    assert [row[:2] for row in rows[3:5]] == [["train: baseline", "3"], ["train_mine: baseline", "3"]]
-    # the same script with the same seeds: no difference at all
-    assert rows[7][:5] == ["train_mine: baseline", "train", "+0.0000", "+0.0000 to +0.0000", "no"]
-    (project / "train_mine.py").write_text(script.replace("lr", "LR", 1), encoding="utf-8")
-    done = subprocess.run(line, cwd=project, capture_output=True, text=True)
-    rows = [row[:2] for row in table_rows(done.stdout) if "train_mine.py has changed since" in row[-1]]
-    assert [done.returncode, rows] == [0, [["train_mine", str(seed)] for seed in range(3)]]
+    (results,) = tables((project / "RESULTS.md").read_text(encoding="utf-8"))
+    test = json.loads((project / "seed7" / "results" / "train_mine_seed7.json").read_text())["test"]
+    assert results[1]["experiment"] == "train_mine: baseline"
+    assert results[1]["test mean IoU"] == f"{test['miou']:.4f}"
+    assert (project / "seed7" / "plots" / "train_mine_report.html").exists()

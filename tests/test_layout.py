@@ -1,55 +1,51 @@
-"""Which project file may import which (lowest level first), where names are defined, and what an import does."""
+"""Which file may import which, that an import does nothing, and the limits on the length of files and functions."""
 
 import ast
+import graphlib
 import subprocess
-import symtable
 import sys
 
 import pytest
 from conftest import ROOT
 
-import compare
-
-MODELS = "basic_fcn custom_fcn resnet_fcn resnet_unet unet"
-LEVELS = f"""util {MODELS}
-processes files
-cli
-imaging
-dataset
-voc
-checkpoint transforms plotting html_report toy
-preflight reporting
-engine download
-predict compare onnx_graph {" ".join(compare.EXPERIMENTS)}
-export"""
-LEVEL = {name: level for level, names in enumerate(LEVELS.splitlines()) for name in names.split()}
-SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in LEVEL}
+NETWORKS = {"basic_fcn", "custom_fcn", "resnet_fcn", "resnet_unet", "unet"}
+PATHS = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("*.py")}
+EXPERIMENTS = {name for name in PATHS if name.startswith("train")}
+PATHS |= {f"seg.{path.stem}": path for path in ROOT.glob("seg/*.py")}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PATHS.items()}
+ALL_PATHS = [path for pattern in ("*.py", "seg/*.py", "benchmarks/**/*.py") for path in ROOT.glob(pattern)]
 
 
 def imports(name):
-    """The modules that a file imports, anywhere in it, and (module, name) of what it takes from them."""
-    nodes = list(ast.walk(ast.parse(SOURCES[name])))
-    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names = {(node.module, alias.name) for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
-    attributes = [node for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
-    names |= {(node.value.id, node.attr) for node in attributes if node.value.id in modules}
-    return modules | {module for module, _ in names}, names
+    """The modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"seg.{alias.name}" for alias in node.names} if node.module == "seg" else {node.module}
+    return found
 
 
-@pytest.mark.parametrize("name", LEVEL)
-def test_file_imports_only_files_of_lower_levels(name):
-    modules, lower = imports(name)[0], {other for other in LEVEL if LEVEL[other] < LEVEL[name]}
-    assert modules & {path.stem for path in ROOT.glob("*.py")} <= lower
-    assert name.startswith("train") or not modules & set(MODELS.split())
-    assert name not in MODELS.split() or {module.split(".")[0] for module in modules} <= {"torch", "torchvision"}
+def own_imports(name):
+    return imports(name) & PATHS.keys()
 
 
-@pytest.mark.parametrize("name", LEVEL)
-def test_name_is_taken_from_the_file_that_defines_it(name):
-    for module, taken in imports(name)[1]:
-        if module in LEVEL:
-            symbol = symtable.symtable(SOURCES[module], module, "exec").lookup(taken)
-            assert symbol.is_assigned() and not symbol.is_imported(), f"{module}.{taken}"
+def test_imports_form_no_circle():
+    graphlib.TopologicalSorter({name: own_imports(name) for name in PATHS}).prepare()
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_file_imports_only_what_its_place_allows(name):
+    machinery = {other for other in PATHS if other.startswith("seg.")} | {"util"}
+    if name in NETWORKS:
+        assert {module.partition(".")[0] for module in imports(name)} <= {"torch", "torchvision"}
+    elif name in machinery:
+        assert own_imports(name) <= (set() if name == "util" else machinery)
+    elif name in EXPERIMENTS:
+        assert own_imports(name) <= machinery | NETWORKS | {"voc"}
+    else:
+        assert not own_imports(name) & (NETWORKS | EXPERIMENTS)
 
 
 def test_import_prints_writes_and_downloads_nothing(tmp_path, monkeypatch):
@@ -58,7 +54,18 @@ def audit(event, args):
     writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
     assert not writes and event not in ("os.mkdir", "socket.connect", "subprocess.Popen"), (event, args)
 sys.addaudithook(audit)
-import {", ".join(LEVEL)}"""
+import {", ".join(PATHS)}"""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("path", ALL_PATHS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_functions_are_short(path):
+    text = path.read_text(encoding="utf-8")
+    largest = 52 if path.stem == "train_6" else 48 if path.stem in EXPERIMENTS else 350
+    assert text.count("\n") <= largest or path.name == "toy.py"
+    kinds = ast.FunctionDef, ast.AsyncFunctionDef
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
+    assert [node.name for node in functions if node.end_lineno - node.lineno >= 70] == []
+    assert [line for line in text.splitlines() if len(line) > 120] == []

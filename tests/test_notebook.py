@@ -14,10 +14,10 @@ from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 import util
-import voc
 from basic_fcn import FCN
 from custom_fcn import CustomFCN
 from seg import checkpoint, engine, imaging
+from seg.layout import CLASSES
 
 NOTEBOOK = ROOT / "SegmentationVisualization.ipynb"
 
@@ -39,7 +39,7 @@ def run_notebook(folder, **settings):
     return "".join(output.get("text", "") for output in outputs), pictures
 
 
-def write_model(path, model, label, data, seed, classes=voc.CLASSES, size=32):
+def write_model(path, model, label, data, seed, classes=CLASSES, size=32):
     """Write the checkpoint of a model that predicts one class everywhere."""
     model.classifier.bias.data[label] = 100
     state = {"classes": list(classes), "size": size, "mean": list(imaging.MEAN), "std": list(imaging.STD)}
@@ -69,31 +69,26 @@ def test_notebook_is_committed_without_outputs():
 
 def test_notebook_shows_the_models_of_all_usual_places_on_the_data_of_each(tiny, tmp_path):
     other = make_tiny(tmp_path / "Other", (("train", 2), ("val", 3)))
-    classes = ("sky", *voc.CLASSES[1:])
+    classes = ("sky", *CLASSES[1:])
     (other / "classes.txt").write_text("\n".join(classes))
     paths = ["best_train.pt", "demo/best_train.pt", "seed1/best_train_4_a.pt", "comparison/seed0/best_train_5_a.pt"]
-    paths += ["comparison/seed1/best_train_5_a.pt"]
-    networks = [FCN(21), FCN(21), FCN(21), CustomFCN(21), CustomFCN(21)]
-    for seed, (path, network) in enumerate(zip(paths, networks)):
-        write_model(tmp_path / path, network, (0, 1, 15, 0, 15)[seed], tiny, seed // 2, size=(32, 48)[seed // 4])
+    networks, sizes = [FCN(21), FCN(21), FCN(21), CustomFCN(21)], (32, 32, 32, 48)
+    for label, (path, network, size) in enumerate(zip(paths, networks, sizes)):
+        write_model(tmp_path / path, network, label, tiny, 2, size=size)
     write_model(tmp_path / "best_train_mine.pt", FCN(21), 1, other, 7, classes)
     write_model(tmp_path / "best_gone.pt", FCN(21), 0, tmp_path / "gone", 0)
     text, pictures = run_notebook(tmp_path)
     assert f"left out: {tmp_path / 'gone'}: no data in VOC layout" in text
-    names = [f"{tmp_path}/train", f"{tmp_path}/demo/train", "train_4_a, seed 1"]
-    names += ["train_5_a, seed 1", "train_5_a, seed 2"]
-    assert f"val of {tiny}: 5 models: {'; '.join(names)}" in text
+    names = [f"{tmp_path}/train", f"{tmp_path}/demo/train", "train_4_a, seed 2", "train_5_a, seed 2"]
+    assert f"val of {tiny}: 4 models: {'; '.join(names)}" in text
     assert f"val of {other}: 1 models: train_mine, seed 7" in text
     criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
-    for path, name, size in zip(paths, names, (32, 32, 32, 32, 48)):
+    for path, name, size in zip(paths, names, sizes):
         loader = make_loaders(tiny, 4, size=size)[1]
         scores = engine.evaluate(checkpoint.load(tmp_path / path), loader, criterion)
         assert f"{name} {scores.miou:.4f} {scores.pixel_accuracy:.4f}" in " ".join(text.split())
-        assert f"scoring {name}: 100%" in text
     assert len(pictures) == 4  # predictions and IoU on each of the two data sets
-    assert all(500 < picture.width < 1350 for picture in pictures)
-    assert pictures[0].height > pictures[1].height  # 4 photos with 7 pictures each, 3 with 4
-    assert len(list((tmp_path / "plots").glob("notebook_*.png"))) == 4
+    assert pictures[0].height > pictures[1].height  # 4 photos with 6 pictures each, 3 with 3
 
 
 def test_notebook_takes_other_data_and_leaves_out_models_of_other_classes(tiny, tmp_path):

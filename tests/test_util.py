@@ -1,6 +1,5 @@
 """Metrics against other libraries and against cases counted by hand; seeding, malloc settings and Ctrl-C."""
 
-import functools
 import math
 import platform
 import random
@@ -19,13 +18,10 @@ import util
 from seg import distributed
 from util import VOID
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
-]
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 @pytest.mark.parametrize("num_classes", [2, 21])
 def test_metrics_agree_with_scikit_learn_and_torchmetrics(num_classes, device):
     generator, shape = torch.Generator().manual_seed(7), (4, 31, 29)
@@ -34,11 +30,9 @@ def test_metrics_agree_with_scikit_learn_and_torchmetrics(num_classes, device):
     truth[torch.rand(shape, generator=generator) < 0.2] = VOID
     matrix = util.confusion_matrix(truth.to(device), prediction.to(device), num_classes)
     assert matrix.dtype == torch.int64
-    labelled = truth != VOID
-    y_true, y_pred, labels = truth[labelled].numpy(), prediction[labelled].numpy(), range(num_classes)
+    (y_true, y_pred), labels = (each[truth != VOID].numpy() for each in (truth, prediction)), range(num_classes)
     assert matrix.tolist() == sklearn.metrics.confusion_matrix(y_true, y_pred, labels=labels).tolist()
-    accuracy = sklearn.metrics.accuracy_score(y_true, y_pred)
-    assert util.pixel_accuracy(matrix) == pytest.approx(accuracy, rel=1e-12)  # both are float64
+    assert util.pixel_accuracy(matrix) == pytest.approx(sklearn.metrics.accuracy_score(y_true, y_pred), rel=1e-12)
     jaccard = sklearn.metrics.jaccard_score(y_true, y_pred, labels=labels, average=None)
     assert util.iou(matrix).tolist() == pytest.approx(jaccard.tolist(), rel=1e-12)
     assert util.mean_iou(matrix) == pytest.approx(jaccard.mean(), rel=1e-12)
@@ -52,20 +46,15 @@ def test_metrics_counted_by_hand():
     matrix = util.confusion_matrix(truth, prediction, 5)
     assert matrix.tolist() == [[2, 0, 0, 1, 0], [1, 2, 0, 0, 0], [1, 0, 0, 0, 0], [0] * 5, [0] * 5]
     assert util.pixel_accuracy(matrix) == 4 / 7
-    # Class 0: 3 pixels of ground truth, 4 predicted, 2 in both; class 1: 3, 2 and 2. Class 2 is never predicted, class
-    # 3 never right, and class 4 predicted on void only, so that its IoU is undefined.
-    assert util.iou(matrix)[:4].tolist() == [2 / 5, 2 / 3, 0, 0]
-    assert util.iou(matrix)[4].isnan()
+    # Class 2 is never predicted, 3 never right, and 4 predicted on void only, so that its IoU is undefined.
+    assert util.iou(matrix)[:4].tolist() == [2 / 5, 2 / 3, 0, 0] and util.iou(matrix)[4].isnan()
     assert util.mean_iou(matrix) == pytest.approx((2 / 5 + 2 / 3) / 4, rel=1e-15)
 
 
-@pytest.mark.parametrize("shape", [(2, 3), (0,)])
-def test_metrics_without_labelled_pixels_are_nan(shape):
-    truth = torch.full(shape, VOID)
-    matrix = util.confusion_matrix(truth, torch.zeros_like(truth), 3)
-    assert matrix.shape == (3, 3) and matrix.sum() == 0
+def test_metrics_without_labelled_pixels_are_nan():
+    matrix = util.confusion_matrix(torch.full((2, 3), VOID), torch.zeros(2, 3, dtype=torch.int64), 3)
+    assert matrix.tolist() == [[0] * 3] * 3 and util.iou(matrix).isnan().all()
     assert math.isnan(util.pixel_accuracy(matrix)) and math.isnan(util.mean_iou(matrix))
-    assert util.iou(matrix).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -88,59 +77,44 @@ def test_the_assignments_iou_counts_void_as_background_and_averages_over_images(
     # All pixels are predicted as background. Image one is all background: IoU 1 for it, 0 for the two absent classes.
     # Image two is half background and void, half class 1: IoU 2 / 4 for background, 0 for the others.
     truth = torch.tensor([[[0, 0], [0, 0]], [[0, VOID], [1, 1]]])
-    prediction = torch.zeros_like(truth)
-    assert util.assignment_iou(truth, prediction, 3).tolist() == pytest.approx([1 / 3, (2 / 4) / 3], rel=1e-15)
-    # The official metric leaves out void and the absent class 2, over both images: 5 / 7 for background, 0 for class 1.
-    matrix = util.confusion_matrix(truth, prediction, 3)
-    assert util.mean_iou(matrix) == pytest.approx((5 / 7) / 2, rel=1e-15)
+    scores = util.assignment_iou(truth, torch.zeros_like(truth), 3)
+    assert scores.tolist() == pytest.approx([1 / 3, (2 / 4) / 3], rel=1e-15)
 
 
-def test_a_seed_repeats_the_random_numbers_of_torch_and_numpy():
-    def draw(seed):
-        util.seed_everything(seed)
-        return torch.rand(3).tolist(), np.random.rand(3).tolist()
+def test_each_seed_epoch_and_rank_has_random_numbers_of_its_own_and_repeats_them():
+    def draw(seed, *arguments):
+        seed(*arguments)
+        return random.random(), np.random.rand(), torch.rand(1).item()
 
-    assert draw(3) == draw(3)
-    assert all(first != other for first, other in zip(draw(3), draw(4)))
+    calls = [(util.seed_everything, seed) for seed in (3, 4)]
+    calls += [(util.seed_epoch, *each) for each in ((0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1), (2**32 - 1, 1, 0))]
+    draws = [draw(*call) for call in calls]
+    assert draws == [draw(*call) for call in calls]
+    assert all(len(set(numbers)) == len(calls) for numbers in zip(*draws))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc")
 def test_malloc_keeps_freed_memory_for_the_next_batch_on_a_cpu():
     code = """
-import re, sys, torch, processes
+import re, sys, torch
+from seg import distributed
 distributed.set_malloc_options(torch.device(sys.argv[1]))
 del (block := [torch.ones(64 << 18)])[0]  # 64 MiB
 print(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1])
 """
-    kilobytes = {}
-    for device in ("cpu", "cuda"):
-        kilobytes[device] = int(subprocess.check_output([sys.executable, "-c", code, device], cwd=ROOT, text=True))
-    assert kilobytes["cpu"] > kilobytes["cuda"] + 32 * 1024  # otherwise processes differ by a few MiB
+    commands = [[sys.executable, "-c", code, device] for device in ("cpu", "cuda")]
+    on_cpu, on_gpu = (int(subprocess.check_output(command, cwd=ROOT)) for command in commands)  # kilobytes
+    assert on_cpu > on_gpu + 32 * 1024  # otherwise processes differ by a few MiB
 
 
 def test_ctrl_c_is_still_ignored_in_a_background_job():
     """A shell starts its background jobs with SIGINT ignored."""
-    code = "import os, signal, cli; cli.run(lambda: os.kill(os.getpid(), signal.SIGINT)); print('done')"
-    ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=ignore)
-    assert (result.returncode, result.stdout) == (0, "done\n")
-
-
-def test_each_rank_and_epoch_has_its_own_random_numbers():
-    def numbers(*seed):
-        util.seed_epoch(*seed)
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    first = numbers(0, 1, 0)
-    assert numbers(0, 1, 0) == first
-    for other in (numbers(1, 1, 0), numbers(0, 2, 0), numbers(0, 1, 1), numbers(2**32 - 1, 1, 0)):
-        assert not set(other) & set(first)
+    code = "import os, signal; from seg import cli; cli.run(lambda: os.kill(os.getpid(), signal.SIGINT)); print('done')"
+    options = {"cwd": ROOT, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+    assert subprocess.check_output([sys.executable, "-c", code], **options) == b"done\n"
 
 
 def test_apple_gpus_get_contiguous_tensors():
     """Batch norm on channels_last tensors gives wrong gradients there (pytorch issue 175189)."""
-    assert (
-        distributed.memory_format("mps") is distributed.memory_format(torch.device("mps:0")) is torch.contiguous_format
-    )
-    assert distributed.memory_format("cpu") is distributed.memory_format("cuda:1") is torch.channels_last
+    formats = [distributed.memory_format(device) for device in ("mps", torch.device("mps:0"), "cpu", "cuda:1")]
+    assert formats == [torch.contiguous_format] * 2 + [torch.channels_last] * 2

@@ -25,7 +25,6 @@ async function download(path) {
 
 async function load() {
   if (location.protocol === "file:") throw new Error("This page needs a web server: python -m http.server -d FOLDER");
-  if (typeof WebAssembly !== "object") throw new Error("This browser has no WebAssembly: use a current one, or allow it");
   model = await (await download("model.json")).json();
   const source = [model.experiment, model.dataset].filter(Boolean).join(" on ");
   element("model").textContent = `${source || "Model"}, ${model.classes.length} classes. ` + element("model").textContent;

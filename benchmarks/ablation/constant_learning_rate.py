@@ -1,0 +1,39 @@
+"""Constant learning rate: augmentation without annealing; all epochs are run.
+
+Differs from train_4_b.py only in the scheduler.
+
+    PYTHONPATH=. python benchmarks/ablation/constant_learning_rate.py
+"""
+
+import torch
+
+import util
+import voc
+from basic_fcn import FCN
+from seg import cli, engine, transforms
+
+
+def main():
+    args = cli.arguments(__file__, __doc__, epochs=24, batch_size=4)
+    util.seed_everything(args.seed)
+
+    augment = transforms.Augmentation(flip=0.5, degrees=15, scale=(0.5, 1.1), unchanged=1, augmented=2)
+    train, val, test = voc.loaders(args, size=224, augment=augment)
+
+    model = FCN(len(train.classes)).to(args.device)
+
+    weight = None
+    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)
+
+    # The classifier starts with logits near zero and needs a higher learning rate than the layers below.
+    layers = {"params": model.layers.parameters(), "lr": 5e-4}
+    classifier = {"params": model.classifier.parameters(), "lr": 1e-2}
+    optimizer = torch.optim.Adam([layers, classifier], fused=True)
+
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+    engine.fit(args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,36 @@
+"""No context: the custom network does not add the mean of the features over the whole image.
+
+Differs from train_5_a.py only in the network.
+
+    PYTHONPATH=. python benchmarks/ablation/without_context.py
+"""
+
+import torch
+
+import util
+import voc
+from custom_fcn import CustomFCN
+from seg import cli, engine, transforms
+
+
+def main():
+    args = cli.arguments(__file__, __doc__, epochs=80, batch_size=8)
+    util.seed_everything(args.seed)
+
+    augment = transforms.Augmentation(flip=0.5, scale=(0.7, 1.1), brightness=0.3, contrast=0.3, saturation=0.3)
+    train, val, test = voc.loaders(args, size=224, augment=augment)
+
+    model = CustomFCN(len(train.classes), context=False).to(args.device)
+
+    weight = voc.class_weights(train.split).sqrt().to(args.device)
+    criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2, fused=True)
+
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+
+    engine.fit(args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
+
+
+if __name__ == "__main__":
+    cli.run(main)
