@@ -100,9 +100,9 @@ class Reporter:
         if scheduled:
             log(f"the scheduler is stepped once per {interval}; all {args.epochs} epochs are run")
         else:
-            stop = (
-                f"stopping early after {patience} epochs without progress on val" if patience else "no early stopping"
-            )
+            stop = "no early stopping"
+            if patience:
+                stop = f"stopping early after {patience} epochs without progress on val"
             log(f"constant learning rate; {stop}")
         name, baseline = util.baseline_name(val.classes), val.baseline
         log(f"{name} on val: pixel accuracy {baseline.pixel_accuracy:.4f}, mean IoU {baseline.miou:.4f}")
@@ -149,13 +149,9 @@ class Reporter:
             return
         plots = ""
         try:
-            matrix, model = (
-                checkpoint.read(run.best, "val_matrix")["val_matrix"],
-                checkpoint.load(run.best, self.args.device),
-            )
-            self._draw_all(
-                model, {f"val at {size_text(self.val.size)}": Scores(float("nan"), matrix, self.val.classes)}
-            )
+            matrix = checkpoint.read(run.best, "val_matrix")["val_matrix"]
+            scores = {f"val at {size_text(self.val.size)}": Scores(float("nan"), matrix, self.val.classes)}
+            self._draw_all(checkpoint.load(run.best, self.args.device), scores)
             plots = f", drew {run.plot('*')}"
         except Exception as error:  # the reason for the stop, such as a full disk, matters more
             log(f"warning: the plots were not drawn ({util.reason(error)})")

@@ -169,17 +169,8 @@ class Run:
     def _check_same_run(self, state, scheduled):
         """Raise a UserError that names the first thing in which ``state`` is of another run; return messages."""
         before, now = ({**source["flags"], **source} for source in (state, self.metadata))
-        for name in (
-            "seed",
-            "batch_size",
-            "limit",
-            "dataset",
-            "classes",
-            "size",
-            "mean",
-            "std",
-            *["epochs"] * scheduled,
-        ):
+        names = ["seed", "batch_size", "limit", "dataset", "classes", "size", "mean", "std"]
+        for name in names + ["epochs"] * scheduled:
             if before[name] != now[name]:
                 raise UserError(f"{self.last}: its run had {name} {before[name]}, not {now[name]}: {ADVICE}")
         if before["data_sha256"] != now["data_sha256"]:
@@ -203,16 +194,17 @@ class Run:
             row: a dict, see ``report.history_row``. matrix: the confusion matrix on val, int64 [C, C].
             parts: dict of model, criterion, optimizer and scheduler, some without a state.
         """
-        self.history.append(row)
-        if not distributed.is_main():
-            return
-        state = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
-        state = self.metadata | dict.fromkeys(parts) | checkpoint.plain(state)
-        state |= {"epoch": row["epoch"], "val_miou": row["val_miou"], "val_matrix": matrix, "history": self.history}
-        checkpoint.save(self.last, state)
-        if self.best_row is row:
-            self._save_best(state)
-        self._write_csv()
+        history = [*self.history, row]
+        if distributed.is_main():
+            state = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
+            state = self.metadata | dict.fromkeys(parts) | checkpoint.plain(state)
+            state |= {"epoch": row["epoch"], "val_miou": row["val_miou"], "val_matrix": matrix, "history": history}
+            checkpoint.save(self.last, state)
+        self.history = history  # now that the epoch is kept
+        if distributed.is_main():
+            if self.best_row is row:
+                self._save_best(state)
+            self._write_csv()
 
     def _save_best(self, state):
         checkpoint.save(self.best, {key: value for key, value in state.items() if key not in TRAINING_STATE})

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
 import util
-from seg import checkpoint, distributed
+from seg import checkpoint, distributed, report
 from seg.inference import forward
 from util import VOID, UserError, is_out_of_memory, reason
 
@@ -157,8 +157,8 @@ def watched(training_step, model, optimizer):
             advice = "freeze what is not used, requires_grad_(False)"
             raise UserError(f"several processes need a gradient for {_some(unused)}: {advice}")
         unused = [name for index, name in names.items() if index in optimized - used]
-        if unused and distributed.is_main():
-            print(f"warning: the first step gave no gradient to {_some(unused)}, which the optimizer holds", flush=True)
+        if unused:
+            report.log(f"warning: the first step gave no gradient to {_some(unused)}, which the optimizer holds")
         return result
 
     return step

@@ -1,5 +1,6 @@
 """Small data sets in VOC layout, fast runs on them, and the real data if it lies beside the project."""
 
+import json
 import os
 import shlex
 import signal
@@ -114,6 +115,14 @@ def run_main(folder, module, flags):
         except SystemExit as stop:
             return stop.code
     return 0
+
+
+def results(folder):
+    """What a run of train.py with seed 0 has left: CSV, metrics without times, and the weights of best and last."""
+    metrics = json.loads((folder / "results/train_seed0.json").read_text()) | {"seconds": 0, "epoch_seconds": 0}
+    models = [torch.load(folder / name, weights_only=True)["model"] for name in ("best_train.pt", "last_train.pt")]
+    weights = [value.tolist() for model in models for value in model.values()]
+    return (folder / "results/train_seed0.csv").read_text(), metrics, weights
 
 
 def skip_drawing(patch):

@@ -3,14 +3,13 @@
 import contextlib
 import importlib
 import itertools
-import json
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_main
+from conftest import ROOT, results, run_main
 from tiny_net import TinyNet
 
 import train
@@ -34,14 +33,6 @@ def run(folder, flags):
 
 def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts}
-
-
-def results(folder):
-    """What a run has left, apart from times and plots."""
-    metrics = json.loads((folder / "results/train_seed0.json").read_text()) | {"seconds": 0, "epoch_seconds": 0}
-    models = [torch.load(folder / name, weights_only=True)["model"] for name in ("best_train.pt", "last_train.pt")]
-    weights = [value.tolist() for model in models for value in model.values()]
-    return (folder / "results/train_seed0.csv").read_text(), metrics, weights
 
 
 @pytest.fixture
