@@ -84,8 +84,8 @@ def collect(args):
     """
     runs = finished_runs(args.out)
     if args.experiments is not None:
-        names = {f"{name}{suffix}" for name in args.experiments for suffix in ("", "_no_pretrained")}
-        runs = [run for run in runs if run.name in names]
+        names = {Path(name).name for name in args.experiments}
+        runs = [run for run in runs if run.name.removesuffix("_no_pretrained") in names]
     matching = [run for run in runs if matches(run, args)]
     no_flags = not args.seeds and args.limit is args.epochs is args.batch_size is None
     if not matching and no_flags and all(setting(run) == setting(runs[0]) for run in runs):
@@ -120,7 +120,7 @@ def run_missing(args):
     for seed in args.seeds:
         for name in args.experiments or EXPERIMENTS:
             line = command(args, f"{name}.py", seed)
-            experiment = name + ("_no_pretrained" if "--no-pretrained" in line else "")
+            experiment = Path(name).name + ("_no_pretrained" if "--no-pretrained" in line else "")
             if any(matches(run, args) for run in finished_runs(args.out, experiment, seed)):
                 print(f"{name} seed {seed}: already done", flush=True)
                 continue
@@ -150,12 +150,8 @@ def mean_and_interval(differences):
 
 
 def base_of(name, experiments):
-    """The experiment to compare another with, None if there is none.
-
-    That of a run without pretraining is the same with it, and that of a user's own ``train``, or else the first one.
-    """
-    pretrained = name.removesuffix("_no_pretrained")
-    base = pretrained if pretrained != name else EXPERIMENTS.get(name, ("train",))[0]
+    """The experiment to compare another with, None if there is none; a user's own with ``train`` or the first."""
+    base = EXPERIMENTS.get(name, ("train",))[0]
     if base not in experiments and name not in EXPERIMENTS:
         base = next(iter(experiments))
     return base if base in experiments and base != name else None
@@ -230,20 +226,14 @@ def machine(run):
     return f"{run.metrics['device']}, torch {run.metrics['versions']['torch']}"
 
 
-def data_of(run):
-    """What runs on the same image ids and masks have in common; the hash is of the masks at the input's size."""
-    shares = {split: run.metrics[split]["background"]["pixel_accuracy"] for split in run.splits}
-    return shares | {f"at {run.metrics.get('size')}": run.metrics.get("data_sha256")}
-
-
 def changes_since(runs):
     """Rows about runs of other code than today's, or of other image ids or masks than most runs."""
-    values, rows = {}, {}
+    hashes, rows = {}, {}  # hashes of ids and masks by the input's size, to which masks are resized
     for run in runs:
-        for name, value in data_of(run).items():
-            values.setdefault(name, []).append(value)
+        hashes.setdefault(str(run.metrics.get("size")), []).append(run.metrics.get("data_sha256"))
     for run in runs:
-        other_data = any(value != statistics.mode(values[name]) for name, value in data_of(run).items())
+        usual = statistics.mode(hashes[str(run.metrics.get("size"))])
+        other_data = run.metrics.get("data_sha256") != usual
         changes = [run.code_change(), "other image ids or masks" if other_data else None]
         if any(changes):
             rows.setdefault((run.name, "; ".join(filter(None, changes))), []).append(str(run.seed))

@@ -71,11 +71,8 @@ def confusion_matrix(truth, prediction, num_classes):
     if cells.is_cuda:  # bincount and the checks below would synchronise with the GPU
         counts = cells.new_zeros(num_rows * num_classes).scatter_add_(0, cells, torch.ones_like(cells))
         return counts.view(num_rows, num_classes)[:num_classes]
-    if cells.numel() == 0:
-        return cells.new_zeros(num_classes, num_classes)
     for name, labels, largest in (("truth", truth, VOID), ("prediction", prediction, num_classes - 1)):
-        low, high = (bound.item() for bound in labels.aminmax())
-        if not 0 <= low <= high <= largest:
+        if labels.numel() and not 0 <= labels.min() <= labels.max() <= largest:
             raise ValueError(f"{name} holds values outside 0 .. {num_classes - 1}")
     counts = torch.bincount(cells, minlength=num_rows * num_classes).view(num_rows, num_classes)
     if counts[num_classes:VOID].any():

@@ -55,11 +55,7 @@ def arguments(script, doc, epochs, batch_size, pretrained=False):
 
 def title(doc):
     """What an experiment is about, for titles: its docstring up to the first colon, full stop or end of line."""
-    text = re.split(r":|\.(?=\s|$)|\n", (doc or "").strip())[0]
-    rest_of_word = text.partition(" ")[0][1:]
-    if rest_of_word == rest_of_word.lower():  # not "U-Net"
-        text = text[:1].lower() + text[1:]
-    return textwrap.shorten(text, 60, placeholder=" ...")
+    return textwrap.shorten(re.split(r":|\.(?=\s|$)|\n", (doc or "").strip())[0], 60, placeholder=" ...")
 
 
 def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):

@@ -143,13 +143,8 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
     num_classes, device = len(loader.classes), loader.device
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     results, batch_indices, learning_rates = [], [], []
-    batches = report.progress(
-        loader.batches(epoch),
-        len(loader),
-        f"epoch {epoch}",
-        status=lambda: f"loss {_mean_loss(torch.stack(results)[:, :2].cpu()):.4f}",
-    )
-    for index, (images, masks, indices) in enumerate(batches):
+    bar = report.progress(loader.batches(epoch), len(loader), f"epoch {epoch}")
+    for index, (images, masks, indices) in enumerate(bar):
         learning_rates.append(util.learning_rates(optimizer))
         *result, logits = training_step(network, images, masks, criterion, optimizer, index=index, count=len(loader))
         results.append(torch.stack([value.detach() for value in result]))
@@ -157,6 +152,8 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
         matrix += _sampled_confusion_matrix(masks, logits.detach(), num_classes)
         if scheduler is not None:
             scheduler.step()
+        if index % 10 == 0:  # not after each batch: it waits for a GPU
+            bar.set_postfix_str(f"loss {results[-1][0].item():.4f}", refresh=False)
     losses, weights, norms = torch.stack(results).T.cpu()  # only here: .cpu() synchronises with a GPU
     _check_finite(losses, norms, batch_indices, loader.split.ids, epoch)
     loss = _mean_loss(torch.stack((losses, weights), 1), device)
@@ -177,13 +174,9 @@ def _check_finite(losses, norms, batch_indices, ids, epoch):
     name, value = ("gradient", norms[batch]) if losses[batch].isfinite() else ("loss", losses[batch])
     indices = batch_indices[batch].tolist()
     images = ", ".join(ids[index] for index in indices[:8]) + (", ..." if len(indices) > 8 else "")
-    before = losses[:batch]
-    if batch and before.max() > 10 * before[0].abs():
-        hint = f"the losses before grew from {before[0]:.3g} to {before.max():.3g}: lower the learning rate"
-    else:
-        hint = "the losses before did not grow: check these images, the network and the loss"
     place = f"epoch {epoch}, batch {batch + 1} of {len(losses)} (images {images})"
-    raise UserError(f"the {name} is {value} in {place}: {hint}")
+    advice = f"lower the learning rate if the loss grew from {losses[0]:.3g} before, else check these images"
+    raise UserError(f"the {name} is {value} in {place}: {advice}")
 
 
 def fit(
@@ -264,6 +257,7 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
     network, parallel = _wrap(model, args)
     training_step = sanity.watched(training_step, model, optimizer)
     steps_batches = scheduler is not None and scheduler_interval == "batch"
+    modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
     is_rebuilt = False  # whether the round trip of a saved best checkpoint was tried
     epochs = range(len(run.history) + 1, args.epochs + 1)
     for epoch in report.progress(epochs, len(epochs), run.name, unit="epoch"):
@@ -276,7 +270,8 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
             train_scores, learning_rates = train_epoch(
                 parallel, train, epoch, criterion, optimizer, training_step, scheduler if steps_batches else None
             )
-            distributed.broadcast(model.buffers())  # each process has its own statistics of batch norm
+            for module in modules:
+                distributed.broadcast(module.buffers())  # each process has its own, such as statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
             if not math.isfinite(scores.loss):
                 raise UserError(f"the val loss is {scores.loss} in epoch {epoch}: lower the learning rate")

@@ -41,29 +41,14 @@ def palette_image(mask, colours=PALETTE):
     return image
 
 
-def _oklab(colours):
-    """Colours in 0..255 in sRGB, [N, 3], in the Oklab colour space (Björn Ottosson, 2020)."""
-    linear = np.where(colours > 10.3, ((colours / 255 + 0.055) / 1.055) ** 2.4, colours / 255 / 12.92)
-    to_lms = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
-    to_lab = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
-    return np.cbrt(linear @ np.transpose(to_lms)) @ np.transpose(to_lab)
-
-
 @functools.cache
 def distinct_colours():
-    """A colour for each class, far from the others, void and WRONG in the Oklab colour space: uint8 [255, 3], RGB."""
-    levels = np.linspace(0, 255, 16)
-    colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
-    lab = _oklab(colours)
-    suitable = (lab[:, 0] > 0.35) & (lab[:, 0] < 0.95) & (np.hypot(lab[:, 1], lab[:, 2]) > 0.06)
-    colours, lab = colours[suitable], lab[suitable]
-    chosen, distance = [], np.full(len(lab), np.inf)
-    latest = _oklab(np.stack((PALETTE[VOID], WRONG)))
-    while len(chosen) < 255:
-        distance = np.minimum(distance, np.linalg.norm(lab[:, None] - latest, axis=2).min(1))
-        chosen.append(int(distance.argmax()))
-        latest = lab[chosen[-1:]]
-    return colours[chosen].astype(np.uint8)
+    """A colour for each class that is easier to tell apart than VOC's: uint8 [255, 3], RGB; they repeat after 60."""
+    from matplotlib import colormaps  # only here: importing it takes a moment
+
+    maps = [colormaps[name].colors for name in ("tab20", "tab20b", "tab20c")]
+    colours = [*maps[0][::2], *maps[0][1::2], *maps[1], *maps[2]]  # the strong ones of tab20 before their light twins
+    return np.resize(np.multiply(colours, 255).round().astype(np.uint8), (255, 3))
 
 
 def class_colours(classes):

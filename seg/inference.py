@@ -83,22 +83,8 @@ def predict_strips(logits, shape):
     start = 0
     for strip in resize(logits, (logits.shape[2], width)).tensor_split(num_strips, 3):
         stop = start + strip.shape[3]
-        labels = _possible_classes(strip[0])
-        upsampled = resize(strip[:, labels], (height, stop - start))
-        yield slice(start, stop), labels[upsampled.max(1).indices[0]]
+        yield slice(start, stop), resize(strip, (height, stop - start)).max(1).indices[0]
         start = stop
-
-
-def _possible_classes(logits):
-    """The classes that may have the largest of logits [C, h, W] after vertical interpolation: int64 [at most C].
-
-    A value between two rows is a mean of both. It cannot be the largest if another class is larger in both.
-    """
-    below = torch.cat((logits[:, 1:], logits[:, -1:]), 1)
-    smallest_maximum = torch.minimum(logits, below).amax(0)
-    margin = 1e-5 * logits.abs().max()  # far more than the rounding of a mean
-    cannot_win = torch.maximum(logits, below) < smallest_maximum - margin
-    return (~cannot_win).flatten(1).any(1).nonzero().flatten()
 
 
 def predict_mask(logits, shape):

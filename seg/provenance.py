@@ -10,8 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-import PIL
 import torch
 from torch.optim.swa_utils import AveragedModel
 
@@ -26,10 +24,9 @@ def metadata(args, name, model, criterion, loaders):
         raise UserError(f"{args.script.name}: the network is compiled already: leave out torch.compile, pass --compile")
     arguments = getattr(model, "arguments", None)
     if not isinstance(arguments, dict):
-        raise UserError(
-            f"{args.script.name}: the network {type(model).__name__} cannot be rebuilt from a checkpoint: keep the "
-            "keyword arguments of its constructor in a dict, self.arguments"
-        )
+        problem = f"the network {type(model).__name__} cannot be rebuilt from a checkpoint"
+        advice = "keep the keyword arguments of its constructor in a dict, self.arguments"
+        raise UserError(f"{args.script.name}: {problem}: {advice}")
     module, train = type(model).__module__, loaders[0]
     loss = getattr(criterion, "__name__", type(criterion).__name__)
     return {
@@ -41,14 +38,8 @@ def metadata(args, name, model, criterion, loaders):
         "loss": loss + (", weighted by class" if criterion_weights(criterion) is not None else ""),
         "network": f"{type(model).__name__}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})",
         "parameters": num_parameters(model),
-        "flags": {
-            "epochs": args.epochs,
-            "batch_size": train.batch_size,
-            "limit": args.limit,
-            "compile": args.compile,
-            "data": str(args.data),
-            "out": str(args.out),
-        },
+        "flags": {name: getattr(args, name) for name in ("epochs", "limit", "compile")}
+        | {"batch_size": train.batch_size, "data": str(args.data), "out": str(args.out)},
         "defaults": args.defaults,
         "classes": list(train.classes),
         "size": list(loaders[1].size),  # of val, which is that of predictions
@@ -60,13 +51,8 @@ def metadata(args, name, model, criterion, loaders):
         "data_sha256": _data_sha256(loaders),
         "code": [{"epoch": 1, "files": read_code(args.script)}],
         "commit": _commit(args.script.resolve().parent),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "torchvision": importlib.metadata.version("torchvision"),  # importing it takes seconds
-            "numpy": np.__version__,
-            "pillow": PIL.__version__,
-        },
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}
+        | {package: importlib.metadata.version(package) for package in ("torchvision", "numpy", "pillow")},
     }
 
 
@@ -90,10 +76,10 @@ def _data_sha256(loaders):
 def _commit(folder):
     """The git commit of a folder, with "-dirty" if files have changed since; None if there is none."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError):
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.stdout.strip() or None
-    return None
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # git is not installed
+        return None
 
 
 def read_code(script):
@@ -132,10 +118,9 @@ def code_change(before, now):
 
 
 def _below_docstring(text):
-    """The lines of a file below its docstring; all of them if it has a syntax error."""
-    lines = text.splitlines()
-    try:
+    """The lines of a file below its docstring, without empty ones; all of them if it has a syntax error."""
+    start = 0
+    with contextlib.suppress(SyntaxError):
         tree = ast.parse(text)
-    except SyntaxError:
-        return lines
-    return lines if ast.get_docstring(tree) is None else lines[tree.body[0].end_lineno :]
+        start = 0 if ast.get_docstring(tree) is None else tree.body[0].end_lineno
+    return [line for line in text.split("\n")[start:] if line.strip()]

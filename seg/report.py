@@ -11,40 +11,22 @@ from seg import checkpoint, distributed, inference
 from seg.provenance import num_parameters
 from util import Scores
 
-LINE_INTERVAL = 30  # seconds without a line after which ``progress`` prints one
 DRAWING_INTERVAL = 60  # seconds between two drawings during a run
 NUM_SHOWN, NUM_PAGED = 5, 13  # images in the plot of predictions and in the HTML report, besides best, median, worst
 
-_last_line = time.perf_counter()
 
-
-def progress(iterable, total, name, unit="batch", status=lambda: ""):
-    """Yield from ``iterable`` with a progress bar on stderr, which disappears at its end, in the main process.
-
-    If stderr is not a terminal, print a line instead whenever nothing was printed for 30 seconds. ``status()`` is shown
-    with either; it is called at most once per second.
-    """
-    bar = tqdm(iterable, name, total, leave=False, unit=unit, disable=None if distributed.is_main() else True)
-    shown = time.perf_counter()
-    for done, item in enumerate(bar, 1):
-        yield item
-        now = time.perf_counter()
-        if not distributed.is_main():
-            continue
-        if bar.disable and now - _last_line > LINE_INTERVAL:
-            log(f"{name}: {done}/{total}  {status()}".rstrip())
-        elif not bar.disable and now - shown > 1:
-            bar.set_postfix_str(status(), refresh=False)
-            shown = now
+def progress(iterable, total, name, unit="batch"):
+    """A tqdm bar on stderr in the main process, which disappears at its end; every 30 s where that is no terminal."""
+    seconds = 0.1 if sys.stderr.isatty() else 30
+    options = {"leave": False, "mininterval": seconds, "delay": seconds, "disable": not distributed.is_main()}
+    return tqdm(iterable, name, total, unit=unit, **options)
 
 
 def log(text):
     """Print a line in the main process, without breaking the progress bars, and flush it."""
-    global _last_line
     if distributed.is_main():
         tqdm.write(text)
         sys.stdout.flush()
-        _last_line = time.perf_counter()
 
 
 def size_text(size):
@@ -91,8 +73,7 @@ class Reporter:
         images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
         if train.repeats > 1:
             images += f" (an epoch shows each train image {train.repeats} times)"
-        sizes = dict.fromkeys(size_text(loader.size) for loader in (train, val))
-        images += f" images at {' and '.join(sizes)}"
+        images += f" images at {size_text(train.size)}"
         log(f"{self.run.name}: {train.split.dataset}, {images}, {len(train.classes)} classes")
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         network = f"{type(model).__name__}, {num_parameters(model):,} parameters ({trained:,} trainable)"
@@ -175,38 +156,24 @@ class Reporter:
             if not result.miou > result.baseline.miou:
                 log(f"warning: on {name} the mean IoU is not above the {util.baseline_name(self.val.classes)}")
         self._draw_all(model, scores)
-        images = self._choose_images(NUM_PAGED, image_ious)
-        samples = zip(images.items(), self._samples(model, list(images), "writing the report"))
-        samples = (
-            (", ".join([self.val.split.ids[index], *ranks]), image_ious[index].item(), *sample)
-            for (index, ranks), sample in samples
-        )
-        html.write_run(run, self.title, samples)
+        html.write_run(run, self.title, self._samples(model, NUM_PAGED, image_ious, "writing the report"))
         log(f"\nreport      {run.report}\nplots       {run.plot('*')}\ncheckpoint  {run.best}")
         log(f"metrics     {run.json}, {run.csv}")
         summary = ", ".join(f"{name} mean IoU {result.miou:.4f}" for name, result in scores.items())
         log(f"{run.name} seed {run.seed}: {summary} (epoch {run.best_row['epoch']} of {len(run.history)})")
 
-    def _choose_images(self, count, image_ious):
-        """Choose images of val, evenly spaced, and the best, the median and the worst.
-
-        Returns a dict from the image's index to which of the three it is, a list of str.
-        """
-        num_images = len(self.val.split)
-        evenly_spaced = np.linspace(0, num_images - 1, min(count, num_images)).round().astype(int).tolist()
-        images = {index: [] for index in evenly_spaced}
-        if image_ious is not None:
-            ranked = [index for index in image_ious.argsort().tolist() if not image_ious[index].isnan()]
-            for rank, place in (("best", -1), ("median", len(ranked) // 2), ("worst", 0)) if ranked else ():
-                images.setdefault(ranked[place], []).append(rank)
-        return images
-
-    def _samples(self, model, indices, description):
-        """Yield photo, mask and prediction of some val images, at the size of a thumbnail."""
+    def _samples(self, model, count, image_ious, description):
+        """Yield name, IoU, photo, mask and prediction of images of val: evenly spaced, best, median and worst."""
         split = self.val.split
+        indices = np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int).tolist()
+        ranked = [] if image_ious is None else image_ious.argsort()[: image_ious.isfinite().sum()].tolist()
+        ranks = {ranked[len(ranked) // 2]: "median", ranked[0]: "worst", ranked[-1]: "best"} if ranked else {}
+        indices = list(dict.fromkeys([*indices, *ranks]))
         for index in progress(indices, len(indices), description, "photo"):
             photo, mask = self.plotting.thumbnail(split.photo(index), split.mask(index))
-            yield photo, mask, inference.predict_index(model, self.val, index, mask.shape)
+            name = ", ".join(filter(None, (split.ids[index], ranks.get(index))))
+            iou = float("nan") if image_ious is None else image_ious[index].item()
+            yield name, iou, photo, mask, inference.predict_index(model, self.val, index, mask.shape)
 
     def _draw_all(self, model, scores):
         """Draw all plots. ``scores`` maps splits to the Scores of the best epoch, val first."""
@@ -227,31 +194,22 @@ class Reporter:
         self.plotting.curves(path, title, self.run.history, epoch, self.val.baseline, self.is_weighted)
 
     def _draw_predictions(self, model, image_ious=None):
-        """Draw predictions for the images of ``_choose_images``."""
-        images = self._choose_images(NUM_SHOWN, image_ious)
-        names = [
-            "\n".join([self.val.split.ids[index], *(f"{rank}, mean IoU {image_ious[index]:.2f}" for rank in ranks)])
-            for index, ranks in images.items()
-        ]
-        samples = self._samples(model, list(images), "drawing predictions")
-        samples = [(name, *sample) for name, sample in zip(names, samples)]
+        samples = self._samples(model, NUM_SHOWN, image_ious, "drawing predictions")
+        samples = [(name if np.isnan(iou) else f"{name}\nmean IoU {iou:.2f}", *rest) for name, iou, *rest in samples]
         title = f"{self.title} val, epoch {self.run.best_row['epoch']}"
         self.plotting.predictions(self.run.plot("predictions"), title, self.val.classes, samples)
 
 
 def _table(scores, classes):
     """The results as text: IoU of each class, then mean IoU and pixel accuracy next to those of the baseline."""
-    columns = [result.as_dict() for result in scores.values()]
-
-    def row(name, values):
-        cells = ("-" if value is None else f"{value:.4f}" for value in values)
-        return f"{name:34}" + "".join(f" {cell:>9}" for cell in cells)
-
-    lines = ["", f"{'IoU per class':34}" + "".join(f" {name:>9}" for name in scores)]
-    lines += [row(f"  {name}", [column["iou"][name] for column in columns]) for name in classes]
+    results = [result.as_dict() for result in scores.values()]
+    rows = [(f"  {name}", [result["iou"][name] for result in results]) for name in classes]
     for name, key in (("mean IoU", "miou"), ("pixel accuracy", "pixel_accuracy")):
-        lines.append(row(name, [column[key] for column in columns]))
-        lines.append(row(f"  {util.baseline_name(classes)}", [column["background"][key] for column in columns]))
-    lines.append(row("loss", [column["loss"] for column in columns]))
-    lines.append(row("the assignment's IoU", [column["assignment_iou"] for column in columns]))
+        rows.append((name, [result[key] for result in results]))
+        rows.append((f"  {util.baseline_name(classes)}", [result["background"][key] for result in results]))
+    for name, key in (("loss", "loss"), ("the assignment's IoU", "assignment_iou")):
+        rows.append((name, [result[key] for result in results]))
+    lines = ["", f"{'IoU per class':34}" + "".join(f" {split:>9}" for split in scores)]
+    for name, values in rows:
+        lines.append(f"{name:34}" + "".join(f" {'-' if value is None else f'{value:.4f}':>9}" for value in values))
     return "\n".join(lines)

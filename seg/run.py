@@ -7,7 +7,6 @@ import json
 import math
 
 import numpy as np
-import torch
 
 from seg import checkpoint, distributed, files, provenance
 from util import UserError
@@ -140,9 +139,7 @@ class Run:
         try:
             messages = self._check_same_run(state, scheduled)
             for name, part in parts.items():
-                if isinstance(part, torch.optim.Optimizer):
-                    _load_optimizer(part, state[name])
-                elif hasattr(part, "load_state_dict"):
+                if hasattr(part, "load_state_dict"):
                     part.load_state_dict(state[name])
             self.history = list(state["history"])
         except UserError:
@@ -219,10 +216,9 @@ class Run:
 
     def finish(self, scores):
         """Write the JSON. ``scores`` maps val and, if there is one, test to the Scores of the best epoch."""
-        about, flags = dict(self.metadata), self.metadata["flags"]
-        for name in ("mean", "std", "module", "class", "arguments"):  # what only ``checkpoint.load`` needs
-            del about[name]
-        self.metrics = about | {
+        flags = self.metadata["flags"]
+        for_loading = ("mean", "std", "module", "class", "arguments")  # what only ``checkpoint.load`` needs
+        self.metrics = {name: value for name, value in self.metadata.items() if name not in for_loading} | {
             "flags": {name: flags[name] for name in ("epochs", "batch_size", "limit")},
             "epochs": len(self.history),
             "best_epoch": self.best_row["epoch"],
@@ -241,16 +237,10 @@ class Run:
 
     def _check_new(self):
         """Raise a UserError if the files of an earlier run are in the way."""
-        existing = self._existing()
-        if not existing:
-            return
-        run = ""
-        with contextlib.suppress(UserError, KeyError):
-            state = checkpoint.read(self.best, "epoch")
-            run = f" (seed {state['seed']} on {state['dataset']}, best epoch {state['epoch']})"
-        advice = "continue it with --resume, " if self.last.exists() else ""
-        advice += "replace it with --overwrite, or choose another --out"
-        raise UserError(f"{existing[0]}: is from an earlier run{run}: {advice}")
+        if existing := self._existing():
+            advice = "continue it with --resume, " if self.last.exists() else ""
+            advice += "replace it with --overwrite, or choose another --out"
+            raise UserError(f"{existing[0]}: is from an earlier run: {advice}")
 
     def delete(self):
         """Delete what earlier runs of this experiment have left."""
@@ -279,12 +269,3 @@ class Run:
             except OSError:  # a file system without locks
                 pass
             yield
-
-
-def _load_optimizer(optimizer, state):
-    """Load the state of an optimizer, but keep the dicts of its parameter groups, which a script may hold."""
-    groups = list(optimizer.param_groups)
-    optimizer.load_state_dict(state)
-    for index, group in enumerate(groups):
-        group.update(optimizer.param_groups[index])
-        optimizer.param_groups[index] = group

@@ -40,17 +40,15 @@ def check(metadata, train, val, *, model, criterion, optimizer, scheduler):
     with unchanged(model, criterion), torch.no_grad():
         with doing("trying the augmentation"):
             warnings += _border_warnings(train)
-            batch = next(train.batches())
-            images, masks = batch[0][:NUM_IMAGES], batch[1][:NUM_IMAGES]
+            images, masks = (part[:NUM_IMAGES] for part in next(train.batches())[:2])
         if invalid := set(masks.unique().tolist()) - {*range(len(train.classes)), VOID}:
             raise UserError(f"augment gives masks the label {min(invalid)}, which is no class: resize to the nearest")
-        with doing("trying the network on a batch of train"):
+        with doing("trying the network"):
             _check_logits(forward(model.eval(), images)["out"], images, train.classes)
-        images, masks = val_batch(val)
-        with doing("trying the network on a batch of val"):
+            images, masks = val_batch(val)
             logits = forward(model, images)["out"]
             _check_logits(logits, images, val.classes)
-        with doing(f"trying the criterion on a batch of val, where void is {VOID}"):
+        with doing(f"trying the criterion, with {VOID} for void"):
             warnings += _check_criterion(copy.deepcopy(criterion), logits.contiguous(), masks)
         util.confusion_matrix(masks, logits.argmax(1), len(val.classes))
         check_round_trip(metadata | {"model": model.state_dict()}, model, images)
@@ -102,20 +100,17 @@ def check_round_trip(state, model, images):
 
     ``state`` is the content of a best checkpoint, ``images`` as from ``val_batch``. Raises a UserError for a fault.
     """
-    problem = f"the network {state['class']} cannot be rebuilt from its checkpoint"
-    found = f"; it is {state['arguments']}"
+    problem, found = f"the network {state['class']} cannot be rebuilt from its checkpoint", state["arguments"]
     try:
         state = torch.load(checkpoint.serialise(state), "cpu", weights_only=True)
-    except Exception:  # pickle raises one of many types
-        advice = "self.arguments has to hold numbers, strings, lists and dicts only"
-        raise UserError(f"{problem}: {advice}{found}") from None
-    try:
         rebuilt = checkpoint.build(state).network
     except UserError as error:
         raise UserError(f"{problem}: {error}") from None
-    except Exception as error:
-        advice = "self.arguments has to hold the keyword arguments of its constructor"
-        raise UserError(f"{problem} ({reason(error)}): {advice}{found}") from None
+    except Exception as error:  # pickle raises one of many types, and so does a constructor
+        advice = (
+            "self.arguments has to hold the keyword arguments of its constructor: numbers, strings, lists and dicts"
+        )
+        raise UserError(f"{problem} ({reason(error)}): {advice}; it is {found}") from None
     rebuilt.to(images.device, memory_format=distributed.memory_format(images.device))
     logits = []
     with unchanged(model), torch.no_grad():
@@ -128,7 +123,7 @@ def check_round_trip(state, model, images):
     if not torch.allclose(first, second, rtol=0, atol=TOLERANCE * variation.item(), equal_nan=True):
         advice = "What its constructor depends on has to be in self.arguments, and what changes in training or is "
         advice += "drawn at random in a parameter or buffer"
-        raise UserError(f"{problem}: rebuilt, it computes other logits. {advice}{found}")
+        raise UserError(f"{problem}: rebuilt, it computes other logits. {advice}; self.arguments is {found}")
 
 
 def watched(training_step, model, optimizer):
@@ -142,22 +137,19 @@ def watched(training_step, model, optimizer):
         nonlocal is_first
         if not is_first:
             return training_step(*args, **options)
-        is_first, used = False, set()
-        names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        hooks = [each.register_post_accumulate_grad_hook(lambda each: used.add(id(each))) for each in parameters]
+        is_first, used, optimized = False, set(), set(_optimized(optimizer))
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        hooks = [parameter.register_post_accumulate_grad_hook(used.add) for parameter in trained.values()]
         result = training_step(*args, **options)
         for hook in hooks:
             hook.remove()
-        used |= {id(each) for each in parameters if each.grad is not None}  # set by the step itself
         _check_result(result)
-        optimized = set(map(id, _optimized(optimizer)))
-        unused = [name for index, name in names.items() if index not in used]
+        # a step may also set gradients itself
+        unused = [name for name, parameter in trained.items() if parameter not in used and parameter.grad is None]
         if unused and distributed.world_size() > 1:
             advice = "freeze what is not used, requires_grad_(False)"
             raise UserError(f"several processes need a gradient for {_some(unused)}: {advice}")
-        unused = [name for index, name in names.items() if index in optimized - used]
-        if unused:
+        if unused := [name for name in unused if trained[name] in optimized]:
             report.log(f"warning: the first step gave no gradient to {_some(unused)}, which the optimizer holds")
         return result
 
@@ -174,34 +166,24 @@ def _check_result(result):
 
 def _parameter_warnings(model, criterion, optimizer):
     """Warnings about parameters that are not where they should be, and about frozen batch norm that would drift."""
-    optimized = set(map(id, _optimized(optimizer)))
-    named = dict(model.named_parameters())
+    optimized, named = set(_optimized(optimizer)), dict(model.named_parameters())
     if isinstance(criterion, torch.nn.Module):
         named |= {f"criterion.{name}": parameter for name, parameter in criterion.named_parameters()}
         if distributed.world_size() > 1 and any(parameter.requires_grad for parameter in criterion.parameters()):
             raise UserError("several processes train the parameters of the network only, not of the criterion: use one")
     warnings = []
-    left_out = [name for name, each in named.items() if each.requires_grad and id(each) not in optimized]
-    if left_out:
+    if left_out := [name for name, each in named.items() if each.requires_grad and each not in optimized]:
         warnings.append(f"{len(left_out)} trainable parameters are not in the optimizer: {_some(left_out)}")
-    unknown = len(optimized - set(map(id, named.values())))
-    if unknown:
-        problem = f"the optimizer holds {unknown} parameters of neither the network nor the criterion"
+    if unknown := optimized - set(named.values()):
+        problem = f"the optimizer holds {len(unknown)} parameters of neither the network nor the criterion"
         warnings.append(f"{problem}, which no checkpoint saves: make it from model.parameters()")
     averages = [module for module in model.modules() if isinstance(module, AveragedModel)]
     averaged = {layer for average in averages for layer in average.modules()}  # not what is trained
     with unchanged(model):
-        model.train()
-        drifting = [
-            name
-            for name, layer in model.named_modules()
-            if isinstance(layer, _BatchNorm)
-            and layer not in averaged
-            and layer.affine
-            and not layer.weight.requires_grad
-            and layer.track_running_stats
-            and layer.training
-        ]
+        layers = {name: layer for name, layer in model.train().named_modules() if isinstance(layer, _BatchNorm)}
+        layers = {name: layer for name, layer in layers.items() if layer.training and layer.track_running_stats}
+    drifting = [name for name, layer in layers.items() if layer.affine and not layer.weight.requires_grad]
+    drifting = [name for name in drifting if layers[name] not in averaged]
     if drifting:
         advice = "unless that is intended, use torchvision's FrozenBatchNorm2d or override train() in the network"
         warnings.append(f"frozen batch norm still updates its running statistics ({_some(drifting)}): {advice}")

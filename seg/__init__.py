@@ -1,0 +1,1 @@
+"""The machinery behind the experiments; docs/EDITING.md says what is where."""
