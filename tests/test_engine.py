@@ -333,7 +333,7 @@ def test_a_run_without_a_schedule_resumes_with_more_epochs(tiny, tmp_path):
 def test_early_stopping_is_for_runs_without_a_scheduler(tiny, tmp_path, capsys, options, line, factor):
     """The learning rate is halved after each of an epoch's two batches, after each epoch, or never."""
     if "scheduler_interval" in options:
-        options = options | {"scheduler": functools.partial(lr_scheduler.ExponentialLR, gamma=0.5)}
+        options = options | {"patience": 1, "scheduler": functools.partial(lr_scheduler.ExponentialLR, gamma=0.5)}
     run = train_nine_epochs(tiny, tmp_path, **options)
     output = capsys.readouterr().out.splitlines()
     assert line in output
