@@ -25,7 +25,7 @@ def progress(iterable, total, name, unit="batch"):
 def log(text):
     """Print a line in the main process, without breaking the progress bars, and flush it."""
     if distributed.is_main():
-        tqdm.write(text)
+        (tqdm.write if sys.stderr.isatty() else print)(text)
         sys.stdout.flush()
 
 

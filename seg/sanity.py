@@ -103,13 +103,15 @@ def check_round_trip(state, model, images):
     problem, found = f"the network {state['class']} cannot be rebuilt from its checkpoint", state["arguments"]
     try:
         state = torch.load(checkpoint.serialise(state), "cpu", weights_only=True)
+    except Exception:  # pickle raises one of many types
+        advice = "self.arguments has to hold numbers, strings, lists and dicts only"
+        raise UserError(f"{problem}: {advice}; it is {found}") from None
+    try:
         rebuilt = checkpoint.build(state).network
     except UserError as error:
         raise UserError(f"{problem}: {error}") from None
-    except Exception as error:  # pickle raises one of many types, and so does a constructor
-        advice = (
-            "self.arguments has to hold the keyword arguments of its constructor: numbers, strings, lists and dicts"
-        )
+    except Exception as error:
+        advice = "self.arguments has to hold the keyword arguments of its constructor"
         raise UserError(f"{problem} ({reason(error)}): {advice}; it is {found}") from None
     rebuilt.to(images.device, memory_format=distributed.memory_format(images.device))
     logits = []
