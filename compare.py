@@ -102,16 +102,11 @@ def collect(args):
 
 def command(args, script, seed):
     """The command line of a run: the script's name and its flags, as a list of str."""
-    line = [script, "--data", args.data, "--seed", seed, "--device", args.device, "--resume"]
-    line += ["--out", args.out / f"seed{seed}"]
-    for name in ("epochs", "batch_size", "limit"):
-        if getattr(args, name) is not None:
-            line += ["--" + name.replace("_", "-"), getattr(args, name)]
-    if args.compile:
-        line.append("--compile")
-    if not args.pretrained and "args.pretrained" in (ROOT / script).read_text(encoding="utf-8"):
-        line.append("--no-pretrained")
-    return list(map(str, line))
+    flags = {"--data": args.data, "--seed": seed, "--device": args.device, "--out": args.out / f"seed{seed}"}
+    flags |= {"--epochs": args.epochs, "--batch-size": args.batch_size, "--limit": args.limit}
+    line = [script, "--resume", *(str(part) for item in flags.items() if item[1] is not None for part in item)]
+    has_flag = "args.pretrained" in (ROOT / script).read_text(encoding="utf-8")
+    return line + ["--compile"] * args.compile + ["--no-pretrained"] * (has_flag and not args.pretrained)
 
 
 def run_missing(args):
@@ -288,8 +283,8 @@ def write_html(out, experiments, found):
     for run in (run for seeds in experiments.values() for run in seeds.values()):
         row = {"experiment": run.name, "seed": run.seed}
         row |= {f"{split} mean IoU": mean_and_std([run.score(split, "miou")]) for split in run.splits}
-        row |= {"epochs": run.metrics["epochs"], "best epoch": run.metrics["best_epoch"]}
-        row |= {"seconds": f"{run.metrics['seconds']:.0f}", "machine": machine(run)}
+        row |= {name.replace("_", " "): f"{run.metrics[name]:.0f}" for name in ("epochs", "best_epoch", "seconds")}
+        row["machine"] = machine(run)
         if run.report.exists():
             address = urllib.parse.quote(run.report.relative_to(out).as_posix())
             row["report"] = Markup('<a href="{}">report</a>').format(address)

@@ -40,14 +40,10 @@ def batch_loss(criterion, logits, masks):
     return criterion(logits, masks), weight
 
 
-def _mean_loss(losses, device=None):
-    """The mean of losses and weights [N, 2] from ``batch_loss``; NaN if all weights are 0.
-
-    With ``device``, the mean over all processes.
-    """
+def _mean_loss(losses, device):
+    """The mean over all processes of losses and weights [N, 2] from ``batch_loss``; NaN if all weights are 0."""
     losses, weights = losses.double().T
-    sums = torch.stack(((losses * weights).sum(), weights.sum()))
-    total, weight = (sums if device is None else distributed.all_reduce(sums, device)).tolist()
+    total, weight = distributed.all_reduce(torch.stack(((losses * weights).sum(), weights.sum())), device).tolist()
     return total / weight if weight else math.nan
 
 
@@ -180,20 +176,9 @@ def _check_finite(losses, norms, batch_indices, ids, epoch):
 
 
 def fit(
-    args,
-    model,
-    train,
-    val,
-    test,
-    *,
-    criterion,
-    optimizer,
-    scheduler,
-    patience=10,
-    scheduler_interval="epoch",
-    training_step=training_step,
-    name=None,
-):
+    args, model, train, val, test, *, criterion, optimizer, scheduler, patience=10,
+    scheduler_interval="epoch", training_step=training_step, name=None,
+):  # fmt: skip
     """Train a model, save its best and last state, then evaluate the best on val and test, plot and print a summary.
 
     Writes the files of ``run.Run``. The best epoch has the highest mean IoU on val at the loader's size, and of several
@@ -201,21 +186,17 @@ def fit(
 
     Args:
         args: from ``cli.arguments``.
-        model: ``model.arguments`` holds the keyword arguments of its constructor. See ``forward``.
+        model: see ``forward``; ``model.arguments`` holds the keyword arguments of its constructor.
         train, val, test: voc.Loaders; test may be None.
-        criterion: maps logits, float32 [B, C, H, W], and masks, int64 [B, H, W] with VOID, to a scalar: a mean over the
-            labelled pixels.
-        optimizer: over the model's parameters.
+        criterion: maps logits, float32 [B, C, H, W], and masks, int64 [B, H, W], to a mean over the labelled pixels.
         scheduler: None, or stepped once per ``scheduler_interval``, "epoch" or "batch". ReduceLROnPlateau is stepped
             after each epoch, with the val loss, or in mode "max" with the mean IoU on val.
-        patience: stop after so many ``epochs_without_progress``; None: never. It counts only without a scheduler: a
-            scheduled run goes to its end.
+        patience: stop after so many ``epochs_without_progress``, None: never; without effect with a scheduler.
         training_step: takes the place of ``engine.training_step``.
-        name: of the run's files; by default the script's. A script that calls ``fit`` several times names each.
+        name: of the run's files, by default the script's. A script that calls ``fit`` several times names each.
 
-    Raises:
-        UserError: ``sanity.check`` finds a fault, a file cannot be written, another run's files are in the way, or the
-            loss is not finite.
+    Raises a UserError for a fault that ``sanity.check`` finds, for a file that cannot be written, if another run's
+    files are in the way, and if the loss is not finite.
     """
     if scheduler_interval not in ("epoch", "batch"):
         raise UserError(f"scheduler_interval is {scheduler_interval!r}: it has to be epoch or batch")

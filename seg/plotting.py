@@ -161,13 +161,9 @@ def class_iou(path, title, classes, scores):
     for index, (name, result) in enumerate(scores.items()):
         ious = util.iou(result.matrix).numpy()[labels]
         y = np.arange(len(labels)) + (index - (len(scores) - 1) / 2) * bar / group
-        style = {
-            "color": COLOURS[index % len(COLOURS)],
-            "hatch": HATCHES[(index + index // 7) % 7],
-            "edgecolor": "white",
-        }
+        style = {"color": COLOURS[index % 7], "hatch": HATCHES[index % 7], "edgecolor": "white", "linewidth": 0}
         label = f"{name}: mean IoU {result.miou:.4f}"
-        bars = axis.barh(y, np.nan_to_num(ious), bar / group, label=label, linewidth=0, **style)
+        bars = axis.barh(y, np.nan_to_num(ious), bar / group, label=label, **style)
         if bar > 0.1:  # there is room for text
             texts = ["absent" if np.isnan(iou) else f"{iou:.2f}" for iou in ious]
             axis.bar_label(bars, texts, padding=3, fontsize=8)
