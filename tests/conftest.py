@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 from argparse import Namespace
@@ -99,6 +100,30 @@ def make_tiny(root, splits=(("train", 5), ("val", 4), ("test", 3))):
     return root
 
 
+def make_photo(height, width):
+    """A photo of random large coloured areas."""
+    areas = np.random.default_rng(0).integers(0, 256, (4, 5, 3)).astype(np.uint8)
+    return Image.fromarray(areas).resize((width, height))
+
+
+def see_images(model):
+    """Let the batch norm of an untrained model see images like those of ``make_photo``; return the model."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0  # batch norm then takes its statistics from one batch
+    model.train()(2 * torch.randn(8, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3))
+    return model
+
+
+def save_model(path, model, classes, size, **entries):
+    """Write a checkpoint as of a trained model, with more ``entries``; return its path."""
+    state = {"classes": list(classes), "size": list(size), "mean": list(imaging.MEAN), "std": list(imaging.STD)}
+    state |= {"module": type(model).__module__, "class": type(model).__name__, "arguments": model.arguments}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state | {"model": model.state_dict()} | entries, path)
+    return path
+
+
 def make_loaders(root, batch_size, size, limit=None, seed=0, device="cpu", **options):
     """``voc.loaders`` without a command line."""
     args = Namespace(data=root, batch_size=batch_size, limit=limit, seed=seed, device=device)
@@ -148,3 +173,17 @@ def tiny_net():
     with pytest.MonkeyPatch.context() as patch:
         use_tiny_net(patch)
         yield
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, from the system or from Playwright, with a camera that shows a made-up picture."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
+    with api.sync_playwright() as playwright:
+        path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+        if not path and not Path(playwright.chromium.executable_path).exists():
+            pytest.skip("needs Chromium: python -m playwright install --with-deps chromium")
+        camera = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", *camera])
+        yield browser
+        browser.close()

@@ -5,7 +5,6 @@ import http.server
 import json
 import logging
 import re
-import shutil
 import sys
 import threading
 
@@ -14,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, TESTS, run_main
+from conftest import ROOT, TESTS, make_photo, run_main, save_model, see_images
 from PIL import Image
 from torch import nn
 
@@ -26,7 +25,6 @@ from resnet_fcn import ResNetFCN
 from seg import checkpoint, imaging, onnx_graph
 from unet import UNet
 
-FAKE_CAMERA = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
 RUNTIME = ROOT / "node_modules" / "onnxruntime-web"
 SHAPES = (113, 200), (311, 97), (1, 1)  # of photos
 
@@ -49,23 +47,10 @@ class DataDependent(SmallLogits):
 
 
 def save(path, network, num_classes, size):
-    """Write a checkpoint of an untrained network whose batch norm has seen images, so that it predicts many classes."""
+    """Write a checkpoint of an untrained network that predicts many classes."""
     torch.manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    network.train()(2 * torch.randn(4, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3))
-    state = {"classes": [f"class {label} ä" for label in range(num_classes)], "size": list(size)}
-    state |= {"mean": list(imaging.MEAN), "std": list(imaging.STD), "dataset": "Some", "epoch": 3, "val_miou": 0.25}
-    state |= {"module": type(network).__module__, "class": type(network).__name__, "arguments": network.arguments}
-    torch.save(state | {"model": network.state_dict()}, path)
-    return path
-
-
-def make_photo(height, width):
-    """A photo of random large coloured areas."""
-    areas = np.random.default_rng(0).integers(0, 256, (4, 5, 3)).astype(np.uint8)
-    return Image.fromarray(areas).resize((width, height))
+    names = [f"class {label} ä" for label in range(num_classes)]
+    return save_model(path, see_images(network), names, size, dataset="Some", epoch=3, val_miou=0.25)
 
 
 def run_export(folder, *arguments):
@@ -227,20 +212,6 @@ def test_missing_packages_are_named_with_the_command(small, tmp_path, converted,
 
 
 @pytest.fixture(scope="module")
-def browser():
-    """Chromium, from Playwright or the system."""
-    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
-    with api.sync_playwright() as playwright:
-        system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        try:
-            browser = playwright.chromium.launch(executable_path=system, args=["--no-sandbox", *FAKE_CAMERA])
-        except api.Error:
-            pytest.skip("needs Chromium: python -m playwright install --with-deps chromium")
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def page_url(small):
     """The address of the exported page, on a local server."""
     if not RUNTIME.is_dir():
@@ -292,12 +263,12 @@ def assert_empty(page):
 
 def test_page_segments_a_photo_and_its_mask_is_that_of_predict(page, small):
     choose(page, small, "photo.png", 120, 161)
-    mask = saved_mask(page, "photo_mask.png")
-    expected = predict.segment(checkpoint.load(small / "best.pt"), make_photo(120, 161))
-    assert (np.array(mask) == expected).mean() >= 0.995
-    assert mask.getpalette()[:768] == imaging.PALETTE.ravel().tolist()
-    labels = np.argsort(-np.bincount(expected.ravel(), minlength=3))
-    shares = [f"class {label} ä{(expected == label).mean():.1%}" for label in labels if (expected == label).any()]
+    image = saved_mask(page, "photo_mask.png")
+    assert image.getpalette()[:768] == imaging.PALETTE.ravel().tolist()
+    mask = np.array(image)
+    assert (mask == predict.segment(checkpoint.load(small / "best.pt"), make_photo(120, 161))).mean() >= 0.995
+    labels = np.argsort(-np.bincount(mask.ravel(), minlength=3))
+    shares = [f"class {label} ä{(mask == label).mean():.1%}" for label in labels if (mask == label).any()]
     found = page.locator("#legend li").all_text_contents()
     assert [text.replace(" %", "%") for text in found] == shares
     page.fill("#opacity", "20")

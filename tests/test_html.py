@@ -4,7 +4,6 @@ import base64
 import io
 import math
 import re
-import shutil
 from html.parser import HTMLParser
 
 import numpy as np
@@ -183,9 +182,8 @@ def test_the_comparison_has_the_tables_of_the_markdown_and_links_to_reports(tmp_
             if (seed, name) in ((0, names[0]), (2, names[1])):
                 run.plots.mkdir()
                 run.report.touch()
-    markdown = [
-        [list(rows[0]), *(list(row.values()) for row in rows)] for rows in tables(run_compare(tmp_path, monkeypatch))
-    ]
+    found = tables(run_compare(tmp_path, monkeypatch))
+    markdown = [[list(rows[0]), *(list(row.values()) for row in rows)] for rows in found]
     page = Page(tmp_path / "RESULTS.html")
     assert page.tables[:-1] == markdown and page.texts["h1"] == ["Results on Made, all images"]
     header, *rows = page.tables[-1]
@@ -195,19 +193,6 @@ def test_the_comparison_has_the_tables_of_the_markdown_and_links_to_reports(tmp_
     links = [address for address in page.attributes("href") if not address.startswith("#")]
     assert links == ["seed0/plots/train_report.html", "seed2/plots/train_my%20run%26co_report.html"]
     assert len([address for address in page.attributes("src") if address.startswith("data:image/png")]) == 3
-
-
-@pytest.fixture
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install playwright")
-    with api.sync_playwright() as playwright:
-        system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-        try:
-            browser = playwright.chromium.launch(executable_path=system, args=["--no-sandbox"])
-        except api.Error:
-            pytest.skip("needs Chromium: python -m playwright install --with-deps chromium")
-        yield browser
-        browser.close()
 
 
 def test_tables_sort_and_predictions_are_paged_in_a_browser(browser, tmp_path):

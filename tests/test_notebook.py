@@ -8,7 +8,7 @@ import sys
 import nbformat
 import pytest
 import torch
-from conftest import ROOT, make_loaders, make_tiny
+from conftest import ROOT, make_loaders, make_tiny, save_model
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
@@ -16,7 +16,7 @@ from PIL import Image
 import util
 from basic_fcn import FCN
 from custom_fcn import CustomFCN
-from seg import checkpoint, engine, imaging
+from seg import checkpoint, engine
 from seg.layout import CLASSES
 
 NOTEBOOK = ROOT / "SegmentationVisualization.ipynb"
@@ -42,11 +42,8 @@ def run_notebook(folder, **settings):
 def write_model(path, model, label, data, seed, classes=CLASSES, size=32):
     """Write the checkpoint of a model that predicts one class everywhere."""
     model.classifier.bias.data[label] = 100
-    state = {"classes": list(classes), "size": [size, size], "mean": list(imaging.MEAN), "std": list(imaging.STD)}
-    state |= {"module": type(model).__module__, "class": type(model).__name__, "arguments": model.arguments}
-    state |= {"experiment": path.stem.removeprefix("best_"), "seed": seed, "flags": {"data": str(data)}}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state | {"model": model.state_dict()}, path)
+    experiment = path.stem.removeprefix("best_")
+    save_model(path, model, classes, (size, size), experiment=experiment, seed=seed, flags={"data": str(data)})
 
 
 @pytest.fixture(autouse=True)
