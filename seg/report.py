@@ -38,8 +38,7 @@ def size_text(size):
 def history_row(epoch, learning_rates, train, val):
     """The row of an epoch in the history: a dict of plain types, to which ``fit`` adds its seconds.
 
-    ``learning_rates`` is a list with one list per batch, which holds the rate of each parameter group; ``train`` and
-    ``val`` are Scores.
+    ``learning_rates`` holds a list per batch with the rate of each parameter group; ``train`` and ``val`` are Scores.
     """
     row = {"epoch": epoch}
     for group, rate in enumerate(learning_rates[0], 1):
@@ -51,10 +50,7 @@ def history_row(epoch, learning_rates, train, val):
 
 
 class Reporter:
-    """What a run prints and draws, in the main process. It only reads the run.
-
-    ``run`` is a Run that is open; the other parameters are those of ``engine.fit``.
-    """
+    """What a run prints and draws, in the main process. It only reads the run, which is open."""
 
     def __init__(self, run, args, criterion, train, val, test):
         # not at the top: wrong flags are reported without waiting for Matplotlib
@@ -142,10 +138,7 @@ class Reporter:
         log(f"{run.name}: stopped after epoch {len(run.history)}; kept {kept}{plots}{advice}")
 
     def finish(self, model, scores):
-        """At the end: print tables and paths, draw the plots and write the HTML report.
-
-        ``model`` is that of the best epoch, ``scores`` maps splits to its Scores, val first.
-        """
+        """At the end: print tables and paths, draw the plots and write the HTML report; see ``_draw_all``."""
         if not distributed.is_main():
             return
         from seg import html  # only here: most of a run does without Jinja2
@@ -176,7 +169,7 @@ class Reporter:
             yield name, iou, photo, mask, inference.predict_index(model, self.val, index, mask.shape)
 
     def _draw_all(self, model, scores):
-        """Draw all plots. ``scores`` maps splits to the Scores of the best epoch, val first."""
+        """Draw all plots. ``model`` is that of the best epoch, ``scores`` maps splits to its Scores, val first."""
         name, val_scores = next(iter(scores.items()))
         title, classes, train = f"{self.title}, epoch {self.run.best_row['epoch']}", self.val.classes, self.train
         self._draw_curves()
