@@ -248,7 +248,7 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
                 scheduler.step()
         row = report.history_row(epoch, learning_rates, train_scores, scores)
         row["seconds"] = round(time.perf_counter() - start, 3)
-        run.record(row, scores.matrix, parts)
+        run.record(row, parts)
         if run.best_row is row and not is_rebuilt and distributed.is_main():  # again, now that the weights have moved
             sanity.check_round_trip(checkpoint.read(run.best), model, sanity.val_batch(val)[0])
             is_rebuilt = True

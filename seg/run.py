@@ -173,17 +173,17 @@ class Run:
         self.metadata["code"] = versions
         return [f"{change} since epoch {done}: the run goes on with it"] if change else []
 
-    def record(self, row, matrix, parts):
+    def record(self, row, parts):
         """Add an epoch's row to the history, and write its checkpoints and the CSV: last first, then best.
 
-        So, whatever a kill leaves can be completed from last. ``row`` is from ``report.history_row``, ``matrix`` the
-        confusion matrix on val, int64 [C, C], and ``parts`` a dict of model, criterion, optimizer and scheduler.
+        So, whatever a kill leaves can be completed from last. ``row`` is from ``report.history_row``, and ``parts`` a
+        dict of model, criterion, optimizer and scheduler.
         """
         history = [*self.history, row]
         if distributed.is_main():
             state = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
             state = self.metadata | dict.fromkeys(parts) | checkpoint.plain(state)
-            state |= {"epoch": row["epoch"], "val_miou": row["val_miou"], "val_matrix": matrix, "history": history}
+            state |= {"epoch": row["epoch"], "val_miou": row["val_miou"], "history": history}
             checkpoint.save(self.last, state)
         self.history = history  # now that the epoch is kept
         if distributed.is_main():
