@@ -24,10 +24,9 @@ import torch
 from markupsafe import Markup
 
 from seg import cli, files, html, plotting
+from seg.files import ROOT
 from seg.run import Run
 from util import UserError, baseline_name
-
-ROOT = Path(__file__).resolve().parent
 
 # Each experiment: the one it is compared with, and its published IoU (one run, VOC2007, metric unknown), if any.
 EXPERIMENTS = {
@@ -52,8 +51,8 @@ Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is 
 difference is clear if it excludes 0. The classes are the three that change most."""
 
 CHANGED = """\
-The code of these runs has changed since, or their image ids or masks differ from those of most runs. To repeat one,
-call its script with the same flags, also --seed and --out, and with --overwrite; or compare with another --out."""
+The code of these runs has changed since, or they have other image ids or masks than most. To repeat one, call its
+script with the same flags, also --seed and --out, and with --overwrite."""
 
 
 def finished_runs(out, experiment="*", seed="*"):
@@ -62,12 +61,6 @@ def finished_runs(out, experiment="*", seed="*"):
     folders = [folder for folder in sorted(out.glob("seed*")) if folder.name.removeprefix("seed").isdecimal()]
     paths = [path for folder in (*folders, out) for path in sorted((folder / "results").glob(name))]
     return [run for run in map(Run.read, paths) if len(run.history) == run.metrics["epochs"]]
-
-
-def setting(run):
-    """The data set of a run, and its flags that differ from the experiment's defaults."""
-    flags, defaults = run.metrics["flags"], run.metrics["defaults"]
-    return run.metrics["dataset"], {name: value for name, value in flags.items() if value != defaults.get(name)}
 
 
 def matches(run, args):
@@ -80,7 +73,7 @@ def matches(run, args):
 def collect(args):
     """The finished runs that the flags ask for: a dict from experiment to a dict from seed to Run.
 
-    If there are none, and all runs in the folder have one setting, these.
+    If there are none, all that are there, unless they differ in data set or limit.
     """
     runs = finished_runs(args.out)
     if args.experiments is not None:
@@ -88,8 +81,8 @@ def collect(args):
         runs = [run for run in runs if run.name.removesuffix("_no_pretrained") in names]
     matching = [run for run in runs if matches(run, args)]
     no_flags = not args.seeds and args.limit is args.epochs is args.batch_size is None
-    if not matching and no_flags and all(setting(run) == setting(runs[0]) for run in runs):
-        matching = runs
+    if no_flags and len({(run.metrics["dataset"], run.metrics["flags"]["limit"]) for run in runs}) == 1:
+        matching = matching or runs
     experiments = {}
     for run in matching:
         if (run.splits, run.classes) != (matching[0].splits, matching[0].classes):
@@ -159,10 +152,7 @@ def full_name(name, runs):
 
 
 def difference_row(name, runs, base_name, base, split):
-    """A row on what an experiment changes: a dict from heading to cell, or None without a common seed.
-
-    ``runs`` and ``base`` map a seed to a Run; those of the same seed are compared.
-    """
+    """A row on what an experiment changes, None without a common seed; ``runs`` and ``base`` map a seed to a Run."""
     pairs = [(runs[seed], base[seed]) for seed in runs if seed in base]
     if not pairs:
         return None
@@ -329,8 +319,7 @@ def main():
     if experiments:
         found = sections(experiments, failures)
         text = report(found)
-        with files.atomic_write(args.out / "RESULTS.md") as file:
-            file.write(text.encode())
+        files.write(args.out / "RESULTS.md", text.encode())
         draw_plots(args.out, experiments)
         write_html(args.out, experiments, found)
         print(text)

@@ -168,8 +168,8 @@ def get_voc(year, out, mirrors, on_disk):
 def get_sbd(out, mirrors, on_disk):
     """Create ``out/VOCdevkit/VOC2012-SBD`` in VOC layout, completely or not at all, and, next to it, VOC2012.
 
-    Its train split is VOC2012's and every image with a mask in SBD, without VOC2012's val images; val is VOC2012's.
-    If both have a mask, VOC2012's is used, whose borders are void. Files are hard links if the disk supports them.
+    Train is VOC2012's and every image with a mask in SBD that is not in VOC2012's val. If both have a mask, VOC2012's
+    is used, whose borders are void. Files are hard links if the disk supports them.
     """
     try:
         from scipy.io import loadmat

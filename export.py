@@ -64,8 +64,7 @@ def main():
     contents = [onnx_graph.convert(model, end, metadata).SerializeToString(), json.dumps(metadata).encode()]
     contents += [Path(onnx_graph.__file__).with_name("page").joinpath(name).read_bytes() for name in PAGE_FILES[2:]]
     for path, content in zip(paths, contents):  # without --page, only the model
-        with files.atomic_write(path) as file:
-            file.write(content)
+        files.write(path, content)
     print("wrote", *paths)
 
     if find_spec("onnxruntime"):

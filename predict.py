@@ -25,12 +25,10 @@ from util import UserError, background_label
 
 
 def find_photos(paths, out, recursive=False):
-    """Find the photos among files and folders.
+    """The photos among files and folders, a list of Paths; UserError for a path that does not exist or holds none.
 
     A file is taken whatever its suffix. Of a folder, these are the files with a photo's suffix that are neither hidden
     nor below ``out``, with ``recursive`` also those in its subfolders.
-
-    Returns a list of Paths, each file once. Raises a UserError if a path does not exist or holds no photo.
     """
 
     def is_photo(file):
@@ -81,11 +79,7 @@ def parse_size(text):
 
 @torch.inference_mode()
 def segment(model, photo, device="cpu"):
-    """Predict the classes of a photo, a PIL image in RGB, with a model from ``checkpoint.load`` on ``device``.
-
-    Returns:
-        uint8 array [H, W] of class indices, of the photo's size.
-    """
+    """The classes in a photo, a PIL image in RGB, by a model from ``checkpoint.load``: uint8 array [H, W]."""
     image = torch.tensor(imaging.resize(photo, model.size)).permute(2, 0, 1)[None]
     images = imaging.normalise(image, device, model.mean, model.std)
     logits = inference.forward(model, images, full_precision=True)["out"][0]
@@ -95,11 +89,7 @@ def segment(model, photo, device="cpu"):
 def overlay(photo, mask, classes):
     """Draw the classes over a photo: half its colours, with a contour around each class; background stays as it is.
 
-    Args:
-        photo: PIL image in RGB. mask: uint8 array [H, W] of class indices, of the photo's size. classes: their names.
-
-    Returns:
-        PIL image in RGB of the photo's size.
+    ``photo`` is a PIL image in RGB, ``mask`` a uint8 array [H, W] of class indices, of its size. Returns a PIL image.
     """
     photo, colours, is_contour = np.asarray(photo), imaging.distinct_colours()[mask], np.zeros(mask.shape, bool)
     width = 1 + max(mask.shape) // 2000  # of a contour in pixels, on either side of an outline
@@ -127,12 +117,6 @@ def draw_legend(classes):
     return image
 
 
-def write(path, content):
-    """Write bytes to a file, which is complete at any moment."""
-    with files.atomic_write(path) as file:
-        file.write(content)
-
-
 def png(image, **options):
     """A PIL image as the bytes of a PNG."""
     file = io.BytesIO()
@@ -155,7 +139,7 @@ def read_rows(path, header, overwrite):
 def write_rows(path, header, rows):
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([header, *rows.values()])
-    write(path, text.getvalue().encode("utf-8", "surrogateescape"))  # a name may hold bytes that are not UTF-8
+    files.write(path, text.getvalue().encode("utf-8", "surrogateescape"))  # a name may hold bytes that are not UTF-8
 
 
 def main():
@@ -186,7 +170,7 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
     write_rows(table, header, rows)  # now, in case it cannot be written
     if not args.masks_only:
-        write(legend_path, legend)
+        files.write(legend_path, legend)
     report.log(f"masks are computed at {report.size_text(model.size)} and upsampled to each photo's size")
 
     done, errors = 0, []
@@ -200,9 +184,9 @@ def main():
                 continue
             mask = segment(model, photo, args.device)
             overlay_path.unlink(missing_ok=True)  # that of an earlier mask
-            write(mask_path, png(imaging.palette_image(mask)))
+            files.write(mask_path, png(imaging.palette_image(mask)))
             if not args.masks_only:
-                write(overlay_path, png(overlay(photo, mask, model.classes), compress_level=1))
+                files.write(overlay_path, png(overlay(photo, mask, model.classes), compress_level=1))
             shares = np.bincount(mask.ravel(), minlength=len(model.classes)) / mask.size
             rows[str(path)] = [path, mask_path.name, *(f"{share:.6f}" for share in shares)]
             done += 1

@@ -16,11 +16,7 @@ class ResNetFCN(nn.Module):
 
     Args:
         num_classes: channels of the logits.
-        weights: a member of torchvision's ResNet18_Weights, which torchvision downloads once; None initialises the
-            backbone at random.
-
-    Raises:
-        OSError, RuntimeError: torchvision cannot download or read the weights.
+        weights: a member of torchvision's ResNet18_Weights, which are downloaded once; None draws them at random.
     """
 
     def __init__(self, num_classes, weights=None):

@@ -26,12 +26,8 @@ class ResNetUNet(nn.Module):
 
     Args:
         num_classes: channels of the logits.
-        weights: a member of torchvision's ResNet18_Weights, which torchvision downloads once; None initialises the
-            backbone at random.
+        weights: a member of torchvision's ResNet18_Weights, which are downloaded once; None draws them at random.
         widths: channels of the decoder at 1/16, 1/8, 1/4 and 1/2 of the image's size.
-
-    Raises:
-        OSError, RuntimeError: torchvision cannot download or read the weights.
     """
 
     def __init__(self, num_classes, weights=None, widths=(128, 64, 48, 32)):

@@ -16,7 +16,7 @@ def double_convolution(inputs, outputs):
 class UNet(nn.Module):
     """A contracting path of four halvings, an expanding path of four doublings, and a skip between equal sizes.
 
-    It departs from the paper in these ways:
+    It departs from the paper:
 
     - convolutions are padded, so that logits have the size of the image and skip connections are not cropped;
     - sides that 16 does not divide are rounded up when they are halved, and cropped when they are doubled;

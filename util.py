@@ -52,15 +52,9 @@ def seed_epoch(seed, epoch, rank):
 def confusion_matrix(truth, prediction, num_classes):
     """Count pixels by ground truth (rows) and prediction (columns), without those whose ground truth is void.
 
-    Args:
-        truth: integer tensor of any shape with values 0 .. num_classes - 1 or VOID (255).
-        prediction: integer tensor of the same shape and device with values 0 .. num_classes - 1.
-
-    Returns:
-        int64 tensor [num_classes, num_classes] on the same device.
-
-    Raises:
-        ValueError: the shapes differ, or a value is not a class (values on a GPU are not checked).
+    Both are integer tensors of one shape, with values 0 .. num_classes - 1, and VOID in ``truth``. Returns an int64
+    tensor [num_classes, num_classes] on their device. Raises a ValueError if the shapes differ, or if a value is not a
+    class (values on a GPU are not checked).
     """
     if truth.shape != prediction.shape:
         raise ValueError(f"truth has shape {tuple(truth.shape)}, prediction {tuple(prediction.shape)}")
@@ -72,7 +66,8 @@ def confusion_matrix(truth, prediction, num_classes):
         counts = cells.new_zeros(num_rows * num_classes).scatter_add_(0, cells, torch.ones_like(cells))
         return counts.view(num_rows, num_classes)[:num_classes]
     for name, labels, largest in (("truth", truth, VOID), ("prediction", prediction, num_classes - 1)):
-        if labels.numel() and not 0 <= labels.min() <= labels.max() <= largest:
+        low, high = torch.stack(labels.aminmax()).tolist() if labels.numel() else (0, 0)
+        if not 0 <= low <= high <= largest:
             raise ValueError(f"{name} holds values outside 0 .. {num_classes - 1}")
     counts = torch.bincount(cells, minlength=num_rows * num_classes).view(num_rows, num_classes)
     if counts[num_classes:VOID].any():
@@ -105,12 +100,8 @@ def assignment_iou(truth, prediction, num_classes):
 
     It differs from the official metric in three ways: void counts as background (class 0); each image is scored by
     itself; a class in neither ground truth nor prediction of an image counts as 0 in the mean over all classes. A
-    perfect prediction of an image with two of 21 classes scores 2/21.
-
-    Args: as ``confusion_matrix``, with shape [B, H, W].
-
-    Returns:
-        float64 tensor [B] in [0, 1], one score per image; the score of a split is the mean over its images.
+    perfect prediction of an image with two of 21 classes scores 2/21. Takes tensors [B, H, W] as ``confusion_matrix``;
+    returns a float64 tensor [B] in [0, 1], of which the score of a split is the mean over its images.
     """
     truth = truth.masked_fill(truth == VOID, 0)
     scores = [iou(confusion_matrix(t, p, num_classes)).nan_to_num(0.0).mean() for t, p in zip(truth, prediction)]
@@ -122,11 +113,6 @@ def baseline_name(classes):
     return ("majority-class" if background_label(classes) is None else "all-background") + " baseline"
 
 
-def learning_rates(optimizer):
-    """The learning rate of each parameter group, a list of float."""
-    return [float(group["lr"]) for group in optimizer.param_groups]
-
-
 def criterion_weights(criterion):
     """The class weights of a cross-entropy, float32 [C], or None."""
     return criterion.weight if isinstance(criterion, torch.nn.CrossEntropyLoss) else None
@@ -134,13 +120,13 @@ def criterion_weights(criterion):
 
 @dataclass
 class Scores:
-    """The results of a model on one split.
+    """The results of a model on one split; the last two are None if they were not computed.
 
     Attributes:
         loss: mean of the criterion over the labelled pixels, at the network's input size.
         matrix: int64 [C, C] on the CPU, see ``confusion_matrix``. classes: the C class names.
-        image_ious: mean IoU of each image by itself, float64 [N], NaN without a labelled pixel; None if not computed.
-        assignment_iou: mean over the images, at the network's input size; None if it was not computed.
+        image_ious: mean IoU of each image by itself, float64 [N], NaN without a labelled pixel.
+        assignment_iou: mean over the images, at the network's input size.
     """
 
     loss: float
@@ -168,17 +154,11 @@ class Scores:
 
     def as_dict(self):
         """The metrics as plain types for JSON, with None for NaN."""
-        baseline = self.baseline
-        ious = iou(self.matrix).tolist()
+        baseline, ious = self.baseline, iou(self.matrix).tolist()
         return {
-            "loss": _none_if_nan(self.loss),
-            "pixel_accuracy": _none_if_nan(self.pixel_accuracy),
-            "miou": _none_if_nan(self.miou),
+            **{name: _none_if_nan(getattr(self, name)) for name in ("loss", "pixel_accuracy", "miou")},
             "iou": {name: _none_if_nan(value) for name, value in zip(self.classes, ious)},
-            "background": {
-                "pixel_accuracy": _none_if_nan(baseline.pixel_accuracy),
-                "miou": _none_if_nan(baseline.miou),
-            },
+            "background": {name: _none_if_nan(getattr(baseline, name)) for name in ("pixel_accuracy", "miou")},
             "assignment_iou": self.assignment_iou,
         }
 

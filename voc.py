@@ -79,7 +79,6 @@ def check(root):
 
 
 def print_class_counts(split):
-    """Print how often each class occurs in a Split, void excluded."""
     pixels, images = class_counts(split)
     print(f"{split.root} {split.name}: {len(split)} masks, {pixels.sum()} labelled pixels")
     print(f"{'class':14} {'share of pixels':>15} {'pixels':>11} {'images':>7}")

@@ -19,10 +19,8 @@ from util import UserError, reason
 class TrainedModel(torch.nn.Module):
     """A network from a checkpoint, with what it takes to segment a photo.
 
-    Attributes:
-        network: the network itself; calling the model calls it.
-        classes: tuple of class names. size: (height, width) to which photos are resized.
-        mean, std: of the normalisation, tuples of three floats, see ``imaging.normalise``.
+    ``network`` is the network itself, which is called by calling the model, ``classes`` a tuple of names, and ``size``
+    the (height, width) to which photos are resized; ``mean`` and ``std`` are as in ``imaging.normalise``.
     """
 
     def __init__(self, network, classes, size, mean, std):
@@ -53,8 +51,7 @@ def serialise(state):
 
 def save(path, state):
     """Write a checkpoint, so that ``path`` is complete at any moment; UserError if that fails."""
-    with files.atomic_write(path) as file:
-        file.write(serialise(state).getbuffer())
+    files.write(path, serialise(state).getbuffer())
 
 
 def read(path, key="model"):
@@ -80,10 +77,7 @@ def load(path, device="cpu"):
 
     The class of its network is looked up by name among the project's top-level files, and the file is read with
     ``weights_only=True``: a stranger's checkpoint cannot run code. Prints a warning if the network's file has changed
-    since the training.
-
-    Raises:
-        UserError: the file is missing, unreadable or not of this project, or its network cannot be rebuilt.
+    since the training. Raises a UserError if the file cannot be read or its network cannot be rebuilt.
     """
     state = read(path, "size")
     file = f"{state['module']}.py"

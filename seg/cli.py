@@ -35,10 +35,8 @@ def arguments(script, doc, epochs, batch_size, pretrained=False):
         epochs, batch_size: the experiment's defaults.
         pretrained: whether the experiment starts from pretrained weights; adds the flag ``--no-pretrained``.
 
-    Returns:
-        argparse.Namespace with the flags, script (Path), experiment (the stem of its files' names), title (see
-        ``title``) and defaults (dict with the experiment's own epochs and batch_size). data is a str, device a
-        torch.device and out a Path; limit may be None.
+    Returns an argparse.Namespace with the flags (device a torch.device, out a Path, limit an int or None), script (a
+    Path), experiment (the stem of its files' names), title, and defaults (a dict of epochs and batch_size).
     """
     parser = shared_flags(doc, epochs, batch_size, pretrained)
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")
@@ -47,15 +45,11 @@ def arguments(script, doc, epochs, batch_size, pretrained=False):
     existing.add_argument("--overwrite", action="store_true", help="delete the experiment's earlier run in --out first")
     args = parser.parse_args()
     args.script, args.defaults = Path(script), {"epochs": epochs, "batch_size": batch_size}
-    args.title = title(doc)
+    title = re.split(r":|\.(?=\s|$)|\n", (doc or "").strip())[0]  # up to the first colon, full stop or end of line
+    args.title = textwrap.shorten(title, 60, placeholder=" ...")
     args.experiment = args.script.stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
     args.device = distributed.join(args.device)
     return args
-
-
-def title(doc):
-    """What an experiment is about, for titles: its docstring up to the first colon, full stop or end of line."""
-    return textwrap.shorten(re.split(r":|\.(?=\s|$)|\n", (doc or "").strip())[0], 60, placeholder=" ...")
 
 
 def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):

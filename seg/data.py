@@ -136,9 +136,8 @@ class Loader:
 
     Args:
         size: of the network's input in pixels: (height, width), or the side of a square.
-        batch_size: the largest batch, over all processes. Batches are of nearly equal size, so that from 3 on none has
-            a single image, on which batch norm would learn noise.
-        training: shuffle in every epoch. Otherwise the images come in the order of the split.
+        batch_size: the largest, over all processes. Batches have nearly equal sizes: from 3 on, none is a single image.
+        training: shuffle in every epoch.
         augment: None; an augmentation of single images as for PerImage; or one of batches, with two methods.
             ``augment.draw(count, generator)`` returns random parameters, a CPU tensor with a row for each image.
             ``augment(images, masks, params, fill)`` maps uint8 tensors [B, 3, H, W] and [B, H, W] to others of the same

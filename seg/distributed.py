@@ -13,10 +13,7 @@ from util import UserError
 
 
 def join(device):
-    """Join the process group if torchrun started several processes; return this one's torch.device.
-
-    Raises a UserError if there are more processes than GPUs, or if the device is neither cuda nor cpu.
-    """
+    """Join the process group if torchrun started several processes; return this one's torch.device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device.type == "cuda":
@@ -70,10 +67,7 @@ def is_main():
 
 
 def all_reduce(tensor, device):
-    """The sum of a tensor over all processes, on ``device``; every process has to call it.
-
-    A single process gets its own tensor back, on the device where it is.
-    """
+    """The sum of a tensor over all processes, on ``device``; a single process gets the tensor back as it is."""
     if world_size() > 1:
         tensor = tensor.to(device, copy=True)
         dist.all_reduce(tensor)
@@ -124,18 +118,13 @@ def device_name(device):
 
 
 def memory_format(device):
-    """channels_last, which is faster; contiguous on Apple GPUs, where many PyTorch releases compute wrong gradients.
-
-    These are the gradients of batch norm (pytorch issue 175189).
-    """
+    """channels_last, which is faster, but contiguous on Apple GPUs."""
+    # there, many releases of PyTorch compute wrong gradients of batch norm (pytorch issue 175189)
     return torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
 
 
 def set_malloc_options(device):
-    """On a CPU with glibc, keep freed memory for the next batch instead of returning it to the system.
-
-    ``python benchmarks/speed.py`` measures the time that this saves and the memory that it costs.
-    """
+    """On a CPU with glibc, keep freed memory for the next batch (``benchmarks/speed.py`` measures what it saves)."""
     if device.type != "cpu":
         return
     no_trimming, no_mapping = (-1, -1), (-4, 0)  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h

@@ -20,8 +20,8 @@ from util import VOID, Scores, UserError
 def batch_loss(criterion, logits, masks):
     """Compute the criterion on a batch in float32; return it with the weight of the batch in a mean over batches.
 
-    The weight is the number of labelled pixels, or for a cross-entropy with class weights the sum of their weights.
-    It is 0 for a batch without labelled pixels, whose loss is finite but means nothing.
+    The weight is the number of labelled pixels, or for a cross-entropy with class weights the sum of their weights: 0
+    for a batch without labelled pixels, whose loss is finite but means nothing.
     """
     class_weights = util.criterion_weights(criterion)
     if class_weights is not None:
@@ -51,13 +51,10 @@ def _mean_loss(losses, device):
 def evaluate(model, loader, criterion, full_resolution=True):
     """Evaluate a model on all images of a voc.Loader; return Scores. Several processes share the batches.
 
-    Args:
-        model: maps images to logits, see ``forward``. Model and criterion are left in eval mode.
-        full_resolution: evaluate at the resolution of each mask, to which the logits are upsampled, and compute the
-            assignment's IoU: for reported metrics, in float32. Otherwise evaluate at the loader's size: faster, for
-            validation during training.
-
-    Raises a UserError if the loader is one for training, or differs from a TrainedModel in classes or normalisation.
+    With ``full_resolution``, for reported metrics, logits are computed in float32 and upsampled to the size of each
+    mask, and the assignment's IoU is computed too; without it, for validation during training, masks have the loader's
+    size. Model and criterion are left in eval mode. Raises a UserError for a loader of training, or one that differs
+    from a TrainedModel in classes or normalisation.
     """
     if loader.training:
         raise UserError("evaluate needs a loader without training=True, such as voc.Loader(split, size, batch_size=8)")
@@ -105,14 +102,10 @@ def backward(network, loss, weight):
 def training_step(network, images, masks, criterion, optimizer, index, count):
     """Take one optimizer step. A script may pass a function of its own with these parameters to ``fit``.
 
-    Args:
-        network: the model, compiled or wrapped in DistributedDataParallel if so asked.
-        images: float32 [B, 3, H, W]. masks: int64 [B, H, W].
-        index, count: position of the batch in its epoch, from 0, and number of batches.
-
-    Returns:
-        loss and weight of the batch, see ``batch_loss``, and the gradient's norm, scalar tensors; and the logits
-        [B, C, H, W], for the metrics on train.
+    ``network`` is the model, compiled or wrapped in DistributedDataParallel if so asked, ``images`` are float32
+    [B, 3, H, W], ``masks`` int64 [B, H, W], ``index`` and ``count`` the position of the batch in its epoch, from 0, and
+    the number of batches. Returns loss and weight, see ``batch_loss``, and the gradient's norm, scalar tensors; and the
+    logits [B, C, H, W], for the metrics on train.
     """
     optimizer.zero_grad()
     network.zero_grad()  # also of what the optimizer does not hold: it would add up, and count in the norm
@@ -126,12 +119,9 @@ def training_step(network, images, masks, criterion, optimizer, index, count):
 def train_epoch(network, loader, epoch, criterion, optimizer, training_step=training_step, scheduler=None):
     """Take one step per batch, and one of the scheduler.
 
-    Returns:
-        Scores of the batches as the network saw them, with the weights of that moment: the loss is the mean over all
-        labelled pixels, the confusion matrix is of every fourth row and column.
-        The learning rates, a list with one list per batch, which holds the rate of each parameter group.
-
-    Raises a UserError if the loss or the gradient of a batch is not finite; the weights are unusable then.
+    Returns Scores of the batches as the network saw them, with the weights of that moment, whose confusion matrix is of
+    every fourth row and column; and the learning rates, a list per batch with the rate of each parameter group. Raises
+    a UserError if the loss or the gradient of a batch is not finite; the weights are unusable then.
     """
     network.train()
     if isinstance(criterion, torch.nn.Module):
@@ -141,11 +131,12 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
     results, batch_indices, learning_rates = [], [], []
     bar = report.progress(loader.batches(epoch), len(loader), f"epoch {epoch}")
     for index, (images, masks, indices) in enumerate(bar):
-        learning_rates.append(util.learning_rates(optimizer))
+        learning_rates.append([float(group["lr"]) for group in optimizer.param_groups])
         *result, logits = training_step(network, images, masks, criterion, optimizer, index=index, count=len(loader))
         results.append(torch.stack([value.detach() for value in result]))
         batch_indices.append(indices)
-        matrix += _sampled_confusion_matrix(masks, logits.detach(), num_classes)
+        labels = logits.detach()[:, :, ::4, ::4].max(1).indices  # a sample is enough for a curve, and takes little time
+        matrix += util.confusion_matrix(masks[:, ::4, ::4], labels, num_classes)
         if scheduler is not None:
             scheduler.step()
         if index % 10 == 0:  # not after each batch: it waits for a GPU
@@ -154,11 +145,6 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
     _check_finite(losses, norms, batch_indices, loader.split.ids, epoch)
     loss = _mean_loss(torch.stack((losses, weights), 1), device)
     return Scores(loss, distributed.all_reduce(matrix, device).cpu(), loader.classes), learning_rates
-
-
-def _sampled_confusion_matrix(masks, logits, num_classes):
-    """The confusion matrix of every fourth row and column, which is enough for a curve and takes little time."""
-    return util.confusion_matrix(masks[:, ::4, ::4], logits[:, :, ::4, ::4].max(1).indices, num_classes)
 
 
 def _check_finite(losses, norms, batch_indices, ids, epoch):
@@ -262,7 +248,7 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
                 scheduler.step()
         row = report.history_row(epoch, learning_rates, train_scores, scores)
         row["seconds"] = round(time.perf_counter() - start, 3)
-        run.record(row, scores.matrix, parts)
+        run.record(row, parts)
         if run.best_row is row and not is_rebuilt and distributed.is_main():  # again, now that the weights have moved
             sanity.check_round_trip(checkpoint.read(run.best), model, sanity.val_batch(val)[0])
             is_rebuilt = True

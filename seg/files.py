@@ -29,10 +29,9 @@ def writing(path):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a binary file that replaces ``path`` when the block ends, so that ``path`` is always complete.
+    """Yield a binary file, ``<path>.<process id>.unfinished``, that replaces ``path`` when the block ends.
 
-    Until then it is ``<path>.<process id>.unfinished``. If writing fails, it is deleted, and a UserError is raised. A
-    later write deletes what a killed process has left.
+    If writing fails, it is deleted, and a UserError is raised. A later write deletes what a killed process has left.
     """
     unfinished = Path(f"{path}.{os.getpid()}.unfinished")
     with writing(path):
@@ -50,6 +49,12 @@ def atomic_write(path):
             with contextlib.suppress(OSError):
                 unfinished.unlink()
             raise
+
+
+def write(path, content):
+    """Write bytes to ``path``, see ``atomic_write``."""
+    with atomic_write(path) as file:
+        file.write(content)
 
 
 def _replace(source, target):

@@ -19,14 +19,11 @@ SIDE = 400  # of the pictures of a sample in pixels, so that a report has a few 
 
 @dataclasses.dataclass
 class Section:
-    """A part of a report.
+    """A part of a report: paragraphs of Markdown whose only markup is `code`, a table, a plot, samples and code.
 
-    Attributes:
-        text: paragraphs of Markdown whose only markup is `code`.
-        rows: dicts from heading to cell, a str. foot: such rows that stay at the end when the table is sorted.
-        bars: the headings of columns with values of 0 to 1 to draw as bars. best: the row to mark.
-        plot: the path of a PNG file, relative to the report, and its caption.
-        samples: see ``_sample``. code: program text to unfold.
+    ``rows`` are dicts from heading to cell, a str; those in ``foot`` stay at the end when the table is sorted, and
+    ``best`` is marked. ``bars`` are the headings of columns with values of 0 to 1 to draw as bars. ``plot`` is the path
+    of a PNG file, relative to the report, and its caption. ``samples`` are from ``_sample``.
     """
 
     heading: str
@@ -81,8 +78,7 @@ TEMPLATE = _environment.get_template("report.html")
 def write(path, title, summary, sections):
     """Write a report to ``path``; ``summary`` is a line below the title, ``sections`` a list of Section."""
     text = TEMPLATE.render(title=title, summary=summary, sections=sections, folder=path.parent)
-    with files.atomic_write(path) as file:
-        file.write(text.encode())
+    files.write(path, text.encode())
 
 
 def _sample(classes, name, iou, photo, truth, predicted):
@@ -122,12 +118,10 @@ def _row(values, left_out=()):
 
 
 def write_run(run, title, samples):
-    """Write the report of a finished run.
+    """Write the report of a finished run, with the plots that exist.
 
-    Args:
-        run: a Run with metrics and history. The plots that exist are taken into the report.
-        samples: yields name, IoU, photo, mask and predicted mask of an image. The IoU is that of the image by itself,
-            NaN if undefined, the photo uint8 [H, W, 3], and masks are uint8 [H, W] with VOID.
+    ``samples`` yields name, IoU, photo, mask and predicted mask of an image. The IoU is that of the image by itself, or
+    NaN, the photo is uint8 [H, W, 3], and masks are uint8 [H, W] with VOID.
     """
 
     def plot(name, caption):

@@ -17,7 +17,7 @@ STRIP_SIZE = 1 << 22  # logits that are upsampled at a time: 16 MB, about one VO
 def forward(network, images, full_precision=False):
     """Apply a network to images [B, 3, H, W], in bfloat16 on devices that have it unless ``full_precision``.
 
-    Returns a dict whose ``out`` are the logits, float32 [B, C, H, W]. A network may return smaller logits, which are
+    Returns a dict whose ``out`` are the logits, float32 [B, C, H, W]. A network may return smaller ones, which are
     upsampled bilinearly, or itself a dict with ``out`` and others, as those of torchvision do.
     """
     if full_precision:
@@ -55,23 +55,16 @@ def _at_size(value, shape):
     """Logits [B, C, h, w] in float32 at ``shape``; anything else as it is."""
     if not isinstance(value, torch.Tensor) or value.ndim != 4:
         return value
-    logits = value.float()
-    if logits.shape[2:] == shape:
-        return logits
-    return functional.interpolate(logits, shape, mode="bilinear", align_corners=False)
+    logits, options = value.float(), {"mode": "bilinear", "align_corners": False}
+    return logits if logits.shape[2:] == shape else functional.interpolate(logits, shape, **options)
 
 
 def predict_strips(logits, shape):
     """Upsample logits bilinearly and take the argmax, strip by strip, so that memory stays bounded.
 
-    The result is exactly that of a single ``interpolate``, which also interpolates horizontally first: here that is
-    done for all columns at the logits' height, then the vertical step per strip. Of equal logits, the first wins.
-
-    Args:
-        logits: [C, h, w], contiguous. shape: (H, W) of the mask.
-
-    Yields:
-        A slice of the mask's columns, from left to right, and the prediction for them: int64 [H, columns].
+    The result is exactly that of a single ``interpolate``, which also interpolates horizontally first. Of equal logits,
+    the first wins. ``logits`` are [C, h, w], contiguous, ``shape`` is (H, W) of the mask. Yields a slice of the mask's
+    columns, from left to right, and the prediction for them, int64 [H, columns].
     """
     height, width = shape
     resize = functools.partial(functional.interpolate, mode="bilinear", align_corners=False)

@@ -259,7 +259,6 @@ def from_colours(root, colours_path):
     with files.writing(masks), files.atomic_folder(masks) as unfinished:
         map_images(lambda image_id: attempt(faults, convert, image_id), list(images), "converting")
         report_faults(root, faults)
-        with files.atomic_write(classes) as file:
-            file.write("".join(f"{name}\n" for name in names).encode())
+        files.write(classes, "".join(f"{name}\n" for name in names).encode())
         masks.rename(originals)
     print(f"{masks}: {len(images)} masks of {len(names)} classes; the originals are in {originals}")

@@ -56,9 +56,7 @@ def convert(model, end, metadata):
         program = torch.export.export(Graph(model), (photo,), dynamic_shapes=(sides,), strict=False)
         program = torch.onnx.export(program, dynamo=True, output_names=["logits"], opset_version=18, verbose=False)
     except Exception:
-        print(
-            "the network cannot be exported: torch.where has to replace any if that depends on the values of its input"
-        )
+        print("the network cannot be exported; an if that depends on its input's values has to become a torch.where")
         raise
     proto, end = program.model_proto, onnx.parser.parse_graph(end)
     proto.graph.input[0].CopyFrom(end.input[1])

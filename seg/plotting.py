@@ -35,11 +35,7 @@ warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
 
 
 def thumbnail(photo, mask):
-    """Downscale a photo, a PIL image in RGB, and its mask, uint8 [H, W], for a plot; to the nearest pixel for the mask.
-
-    Returns:
-        uint8 arrays [h, w, 3] and [h, w], of at most 640 pixels per side; smaller images stay as they are.
-    """
+    """A photo, a PIL image in RGB, and its mask, uint8 [H, W], at most 640 pixels per side: uint8 [h, w, 3], [h, w]."""
     size = imaging.bounded_size(mask.shape, THUMBNAIL_SIDE)
     return imaging.resize(photo, size), imaging.resize(Image.fromarray(mask), size, Image.Resampling.NEAREST)
 
@@ -109,10 +105,9 @@ def _epoch_axis(axis):
 
 
 def curves(path, title, history, best_epoch, baseline, weighted):
-    """Draw loss, pixel accuracy, mean IoU and learning rates over the epochs.
+    """Draw loss, pixel accuracy, mean IoU and learning rates over the epochs; ``history`` is that of a Run.
 
-    ``history`` is a list of the dicts of ``report.history_row``, ``baseline`` has the resolution of its val metrics,
-    and ``weighted`` tells whether the loss has class weights.
+    ``baseline`` has the resolution of the history's metrics, and ``weighted`` says whether the loss has class weights.
     """
     figure = _figure(WIDTH, 7, title)
     axes = figure.subplots(2, 2).flat
@@ -189,11 +184,7 @@ def _heat_map(axis, values, rows, columns, highest=1, least=0.0):
 
 
 def confusion(path, title, classes, matrix):
-    """Draw a confusion matrix, int64 [C, C] with rows ground truth, each row in percent of its pixels.
-
-    Of more than 40 classes, those most frequent in ground truth and prediction are shown. A class without ground truth
-    is marked.
-    """
+    """Draw a confusion matrix, int64 [C, C] with rows ground truth, each row in percent of its pixels."""
     labels, names, title = _select(matrix.sum(0) + matrix.sum(1), "most frequent", classes, title)
     cells, text = max(3, 0.33 * len(labels)), 0.08 * max(map(len, names))
     figure = _figure(cells + text + 1.3, cells + 0.7 * text + 1.2, title, layout="compressed")
@@ -208,8 +199,8 @@ def confusion(path, title, classes, matrix):
 def predictions(path, title, classes, samples, models=("prediction",)):
     """Draw photo, ground truth and predictions side by side, and the wrong pixels if there is one model.
 
-    ``samples`` is a list of (name, photo, ground truth mask, predicted mask, ...), with one prediction per model. All
-    pictures have one width; of many models, the predictions continue on the next line.
+    ``samples`` is a list of (name, photo, ground truth, prediction, ...), with one prediction per model; those of many
+    models continue on the next line.
     """
     shows_errors = len(models) == 1
     titles = ["ground truth", *models, *["wrong pixels"] * shows_errors]
@@ -283,8 +274,7 @@ def classes_by_experiment(path, title, experiments, classes, ious):
 def histories(path, title, runs, losses, baseline):
     """Draw loss and mean IoU over the epochs, a row per experiment.
 
-    ``runs`` maps an experiment to the histories of its seeds, ``losses`` to the name of its loss, such as
-    "CrossEntropyLoss, weighted by class": losses of different names cannot be compared.
+    ``runs`` maps an experiment to the histories of its seeds, ``losses`` to the name of its loss.
     """
     figure = _figure(WIDTH, 2 * len(runs) + 0.5, title)
     axes = figure.subplots(len(runs), 2, squeeze=False)

@@ -85,7 +85,7 @@ def _commit(folder):
 def read_code(script):
     """The text of a script and of all modules that it has imported from its folder or the project's, but ``seg``.
 
-    Returns a dict from the file's path, below the project's folder or else the script's, to its text; script first.
+    A dict from the file's path, below the project's folder or else the script's; the script comes first.
     """
     folders, paths = (ROOT, script.resolve().parent), [script.resolve()]
     names = {path.stem for folder in folders for path in folder.iterdir()} - {"seg"}

@@ -9,7 +9,6 @@ from tqdm import tqdm
 import util
 from seg import checkpoint, distributed, inference
 from seg.provenance import num_parameters
-from util import Scores
 
 DRAWING_INTERVAL = 60  # seconds between two drawings during a run
 NUM_SHOWN, NUM_PAGED = 5, 13  # images in the plot of predictions and in the HTML report, besides best, median, worst
@@ -38,8 +37,7 @@ def size_text(size):
 def history_row(epoch, learning_rates, train, val):
     """The row of an epoch in the history: a dict of plain types, to which ``fit`` adds its seconds.
 
-    ``learning_rates`` is a list with one list per batch, which holds the rate of each parameter group; ``train`` and
-    ``val`` are Scores.
+    ``learning_rates`` holds a list per batch with the rate of each parameter group; ``train`` and ``val`` are Scores.
     """
     row = {"epoch": epoch}
     for group, rate in enumerate(learning_rates[0], 1):
@@ -51,10 +49,7 @@ def history_row(epoch, learning_rates, train, val):
 
 
 class Reporter:
-    """What a run prints and draws, in the main process. It only reads the run.
-
-    ``run`` is a Run that is open; the other parameters are those of ``engine.fit``.
-    """
+    """What a run prints and draws, in the main process. It only reads the run, which is open."""
 
     def __init__(self, run, args, criterion, train, val, test):
         # not at the top: wrong flags are reported without waiting for Matplotlib
@@ -122,30 +117,23 @@ class Reporter:
             self.last_drawing = float("inf")
 
     def stop(self):
-        """After Ctrl-C or an error: draw the plots of the epochs before, and print what is kept."""
+        """After Ctrl-C or an error: redraw the curves, which takes only a moment, and print what is kept."""
         run = self.run
         if not run.history:
             log(f"{run.name}: stopped before the end of its first epoch: there is nothing to keep")
         if not run.history or not distributed.is_main():
             return
-        plots = ""
         try:
-            matrix = checkpoint.read(run.best, "val_matrix")["val_matrix"]
-            scores = {f"val at {size_text(self.val.size)}": Scores(float("nan"), matrix, self.val.classes)}
-            self._draw_all(checkpoint.load(run.best, self.args.device), scores)
-            plots = f", drew {run.plot('*')}"
+            self._draw_curves()
         except Exception as error:  # the reason for the stop, such as a full disk, matters more
-            log(f"warning: the plots were not drawn ({util.reason(error)})")
+            log(f"warning: the curves were not drawn ({util.reason(error)})")
         kept = " and ".join(str(path) for path in (run.best, run.last) if path.exists()) or "nothing"
         resume = "--resume instead of --overwrite" if self.args.overwrite else "--resume"
         advice = f": the same command with {resume} continues" if run.last.exists() else ""
-        log(f"{run.name}: stopped after epoch {len(run.history)}; kept {kept}{plots}{advice}")
+        log(f"{run.name}: stopped after epoch {len(run.history)}; kept {kept}{advice}")
 
     def finish(self, model, scores):
-        """At the end: print tables and paths, draw the plots and write the HTML report.
-
-        ``model`` is that of the best epoch, ``scores`` maps splits to its Scores, val first.
-        """
+        """At the end: print tables and paths, draw the plots and write the HTML report; see ``_draw_all``."""
         if not distributed.is_main():
             return
         from seg import html  # only here: most of a run does without Jinja2
@@ -176,7 +164,7 @@ class Reporter:
             yield name, iou, photo, mask, inference.predict_index(model, self.val, index, mask.shape)
 
     def _draw_all(self, model, scores):
-        """Draw all plots. ``scores`` maps splits to the Scores of the best epoch, val first."""
+        """Draw all plots. ``model`` is that of the best epoch, ``scores`` maps splits to its Scores, val first."""
         name, val_scores = next(iter(scores.items()))
         title, classes, train = f"{self.title}, epoch {self.run.best_row['epoch']}", self.val.classes, self.train
         self._draw_curves()

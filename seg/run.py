@@ -24,17 +24,15 @@ TRAINING_STATE = ("history", "criterion", "optimizer", "scheduler")  # what last
 
 
 class Run:
-    """The files of a run below the output folder ``out``. A folder holds one run of an experiment.
+    """The files of a run below the output folder ``out``, which holds one run of an experiment.
 
     ``fit`` opens a run, records each epoch, and writes the results; everything else reads it.
 
     Attributes:
         name: the experiment, the stem of its files' names. seed: an int.
-        best, last: the Paths of the checkpoints. csv: of the history, a row per epoch. json: of the metrics.
-        report: of the HTML report, in ``plots``.
-        metadata: what checkpoints and the JSON hold about the run, see ``open``.
-        history: list of dicts, one per epoch, see ``report.history_row``.
-        metrics: the content of the JSON, a dict, when the run is finished.
+        best, last, csv, json, report: the Paths of checkpoints, history (a row per epoch), metrics and HTML report.
+        metadata: what checkpoints and the JSON hold about the run, see ``provenance.metadata``.
+        history: list of dicts, one per epoch, see ``report.history_row``. metrics: the content of the JSON, a dict.
     """
 
     def __init__(self, out, name, seed):
@@ -97,16 +95,10 @@ class Run:
 
     @contextlib.contextmanager
     def open(self, args, model, criterion, loaders):
-        """Lock the run during the block; yield whether it is to be resumed.
+        """Lock the run during the block; yield whether it is to be resumed. ``loaders`` is a list without None.
 
-        The main process alone looks at the folder and decides, before anything is read or written.
-
-        Args:
-            args: from ``cli.arguments``. model, criterion: those of the training.
-            loaders: those of train, val and, if there is one, test.
-
-        Raises:
-            UserError: the folder cannot be written, or another run or its files are in the way.
+        The main process alone looks at the folder and decides, before anything is read or written. Raises a UserError
+        if the folder cannot be written, or if another run or its files are in the way.
         """
         with contextlib.ExitStack() as stack:
             decision = None
@@ -131,9 +123,8 @@ class Run:
         """Continue the run: restore the state of ``parts``, see ``record``, and the history.
 
         Returns a list of messages about what has changed since. With ``scheduled``, the learning rates depend on the
-        number of epochs, which then has to be the same.
-
-        Raises a UserError if the checkpoints are damaged or belong to another run than ``metadata`` describes.
+        number of epochs, which then has to be the same. Raises a UserError if the checkpoints are damaged or belong to
+        another run than ``metadata`` describes.
         """
         state = checkpoint.read(self.last, "history")
         try:
@@ -182,20 +173,17 @@ class Run:
         self.metadata["code"] = versions
         return [f"{change} since epoch {done}: the run goes on with it"] if change else []
 
-    def record(self, row, matrix, parts):
-        """Add an epoch's row to the history, and write its checkpoints and the CSV.
+    def record(self, row, parts):
+        """Add an epoch's row to the history, and write its checkpoints and the CSV: last first, then best.
 
-        Last is written first: whatever a kill leaves can be completed from it.
-
-        Args:
-            row: a dict, see ``report.history_row``. matrix: the confusion matrix on val, int64 [C, C].
-            parts: dict of model, criterion, optimizer and scheduler, some without a state.
+        So, whatever a kill leaves can be completed from last. ``row`` is from ``report.history_row``, and ``parts`` a
+        dict of model, criterion, optimizer and scheduler.
         """
         history = [*self.history, row]
         if distributed.is_main():
             state = {name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")}
             state = self.metadata | dict.fromkeys(parts) | checkpoint.plain(state)
-            state |= {"epoch": row["epoch"], "val_miou": row["val_miou"], "val_matrix": matrix, "history": history}
+            state |= {"epoch": row["epoch"], "val_miou": row["val_miou"], "history": history}
             checkpoint.save(self.last, state)
         self.history = history  # now that the epoch is kept
         if distributed.is_main():
@@ -211,8 +199,7 @@ class Run:
         left_out = ("batch_learning_rates", "seconds")
         rows = [{name: value for name, value in row.items() if name not in left_out} for row in self.history]
         lines = [",".join(rows[0])] + [",".join(map(str, row.values())) for row in rows]
-        with files.atomic_write(self.csv) as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
+        files.write(self.csv, "".join(f"{line}\n" for line in lines).encode())
 
     def finish(self, scores):
         """Write the JSON. ``scores`` maps val and, if there is one, test to the Scores of the best epoch."""
@@ -227,8 +214,7 @@ class Run:
             "val": scores["val"].as_dict(),
             "test": scores["test"].as_dict() if "test" in scores else None,
         }
-        with files.atomic_write(self.json) as file:
-            file.write(json.dumps(self.metrics, indent=2, allow_nan=False).encode() + b"\n")
+        files.write(self.json, json.dumps(self.metrics, indent=2, allow_nan=False).encode() + b"\n")
 
     def _existing(self):
         """The files that runs of this experiment, with any seed, have left: a list of Paths."""

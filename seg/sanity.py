@@ -1,7 +1,4 @@
-"""A check before the first epoch: a batch of val, one of train, and a round trip of the checkpoint.
-
-Nothing is trained, and modes and random numbers are restored: the run is the same with and without the check.
-"""
+"""A check before the first epoch, which trains nothing and restores modes and random numbers."""
 
 import contextlib
 import copy
@@ -24,15 +21,13 @@ TOLERANCE = 1e-3  # of rebuilt logits, relative to how much they vary: only the 
 
 
 def check(metadata, train, val, *, model, criterion, optimizer, scheduler):
-    """Try augmentation, network, criterion, metrics and checkpoint on a few images, without gradients.
+    """Try augmentation, network, criterion, metrics and checkpoint on some images of train and val, without gradients.
 
     ``metadata`` is that of the run, the others are as for ``engine.fit``. Returns a list of warnings; raises a
     UserError for what cannot work at all, and whatever a user's own code raises.
     """
     if not train.training or val.training:
         raise UserError("engine.fit takes the loaders train, val and test in this order")
-    if train.classes != val.classes:
-        raise UserError("train and val differ in their classes or the order of these: use the same classes.txt")
     warnings = _parameter_warnings(model, criterion, optimizer)
     for part in (optimizer, scheduler):
         if part is not None and not hasattr(part, "state_dict"):
@@ -139,36 +134,33 @@ def watched(training_step, model, optimizer):
         nonlocal is_first
         if not is_first:
             return training_step(*args, **options)
-        is_first, used, optimized = False, set(), set(_optimized(optimizer))
+        is_first, used = False, set()
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         hooks = [parameter.register_post_accumulate_grad_hook(used.add) for parameter in trained.values()]
         result = training_step(*args, **options)
         for hook in hooks:
             hook.remove()
-        _check_result(result)
+        values = result if isinstance(result, tuple) else ()
+        if len(values) != 4 or [value.ndim for value in values if isinstance(value, torch.Tensor)] != [0, 0, 0, 4]:
+            advice = "three scalars and a tensor [B, C, H, W]"
+            raise UserError(
+                f"training_step has to return loss, weight, norm and logits as engine.training_step: {advice}"
+            )
         # a step may also set gradients itself
         unused = [name for name, parameter in trained.items() if parameter not in used and parameter.grad is None]
         if unused and distributed.world_size() > 1:
             advice = "freeze what is not used, requires_grad_(False)"
             raise UserError(f"several processes need a gradient for {_some(unused)}: {advice}")
-        if unused := [name for name in unused if trained[name] in optimized]:
+        if unused := [name for name in unused if trained[name] in _optimized(optimizer)]:
             report.log(f"warning: the first step gave no gradient to {_some(unused)}, which the optimizer holds")
         return result
 
     return step
 
 
-def _check_result(result):
-    """Check what a training step returns."""
-    values = result if isinstance(result, tuple) else ()
-    if len(values) != 4 or [value.ndim for value in values if isinstance(value, torch.Tensor)] != [0, 0, 0, 4]:
-        expected = "loss, weight, norm and logits as engine.training_step does: three scalars and a tensor [B, C, H, W]"
-        raise UserError(f"training_step has to return {expected}")
-
-
 def _parameter_warnings(model, criterion, optimizer):
     """Warnings about parameters that are not where they should be, and about frozen batch norm that would drift."""
-    optimized, named = set(_optimized(optimizer)), dict(model.named_parameters())
+    optimized, named = _optimized(optimizer), dict(model.named_parameters())
     if isinstance(criterion, torch.nn.Module):
         named |= {f"criterion.{name}": parameter for name, parameter in criterion.named_parameters()}
         if distributed.world_size() > 1 and any(parameter.requires_grad for parameter in criterion.parameters()):
@@ -176,9 +168,6 @@ def _parameter_warnings(model, criterion, optimizer):
     warnings = []
     if left_out := [name for name, each in named.items() if each.requires_grad and each not in optimized]:
         warnings.append(f"{len(left_out)} trainable parameters are not in the optimizer: {_some(left_out)}")
-    if unknown := optimized - set(named.values()):
-        problem = f"the optimizer holds {len(unknown)} parameters of neither the network nor the criterion"
-        warnings.append(f"{problem}, which no checkpoint saves: make it from model.parameters()")
     averages = [module for module in model.modules() if isinstance(module, AveragedModel)]
     averaged = {layer for average in averages for layer in average.modules()}  # not what is trained
     with unchanged(model):
@@ -232,7 +221,7 @@ def _check_criterion(criterion, logits, masks):
 
 
 def _optimized(optimizer):
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _some(names):

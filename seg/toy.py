@@ -215,8 +215,7 @@ class Pose(NamedTuple):
     flip: float = 1
 
     def window(self, width, height):
-        """The window of an image that can contain the object, two slices, and the coordinates x, y of its pixels along
-        the object's axes, float64 arrays in pixels from its centre."""
+        """The window that can contain the object, two slices, and its pixels' x and y along the object's axes."""
         reach = int(1.5 * max(self.half)) + 2
         rows = slice(max(0, int(self.y) - reach), min(height, int(self.y) + reach))
         columns = slice(max(0, int(self.x) - reach), min(width, int(self.x) + reach))
@@ -274,11 +273,7 @@ def _backdrop(noise, width, height):
 
 
 def render_image(seed, name):
-    """Draw one image of the toy set from an integer and the image's id.
-
-    Returns:
-        photo: uint8 [H, W, 3] in RGB. mask: uint8 [H, W], class indices and VOID.
-    """
+    """Draw an image of the toy set from an integer and its id: photo, uint8 [H, W, 3], and mask, uint8 [H, W]."""
     (width, height), objects = _scene(random.Random(f"{seed}/{name}"))
     noise = np.random.default_rng([seed, *name.encode()])
     photo = _backdrop(noise, width, height)
