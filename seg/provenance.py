@@ -89,7 +89,7 @@ def read_code(script):
     """
     folders, paths = (ROOT, script.resolve().parent), [script.resolve()]
     names = {path.stem for folder in folders for path in folder.iterdir()} - {"seg"}
-    for name, module in sorted(sys.modules.items()):
+    for name, module in sorted(sys.modules.copy().items()):
         top = name.partition(".")[0]
         if top in names:  # of some thousand modules: resolving all their paths would take a moment
             path = Path(getattr(module, "__file__", None) or "").resolve()
