@@ -9,6 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, run_main, skip_drawing
 
+import voc
 from seg.run import Run
 
 FOLDER = ROOT / "benchmarks" / "ablation"
@@ -50,6 +51,8 @@ def test_a_variant_trains_and_records_its_own_text_and_that_of_its_network(tiny,
         subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, check=True)
     else:
         skip_drawing(monkeypatch)
+        loaders = voc.loaders
+        monkeypatch.setattr(voc, "loaders", lambda args, size, **options: loaders(args, 64, **options))
         monkeypatch.syspath_prepend(FOLDER)
         assert run_main(ROOT, importlib.import_module(name), flags) == 0
     (metrics,) = (tmp_path / "results").glob(f"{name}_*.json")

@@ -266,7 +266,7 @@ def test_failed_run_is_reported_and_the_others_go_on_with_the_same_flags(tmp_pat
 SLOW_RUN = """
 import pathlib, signal, sys, time
 def save(number, frame):
-    time.sleep(1.5)
+    time.sleep(0.5)
     pathlib.Path("saved").touch()
     sys.exit(128 + number)
 for number in (signal.SIGINT, signal.SIGTERM):

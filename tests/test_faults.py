@@ -1,7 +1,6 @@
-"""Faults of the machine: a full disk, folders that cannot be written or vanish, signals, a closed pipe."""
+"""Faults of the machine: a full disk, folders that cannot be written or vanish, a second signal, a closed pipe."""
 
 import errno
-import json
 import os
 import shutil
 import signal
@@ -12,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, TESTS, make_tiny, run_main
+from conftest import ROOT, TESTS, make_tiny, results, run_main
 
 import train
 from seg import engine, files
@@ -48,15 +47,6 @@ def folder(runs, tmp_path):
 
 def contents(folder):
     return {name: (folder / name).read_bytes() for name in FILES}
-
-
-def results(folder):
-    """What a run's files hold, apart from its plots and its time."""
-    metrics = json.loads((folder / "results/train_seed0.json").read_text())
-    models = [torch.load(folder / name, weights_only=True)["model"] for name in ("best_train.pt", "last_train.pt")]
-    weights = [value.tolist() for model in models for value in model.values()]
-    metrics |= dict.fromkeys(("seconds", "epoch_seconds"))
-    return (folder / "results/train_seed0.csv").read_bytes(), metrics, weights
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -119,7 +109,7 @@ import pytest
 import conftest, train
 from seg import cli, engine, plotting
 conftest.use_tiny_net(pytest.MonkeyPatch())
-engine.train_epoch = plotting.class_iou = lambda *args: print("slow", flush=True) or time.sleep(60)
+engine.train_epoch = plotting.curves = lambda *args: print("slow", flush=True) or time.sleep(60)
 cli.run(train.main)
 """
 
@@ -128,12 +118,11 @@ cli.run(train.main)
 def test_a_second_signal_ends_the_run_at_once_and_leaves_every_file_complete(folder, number):
     before = contents(folder)
     process = start(folder, "-c", SLOW, *FLAGS.split(), "--epochs", "3", "--resume")
-    for _ in range(2):  # in the third epoch, and while the plots of the second are drawn
+    for _ in range(2):  # in the third epoch, and while the curves of the second are drawn
         next(line for line in process.stdout if line == "slow\n")
         process.send_signal(number)
     assert (process.communicate(timeout=5)[1], process.returncode) == ("", -number)
-    assert [name for name, content in contents(folder).items() if content != before[name]] == ["plots/train_curves.png"]
-    assert not list(folder.rglob("*.unfinished"))
+    assert contents(folder) == before and not list(folder.rglob("*.unfinished"))
 
 
 def test_a_closed_pipe_on_stdout_ends_the_run_quietly(folder):
