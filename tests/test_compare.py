@@ -129,17 +129,11 @@ def test_runs_with_other_classes_or_splits_are_refused(other, tmp_path, monkeypa
         run_compare(tmp_path, monkeypatch)
 
 
-def test_a_copied_folder_is_not_taken_for_that_of_a_seed(tmp_path, monkeypatch):
-    for folder in ("seed0_old", "seed0"):
-        write_run(tmp_path / folder, "train", 0, [0.2, 0.2, 0.2 if folder == "seed0" else 0.8])
-    assert tables(run_compare(tmp_path, monkeypatch))[0][1]["test mean IoU"] == "0.2000"
-
-
 def test_a_script_of_the_user_is_compared_with_the_baseline_or_else_with_the_first(tmp_path, monkeypatch):
-    for experiment in ("train", "train_5_a", "train_mine", "train_mine_no_pretrained"):
+    for experiment in ("train", "train_5_a", "train_mine"):
         write_run(tmp_path, experiment, 0, random_ious(0))
-    pairs = [("train_5_a", "train"), ("train_mine", "train"), ("train_mine_no_pretrained", "train")]
-    without_train = [("train_mine", "train_5_a"), ("train_mine_no_pretrained", "train_5_a")]
+    pairs = [("train_5_a", "train"), ("train_mine", "train")]
+    without_train = [("train_mine", "train_5_a")]
     for flags, expected in (([], pairs), (["--experiments", "train_5_a", "train_mine"], without_train)):
         _, differences = tables(run_compare(tmp_path, monkeypatch, *flags))
         assert [(row["experiment"], row["compared with"]) for row in differences] == expected

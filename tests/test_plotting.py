@@ -35,15 +35,9 @@ def history(scale=1, epochs=3):
     """A made-up history whose losses fall from ``scale`` and twice that, and whose other metrics rise."""
     rows = []
     for k in range(1, epochs + 1):
-        row = {
-            "epoch": k,
-            "train_loss": scale / k,
-            "val_loss": 2 * scale / k,
-            "batch_learning_rates": [[0.1 / k, 2 / k]],
-        }
-        rows.append(
-            row | {f"{split}_{name}": 0.1 * k for split in ("train", "val") for name in ("miou", "pixel_accuracy")}
-        )
+        row = {"epoch": k, "train_loss": scale / k, "val_loss": 2 * scale / k}
+        row |= dict.fromkeys(("train_miou", "val_miou", "train_pixel_accuracy", "val_pixel_accuracy"), 0.1 * k)
+        rows.append(row | {"batch_learning_rates": [[0.1 / k, 2 / k]]})
     return rows
 
 
@@ -57,17 +51,14 @@ def test_curves_show_every_column_and_mark_the_best_epoch(tmp_path, figures):
         plotting.curves(tmp_path / "a.png", "title", rows, 2, BASELINE, weighted)
     panels = {axis.get_title(): axis for axis in figures[0].axes}
     assert list(panels) == ["loss", "pixel accuracy", "mean IoU", "learning rate"]
-    for title, name, level in (
-        ("loss", "loss", None),
-        ("pixel accuracy", "pixel_accuracy", 0.7),
-        ("mean IoU", "miou", 0.35),
-    ):
-        lines = {line.get_label(): line for line in panels[title].lines}
+    names = {"loss": "loss", "pixel accuracy": "pixel_accuracy", "mean IoU": "miou"}
+    lines = {title: {line.get_label(): line for line in panels[title].lines} for title in names}
+    for title, name in names.items():
         for split in ("train", "val"):
-            assert list(lines[split].get_ydata()) == [row[f"{split}_{name}"] for row in rows]
-        assert lines["best epoch: 2"].get_xdata()[0] == 2
-        if level:
-            assert lines["all-background baseline on val"].get_ydata()[0] == pytest.approx(level)
+            assert list(lines[title][split].get_ydata()) == [row[f"{split}_{name}"] for row in rows]
+        assert lines[title]["best epoch: 2"].get_xdata()[0] == 2
+    baselines = [lines[title]["all-background baseline on val"].get_ydata()[0] for title in list(names)[1:]]
+    assert baselines == pytest.approx([0.7, 0.35])
     groups = [patch.get_data() for patch in panels["learning rate"].patches]
     assert np.allclose([group.values for group in groups], [[0.1, 0.05, 0.02, 0.1 / 3], [2, 1, 0.5, 2 / 3]])
     assert groups[0].edges.tolist() == [0, 1, 1.5, 2, 3]
@@ -157,11 +148,9 @@ def test_predictions_of_one_model_show_its_wrong_pixels_and_leave_out_void(tmp_p
 @pytest.mark.parametrize("num_models", [1, 3, 8])
 def test_pictures_of_any_shape_have_one_width_and_do_not_overlap(tmp_path, figures, num_models):
     shapes = ((30, 40), (40, 30), (20, 80), (60, 60), (48, 27))
-    samples = []
-    for index, shape in enumerate(shapes):
-        masks = np.full((1 + num_models, *shape), index, np.uint8)
-        name = f"photo_{index}_with_a_name_as_long_as_those_of_Cityscapes\nbest"
-        samples.append((name, np.zeros((*shape, 3), np.uint8), *masks))
+    name = "a_photo_with_a_name_as_long_as_those_of_Cityscapes\nbest"
+    masks = [np.zeros(shape, np.uint8) for shape in shapes]
+    samples = [(name, mask[..., None].repeat(3, 2), *[mask] * (1 + num_models)) for mask in masks]
     models = [f"model {index}" for index in range(num_models)]
     plotting.predictions(tmp_path / "a.png", "title", layout.CLASSES, samples, models)
     count = 2 + num_models + (num_models == 1)
@@ -220,7 +209,7 @@ def test_heat_map_shows_percent_and_hatches_absent_classes(tmp_path, figures):
     plotting.classes_by_experiment(tmp_path / "a.png", "title", ["train: baseline", "mine"], CLASSES, ious)
     axis = figures[0].axes[0]
     assert texts(axis.texts) == ["50", "12", "25", "0"] and axis.images[0].get_array().mask[:, 1].all()
-    assert texts(axis.get_yticklabels()) == ["train\nbaseline", "mine"]
+    assert texts(axis.get_yticklabels()) == ["train\nbaseline", "mine"] and axis.patch.get_hatch()
 
 
 @pytest.mark.parametrize("num_classes", [2, 21, 60])

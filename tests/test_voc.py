@@ -21,18 +21,10 @@ from seg import data, imaging, layout, transforms
 from util import UserError
 
 
-def test_the_palette_is_that_of_the_published_masks(sample):
-    with Image.open(next((sample / "SegmentationClass").glob("*.png"))) as image:
-        published = np.array(image.getpalette(), np.uint8).reshape(-1, 3)
-    assert np.array_equal(imaging.PALETTE, published)
-
-
-def test_classes_have_vocs_order_and_colours():
+def test_classes_have_vocs_order_and_the_palette_of_the_published_masks(sample):
     assert voc.CLASSES[1:] == tuple(FCN_ResNet50_Weights.DEFAULT.meta["categories"][1:])
-    colours = dict(zip(voc.CLASSES, imaging.PALETTE[:21].tolist()))
-    assert colours["background"] == [0, 0, 0] and colours["aeroplane"] == [128, 0, 0]
-    assert colours["person"] == [192, 128, 128] and colours["tvmonitor"] == [0, 64, 128]
-    assert imaging.PALETTE[util.VOID].tolist() == [224, 224, 192]
+    with Image.open(next((sample / "SegmentationClass").glob("*.png"))) as image:
+        assert imaging.PALETTE.ravel().tolist() == image.getpalette()
 
 
 # Counted on the real masks outside this project: predicting background everywhere, at the resolution of the masks and,
@@ -314,8 +306,9 @@ def repaint(path, colour):
         lambda root: repaint(root / "SegmentationClass" / "000003.png", 2),
         lambda root: os.utime(root / "JPEGImages" / "000003.jpg"),
         lambda root: write_split(root, "train", ["000001", "000000", "000002", "000003", "000004"]),
+        lambda root: (root / "classes.txt").write_text("\n".join(f"class {label}" for label in range(21))),
     ],
-    ids=["photo", "mask", "time", "order"],
+    ids=["photo", "mask", "time", "order", "classes"],
 )
 def test_changed_files_are_decoded_again(tiny, opened, change):
     load(tiny)
@@ -325,9 +318,6 @@ def test_changed_files_are_decoded_again(tiny, opened, change):
     split = voc.Split(tiny, "train")
     assert np.array_equal(after, np.stack([split.resized(index, (16, 16)) for index in range(5)]))
     assert len(list((tiny / ".cache").iterdir())) == 1  # the outdated file is gone
-    (tiny / "classes.txt").write_text("sky\nroad\n")  # fewer than before
-    with pytest.raises(UserError, match="which is neither a class"):
-        load(tiny)
 
 
 def test_only_complete_splits_are_cached_one_file_per_size(tiny, opened):
@@ -359,15 +349,6 @@ def test_a_subclass_of_split_may_merge_classes_and_does_not_share_the_cache(tiny
     assert len(list((tiny / ".cache").iterdir())) == 1
     with pytest.raises(ValueError, match="Unmerged.mask returns values without a class"):
         voc.Loader(type("Unmerged", (Binary,), {"mask": voc.Split.mask})(tiny, "train"), 16, 2)
-
-
-@pytest.mark.parametrize("order", [[3, 0, 1, 2, 4], [3, 0]])
-def test_a_split_with_other_ids_or_another_order_does_not_share_the_cache(tiny, order):
-    for _ in range(2):
-        split = voc.Split(tiny, "train")
-        split.ids = [split.ids[index] for index in order]
-        changed = data.load_resized(split, (16, 16))
-        assert torch.equal(changed, load(tiny)[order])
 
 
 @pytest.mark.parametrize("length", [0, 1000])
@@ -447,30 +428,24 @@ def test_unknown_colours_are_named_and_nothing_is_changed(coloured, capsys):
 
 def test_a_failed_conversion_leaves_the_masks_and_other_class_names_are_not_replaced(coloured, monkeypatch):
     root, _ = coloured
-    (root / "classes.txt").write_text("other\nnames\n")
     before = contents(root)
+    (root / "classes.txt").write_text("other\nnames\n")
     with pytest.raises(UserError, match="classes.txt: names other classes than"):
         layout.from_colours(root, root.parent / "colours.txt")
-    assert contents(root) == before
     (root / "classes.txt").unlink()
-    before = contents(root)
     monkeypatch.setattr(Image.Image, "save", mock.Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left"):
         layout.from_colours(root, root.parent / "colours.txt")
     assert contents(root) == before
 
 
-@pytest.mark.parametrize(
-    "values, is_reordered", [([0, 1, 15, 255], False), ([0, 2, 1, 255], True), ([0, 0, 0, 0], False)]
-)
-def test_a_palette_that_an_image_editor_has_reordered_is_refused(tmp_path, values, is_reordered):
-    """``values``: which of VOC's colours the palette has at 0, 1, 15 and 255."""
-    palette = np.full((256, 3), 7, np.uint8)
-    palette[[0, 1, 15, 255]] = imaging.PALETTE[values]
-    path = tmp_path / "a.png"
-    imaging.palette_image(np.array([[0, 1], [15, 255]], np.uint8), palette).save(path)
-    if is_reordered:
-        with pytest.raises(util.UserError, match="a.png: has VOC's colours in another order"):
-            layout.read_mask(path, 21, tmp_path)
-    else:
-        assert layout.read_mask(path, 21, tmp_path).tolist() == [[0, 1], [15, 255]]
+def test_a_palette_that_an_image_editor_has_reordered_is_refused(tmp_path):
+    """``colours``: which of VOC's colours the palette has at 0, 1, 15 and 255."""
+    values, palette, path = np.array([0, 1, 15, 255], np.uint8), np.full((256, 3), 7, np.uint8), tmp_path / "a.png"
+    for colours in ([0, 1, 15, 255], [0, 0, 0, 0], [0, 2, 1, 255]):
+        palette[values] = imaging.PALETTE[colours]
+        imaging.palette_image(values[None], palette).save(path)
+        if colours != [0, 2, 1, 255]:
+            assert layout.read_mask(path, 21, tmp_path).tolist() == [values.tolist()]
+    with pytest.raises(util.UserError, match="a.png: has VOC's colours in another order"):
+        layout.read_mask(path, 21, tmp_path)
