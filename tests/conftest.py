@@ -142,6 +142,11 @@ def run_main(folder, module, flags):
     return 0
 
 
+def contents(folder):
+    """The files of a folder, but for the cache, with their bytes."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts}
+
+
 def results(folder):
     """What a run of train.py with seed 0 has left: CSV, metrics without times, and the weights of best and last."""
     metrics = json.loads((folder / "results/train_seed0.json").read_text()) | {"seconds": 0, "epoch_seconds": 0}

@@ -39,11 +39,7 @@ def truncate(content):
     return content[: len(content) // 2]
 
 
-def remove(path):
-    return lambda folder: shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
-
-
-def moved(source, target):
+def moved(source, target="gone"):
     return lambda folder: shutil.move(folder / source, folder / target)
 
 
@@ -159,24 +155,24 @@ FLAGS = [
 ]
 # faults of the data set, with which train.py then starts
 DATA = [
-    (remove(LISTS), "Tiny: no data in VOC layout"),
-    (remove(f"{LISTS}/val.txt"), "val.txt: no such split", "test, train"),
+    (moved(LISTS), "Tiny: no data in VOC layout"),
+    (moved(f"{LISTS}/val.txt"), "val.txt: no such split", "test, train"),
     (write(f"{LISTS}/train.txt", b""), "train.txt: the split is empty"),
     (write(f"{LISTS}/train.txt", b"000000\n000001\n000000\n"), "train.txt: lists an id more than once (000000"),
     (write(f"{LISTS}/train.txt", b"../../secret\n"), "train.txt: lists an invalid id ('../../secret')"),
     (write(f"{LISTS}/train.txt", "größe\n".encode("latin-1")), "train.txt: ", "UTF-8"),
     (write(f"{LISTS}/train.txt", "000000\n".encode("utf-16")), "train.txt: ", "UTF-8"),
     (write(f"{LISTS}/train.txt", b"none.jpg\n"), "none.jpg: no such file"),
-    (remove(PHOTOS), "JPEGImages", "no such"),
-    (remove(MASKS), "SegmentationClass", "no such"),
-    (remove(PHOTO), f"{FIRST}.jpg: no such file", "python voc.py --data Tiny --check lists all faults"),
+    (moved(PHOTOS), "JPEGImages", "no such"),
+    (moved(MASKS), "SegmentationClass", "no such"),
+    (moved(PHOTO), f"{FIRST}.jpg: no such file", "python voc.py --data Tiny --check lists all faults"),
     (copied(PHOTO, f"{PHOTOS}/{FIRST}.JPEG"), f"{FIRST}.", "is not the only file with its id"),
     (moved(PHOTO, f"{PHOTOS}/{FIRST}.heic"), f"{PHOTOS}/{FIRST}.", "JPEG"),
     (float_photo, f"{FIRST}.tif: is an image in mode F"),
     (write(PHOTO, truncate), f"{FIRST}.jpg: cannot be read as an image"),
     (write(PHOTO, b"<html>404</html>"), f"{FIRST}.jpg: cannot be read as an image"),
     (rotated_photo, f"{FIRST}.png: fits its photo only without the photo's EXIF orientation (30x20, but upright 20x30"),
-    (remove(MASK), f"{FIRST}.png: no such file"),
+    (moved(MASK), f"{FIRST}.png: no such file"),
     (moved(MASK, f"{MASKS}/{FIRST}.jpg"), f"{MASKS}/{FIRST}.", "PNG"),
     (jpeg_mask, f"{FIRST}.png: is JPEG, not PNG"),
     (write(MASK, truncate), f"{FIRST}.png: cannot be read as an image"),
@@ -279,7 +275,7 @@ def test_check_lists_all_faults_in_one_run(tmp_path, capsys):
         "000000.jpg: cannot be read as an image": write(PHOTO, truncate),
         "000001.png: holds the value 99": mask(np.full((40, 40), 99, np.uint8), "000001"),
         "000002.png: is 9x7, but its photo is": mask(np.zeros((7, 9), np.uint8), "000002"),
-        "000004.png: no such file": remove(f"{MASKS}/000004.png"),
+        "000004.png: no such file": moved(f"{MASKS}/000004.png"),
         "000005.png: is an image in mode RGB": mask(np.zeros((40, 40, 3), np.uint8), "000005"),
         "test.txt: the split is empty": write(f"{LISTS}/test.txt", b""),
     }

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, TESTS, make_tiny, results, run_main
+from conftest import ROOT, TESTS, contents, make_tiny, results, run_main
 
 import train
 from seg import engine, files
@@ -45,10 +45,6 @@ def folder(runs, tmp_path):
     return tmp_path
 
 
-def contents(folder):
-    return {name: (folder / name).read_bytes() for name in FILES}
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_full_disk_leaves_every_file_complete_and_the_run_resumes(runs, folder, monkeypatch, capsys, name):
     before, fsync = contents(folder), os.fsync
@@ -63,7 +59,7 @@ def test_a_full_disk_leaves_every_file_complete_and_the_run_resumes(runs, folder
         patch.setattr(os, "fsync", full)
         assert run_train(folder, "--epochs 3 --resume") == 2
     assert capsys.readouterr().err == f"error: {name}: cannot be written (No space left on device): free some space\n"
-    assert (folder / name).read_bytes() == before[name]
+    assert (folder / name).read_bytes() == before[folder / name]
     assert not list(folder.rglob("*.unfinished"))
     assert run_train(folder, "--epochs 3 --resume") == 0
     assert results(folder) == results(runs / "three")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import results, run_main
+from conftest import contents, results, run_main
 from tiny_net import TinyNet
 
 import train
@@ -29,10 +29,6 @@ def folder(tiny):
 
 def run(folder, flags):
     return run_main(folder, train, f"{FLAGS} {flags}")
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The toy set: VOC's split sizes and imbalance, void at outlines, and the same masks on every machine."""
+"""The toy set: VOC's split sizes and imbalance, and the same masks on every machine."""
 
 import hashlib
 
@@ -37,25 +37,6 @@ def test_splits_share_no_image_and_have_the_imbalance_of_voc2007(splits):
     assert all(sum((mask == label).any() for mask in masks) >= 4 for label in range(21))
     num_classes = [len(np.setdiff1d(mask, (0, 255))) for mask in masks]
     assert min(num_classes) >= 1 and 3 <= max(num_classes) <= 5
-
-
-def test_a_pixel_is_void_if_its_neighbourhood_contains_several_objects():
-    instances = np.kron(np.random.default_rng(0).integers(0, 3, (5, 4)), np.ones((7, 9))).astype(np.uint8)
-    reach = toy.BORDER
-    expected = np.zeros(instances.shape, bool)
-    for row, column in np.ndindex(instances.shape):
-        window = instances[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1]
-        expected[row, column] = len(np.unique(window)) > 1
-    assert np.array_equal(toy._border(instances), expected)
-
-
-def test_a_silhouette_is_a_union_of_polygons_and_ellipses_with_cuts():
-    y, x = np.mgrid[-1:1:50j, -1:1:50j]
-    triangle, hole, circle = (-0.9, -0.9, 0.8, -0.9, -0.9, 0.8), (-0.4, -0.5, 0.3, 0.2), (0.5, 0.5, 0.4, 0.4)
-    expected = (x > -0.9) & (y > -0.9) & (x + y < -0.1)
-    expected &= ((x + 0.4) / 0.3) ** 2 + ((y + 0.5) / 0.2) ** 2 >= 1
-    expected |= np.hypot(x - 0.5, y - 0.5) < 0.4
-    assert np.array_equal(toy._inside([triangle, "cut", hole, "add", circle], x, y), expected)
 
 
 def test_masks_depend_on_the_seed_only_and_not_on_the_machine():

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_loaders, make_tiny, run_main, write_split
+from conftest import ROOT, contents, make_loaders, make_tiny, run_main, write_split
 from PIL import ExifTags, Image
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
@@ -390,10 +390,6 @@ def coloured(tiny):
         image.convert("RGB").save(path.with_suffix(".BMP"))
     path.rename(path.with_name(f"._{path.name}"))  # as macOS leaves them
     return tiny, indices
-
-
-def contents(folder):
-    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
 
 
 def test_masks_in_colours_are_converted_and_the_originals_kept(coloured, capsys):
