@@ -46,7 +46,8 @@ def main():
     if distributed.world_size() == 1:
         return
     fit("compiled", new_model(), compile=True)
-    fit("norm", new_model(norm=True))
+    fit("norm", new_model(norm=True), criterion := MeanLoss())
+    torch.save(criterion.state_dict(), args.out / f"criterion_{distributed.rank()}.pt")
     fit("resumed", new_model(), epochs=1)
     fit("resumed", new_model(), resume=True)
     trainable = copy.deepcopy(CRITERION)
@@ -55,6 +56,20 @@ def main():
         with pytest.raises(util.UserError) as error:
             fit(folder, model, criterion)
         print(f"refused {folder}: {error.value}", flush=True)
+
+
+class MeanLoss(torch.nn.CrossEntropyLoss):
+    """Keeps a mean of its losses in a buffer, of which each process sees its own part of the batches."""
+
+    def __init__(self):
+        super().__init__(ignore_index=util.VOID)
+        self.register_buffer("mean", torch.ones(()))
+
+    def forward(self, logits, masks):
+        loss = super().forward(logits, masks)
+        if self.training:
+            self.mean.lerp_(loss.detach(), 0.5)
+        return loss
 
 
 class Unused(TinyNet):
@@ -114,10 +129,13 @@ def test_two_processes_take_the_same_steps_as_one_compiled_or_not_and_resumed(ru
     torch.testing.assert_close(resumed["model"], two["model"], rtol=0, atol=0)
 
 
-def test_val_is_evaluated_with_the_same_batch_norm_in_all_processes(runs, float32):
+def test_val_is_evaluated_with_the_same_batch_norm_and_criterion_in_all_processes(runs, float32):
+    kept = last(runs / "2/norm")["criterion"]["mean"]
+    means = [torch.load(runs / f"2/criterion_{rank}.pt", weights_only=True)["mean"] for rank in (0, 1)]
+    assert means == [kept, kept] and kept != 1
     run = Run.read(runs / "2/norm/results/test_distributed_seed0.json")
     val = make_loaders(runs / "Tiny", 4, size=32)[1]
-    scores = engine.evaluate(checkpoint.load(run.best), val, CRITERION, full_resolution=False)
+    scores = engine.evaluate(checkpoint.load(run.best), val, MeanLoss(), full_resolution=False)
     assert scores.miou == run.best_row["val_miou"]
     assert scores.loss == pytest.approx(run.best_row["val_loss"], rel=1e-6)  # float32 sums
 
@@ -136,10 +154,7 @@ def test_every_image_is_scored_once_whatever_the_number_of_processes(runs):
 def test_the_main_process_prints_and_what_two_processes_cannot_train_is_refused(runs):
     output = (runs / "output").read_text()
     assert output.count("\nepoch ") == 2 * 4 and output.count("\ntest_distributed seed 0: val mean IoU") == 3 + 2
-    for problem in (
-        "criterion: several processes train the parameters of the network",
-        "network: .* for unused: freeze",
-    ):
+    for problem in ("criterion: several processes train the parameters of the network", "network: .* for unused: f"):
         assert len(re.findall(f"refused {problem}", output)) == 2
 
 
