@@ -46,7 +46,9 @@ def main():
     if distributed.world_size() == 1:
         return
     fit("compiled", new_model(), compile=True)
-    fit("norm", new_model(norm=True), criterion := MeanLoss())
+    criterion = MeanLoss(ignore_index=util.VOID)
+    criterion.register_buffer("mean", torch.ones(()))
+    fit("norm", new_model(norm=True), criterion)
     torch.save(criterion.state_dict(), args.out / f"criterion_{distributed.rank()}.pt")
     fit("resumed", new_model(), epochs=1)
     fit("resumed", new_model(), resume=True)
@@ -60,10 +62,6 @@ def main():
 
 class MeanLoss(torch.nn.CrossEntropyLoss):
     """Keeps a mean of its losses in a buffer, of which each process sees its own part of the batches."""
-
-    def __init__(self):
-        super().__init__(ignore_index=util.VOID)
-        self.register_buffer("mean", torch.ones(()))
 
     def forward(self, logits, masks):
         loss = super().forward(logits, masks)
@@ -135,7 +133,7 @@ def test_val_is_evaluated_with_the_same_batch_norm_and_criterion_in_all_processe
     assert means == [kept, kept] and kept != 1
     run = Run.read(runs / "2/norm/results/test_distributed_seed0.json")
     val = make_loaders(runs / "Tiny", 4, size=32)[1]
-    scores = engine.evaluate(checkpoint.load(run.best), val, MeanLoss(), full_resolution=False)
+    scores = engine.evaluate(checkpoint.load(run.best), val, MeanLoss(ignore_index=util.VOID), full_resolution=False)
     assert scores.miou == run.best_row["val_miou"]
     assert scores.loss == pytest.approx(run.best_row["val_loss"], rel=1e-6)  # float32 sums
 

@@ -180,19 +180,6 @@ def test_each_image_is_scored_by_itself_and_the_best_median_and_worst_are_shown(
     assert all(any(np.array_equal(picture, each) for picture in pictures) for each in predictions)
 
 
-def test_images_to_show_are_chosen_evenly_spaced_and_by_their_iou(monkeypatch):
-    ious = torch.arange(1001).flip(0).double()
-    ious[500] = torch.nan  # an image without a labelled pixel has no IoU
-    split = mock.MagicMock(ids=[str(index) for index in range(1001)], __len__=lambda split: 1001)
-    reporter = mock.Mock(val=mock.Mock(split=split), plotting=mock.Mock(thumbnail=lambda *_: (None, mock.Mock())))
-    monkeypatch.setattr(inference, "predict_index", lambda *_: None)
-    shown = dict(name.partition(", ")[::2] for name, *_ in report.Reporter._samples(reporter, None, 13, ious, ""))
-    assert {index: rank for index, rank in shown.items() if rank} == {"0": "best", "499": "median", "1000": "worst"}
-    evenly_spaced = sorted({*map(int, shown)} - {499})
-    assert (len(evenly_spaced), evenly_spaced[0], evenly_spaced[-1]) == (13, 0, 1000)
-    assert set(np.diff(evenly_spaced)) <= {83, 84}
-
-
 def test_bfloat16_is_used_where_it_is_fast_but_not_for_final_metrics_and_the_loss(tiny, monkeypatch):
     """Oracle: the network in bfloat16 throughout, from which autocast differs in batch norm and sums only."""
     monkeypatch.setattr(distributed, "has_bfloat16", lambda device: True)

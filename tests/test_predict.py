@@ -105,12 +105,6 @@ def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours():
     assert (result[299, 61:] == colours[15]).all() and (result[300, 61:] == colours[7]).all()
 
 
-def test_overlay_colours_differ_for_60_classes_and_strongly_for_the_first():
-    colours = imaging.distinct_colours().astype(int)
-    distance = np.linalg.norm(colours[:, None] - colours, axis=2) + 1000 * np.eye(255)
-    assert colours.shape == (255, 3) and distance[:60, :60].min() > 10 and distance[:10, :10].min() > 50
-
-
 @pytest.mark.parametrize("name", ["background", "Background", "_background_"])
 def test_background_is_not_painted_however_it_is_written(name):
     photo, mask = Image.new("RGB", (4, 4), (10, 20, 30)), np.zeros((4, 4), np.uint8)

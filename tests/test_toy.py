@@ -3,29 +3,21 @@
 import hashlib
 
 import numpy as np
-import pytest
 
 import voc
 from seg import toy
 
 
-@pytest.fixture(scope="module")
-def splits(tmp_path_factory):
-    """Splits of 60 images of the toy set and their masks: a dict of name to (voc.Split, list of arrays)."""
-    assert toy.SPLITS == {"train": 209, "val": 213, "test": 210}  # as VOC2007
-    root = tmp_path_factory.mktemp("toy") / "Toy"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "SPLITS", dict.fromkeys(toy.SPLITS, 60))
-        # takes nearly half of the time, and does not change masks
-        patch.setattr(toy, "_backdrop", lambda noise, width, height: np.zeros((height, width, 3), np.float32))
-        toy.render(root)
-    found = {name: voc.Split(root, name) for name in toy.SPLITS}
-    return {name: (split, [split.mask(index) for index in range(len(split))]) for name, split in found.items()}
-
-
-def test_splits_share_no_image_and_have_the_imbalance_of_voc2007(splits):
-    assert len({image_id for split, _ in splits.values() for image_id in split.ids}) == 3 * 60
-    masks = [mask for _, split_masks in splits.values() for mask in split_masks]
+def test_splits_share_no_image_and_have_the_imbalance_of_voc2007(tmp_path, monkeypatch):
+    assert toy.SPLITS == {"train": 209, "val": 213, "test": 210}
+    monkeypatch.setattr(toy, "SPLITS", dict.fromkeys(toy.SPLITS, 60))  # enough images for statistics
+    # takes nearly half of the time, and does not change masks
+    monkeypatch.setattr(toy, "_backdrop", lambda noise, width, height: np.zeros((height, width, 3), np.float32))
+    toy.render(tmp_path / "Toy")
+    voc.check(tmp_path / "Toy")
+    splits = [voc.Split(tmp_path / "Toy", name) for name in toy.SPLITS]
+    assert len({image_id for split in splits for image_id in split.ids}) == 3 * 60
+    masks = [split.mask(index) for split in splits for index in range(60)]
     shapes = {mask.shape for mask in masks}
     assert len(shapes) > 4 and all(max(shape) in (480, 500) for shape in shapes)
     counts = sum(np.bincount(mask.ravel(), minlength=256) for mask in masks)
