@@ -43,11 +43,12 @@ def palette_image(mask, colours=PALETTE):
 
 @functools.cache
 def distinct_colours():
-    """A colour for each class that is easier to tell apart than VOC's: uint8 [255, 3], RGB; they repeat after 60."""
+    """A colour for each class that is easier to tell apart than VOC's: uint8 [255, 3], RGB; they repeat after 59."""
     from matplotlib import colormaps  # only here: importing it takes a moment
 
-    maps = [colormaps[name].colors for name in ("tab20", "tab20b", "tab20c")]
-    colours = [*maps[0][::2], *maps[0][1::2], *maps[1], *maps[2]]  # the strong ones of tab20 before their light twins
+    tab20, *others = (colormaps[name].colors for name in ("tab20", "tab20b", "tab20c"))
+    strong, light = [tab20[0], *tab20[4::2]], tab20[1::2]  # without the strong orange, which is like WRONG
+    colours = [*strong, *light, *others[0], *others[1]]
     return np.resize(np.multiply(colours, 255).round().astype(np.uint8), (255, 3))
 
 
