@@ -269,12 +269,10 @@ def test_check_lists_all_faults_in_one_run(tmp_path, capsys):
     make_tiny(tmp_path / "Tiny", (("train", 4), ("val", 3), ("test", 2)))
     assert run_main(tmp_path, voc, "--data Tiny --check") == 0
     assert "Tiny: no faults in 4 train images, 3 val images, 2 test images" in capsys.readouterr().out
-
     faults = {
         "000000.jpg: cannot be read as an image": write(PHOTO, truncate),
         "000001.png: holds the value 99": mask(np.full((40, 40), 99, np.uint8), "000001"),
         "000002.png: is 9x7, but its photo is": mask(np.zeros((7, 9), np.uint8), "000002"),
-        "000004.png: no such file": moved(f"{MASKS}/000004.png"),
         "000005.png: is an image in mode RGB": mask(np.zeros((40, 40, 3), np.uint8), "000005"),
         "test.txt: the split is empty": write(f"{LISTS}/test.txt", b""),
     }

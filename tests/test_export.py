@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 import threading
+from unittest import mock
 
 import numpy as np
 import onnx
@@ -210,8 +211,7 @@ def page_url(small):
     (small / "page" / "node_modules" / "onnxruntime-web").symlink_to(RUNTIME)
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
+        log_message = mock.Mock()  # prints nothing
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=small / "page"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -280,15 +280,19 @@ def test_page_refuses_what_is_no_photo_or_too_large_and_takes_the_next(page, sma
 
 
 def test_of_two_photos_that_are_chosen_while_the_model_is_loaded_the_later_one_is_shown(browser, page_url, small):
-    page, held = browser.new_page(), []
-    page.route("**/model.onnx", lambda route: held.append(route))
-    page.goto(page_url)
-    choose(page, small, "older.png", 60, 50)
-    choose(page, small, "newer.png", 40, 30)
-    page.wait_for_timeout(100)
-    for route in held:
+    page = browser.new_page()
+    page.add_init_script("""const decode = createImageBitmap, later = () => new Promise((go) => setTimeout(go, 300));
+        window.createImageBitmap = async (file) => (file.name === "older.png" && (await later()), decode(file));""")
+
+    def load(route):
+        choose(page, small, "older.png", 60, 50)
+        choose(page, small, "newer.png", 40, 30)
         route.continue_()
+
+    page.route("**/model.onnx", load)
+    page.goto(page_url)
     saved_mask(page, "newer_mask.png")
+    page.wait_for_timeout(500)
     assert page.inner_text("#status").startswith("30 × 40 pixels")
     page.close()
 

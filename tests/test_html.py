@@ -126,6 +126,8 @@ def test_the_report_of_a_run_shows_the_metrics(report):
     assert epochs == [header] + [[str(n), "0.001", "1e-05", "2.5000", "0.2500", "1.2"] for n in (1, 2)]
     rows = [attributes.get("class") for tag, attributes in page.elements if tag == "tr"]
     assert rows[-len(settings) - 2 : -len(settings)] == [None, "best"]
+    assert [plot.size for plot in page.images("IoU of each class.")] == [(130, 70)]
+    assert "Confusion matrix" in page.texts["h2"] and "Augmentation" not in page.texts["h2"]  # not drawn
     expected = {"network": "Net(width=8)", "input size": "320x224", "seed": "3", "parameters": "1,500,000"}
     expected |= {"flags": "batch size 16, limit –", "loss": "CrossEntropyLoss", "versions": "torch 2.9"}
     assert expected.items() <= dict(settings).items()
@@ -166,10 +168,7 @@ def test_images_are_those_of_the_samples_and_their_legend_names_the_classes(repo
     assert page.texts["li"][: len(names)] == names and CLASSES[-1] not in page.texts["li"]
 
 
-def test_a_report_has_the_plots_that_exist_and_no_column_for_a_missing_test_split(report, tmp_path):
-    page, _ = report
-    assert [plot.size for plot in page.images("IoU of each class.")] == [(130, 70)]
-    assert "Confusion matrix" in page.texts["h2"] and "Augmentation" not in page.texts["h2"]
+def test_a_report_has_no_column_for_a_missing_test_split(tmp_path):
     page = Page(write_report(tmp_path, has_test=False, epochs=1).report)
     assert page.tables[1][0] == ["class", "val IoU"] and len(page.tables[0]) == len(page.tables[2]) == 2
 

@@ -27,25 +27,21 @@ def imports(name):
     return found
 
 
-def own_imports(name):
-    return imports(name) & PATHS.keys()
-
-
 def test_imports_form_no_circle():
-    graphlib.TopologicalSorter({name: own_imports(name) for name in PATHS}).prepare()
+    graphlib.TopologicalSorter({name: imports(name) & PATHS.keys() for name in PATHS}).prepare()
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_file_imports_only_what_its_place_allows(name):
-    machinery = {other for other in PATHS if other.startswith("seg.")} | {"util"}
+    machinery, own = {other for other in PATHS if other.startswith("seg.")} | {"util"}, imports(name) & PATHS.keys()
     if name in NETWORKS:
         assert {module.partition(".")[0] for module in imports(name)} <= {"torch", "torchvision"}
     elif name in machinery:
-        assert own_imports(name) <= (set() if name == "util" else machinery)
+        assert own <= (set() if name == "util" else machinery)
     elif name in EXPERIMENTS:
-        assert own_imports(name) <= machinery | NETWORKS | {"voc"}
+        assert own <= machinery | NETWORKS | {"voc"}
     else:
-        assert not own_imports(name) & (NETWORKS | EXPERIMENTS)
+        assert not own & (NETWORKS | EXPERIMENTS)
 
 
 def test_import_prints_writes_and_downloads_nothing(tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from seg import imaging, layout, plotting
 from util import VOID, Scores
@@ -231,11 +230,3 @@ def test_plots_of_many_classes_are_bounded_and_say_what_they_leave_out(tmp_path,
             assert "the 40 " in figure.get_suptitle() and f"of {num_classes} classes" in figure.get_suptitle()
     for figure in figures[:2]:
         assert texts(figure.axes[0].get_yticklabels()) == shown
-
-
-def test_thumbnail_bounds_photo_and_mask_and_mixes_no_classes():
-    mask = np.zeros((900, 1500), np.uint8)
-    mask[:, 700:], mask[500:] = 200, 255
-    photo, small = plotting.thumbnail(Image.fromarray(imaging.PALETTE[mask]), mask)
-    assert photo.shape == (384, 640, 3) and small.shape == (384, 640)
-    assert np.unique(small).tolist() == [0, 200, 255] and not photo[10, 10].any() and not small[10, 10]
