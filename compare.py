@@ -4,10 +4,10 @@
     python compare.py --seeds 0 1 2                               first run what is missing of the eight scripts
     python compare.py --seeds 0 1 2 --experiments train train_x   the same for train.py and train_x.py
 
-Each run is the command that a user would type, with the output folder OUT/seed0, OUT/seed1 and so on. A stopped run is
-resumed, a finished one is not repeated, and one that fails is reported at the end. Runs in OUT itself count too.
-Writes OUT/RESULTS.md, the same as OUT/RESULTS.html with links to the reports of the runs, and, in OUT/plots,
-comparison.png, classes.png and curves.png.
+Each run is the command that a user would type, with the output folder OUT/seed0, OUT/seed1 and so on; runs in OUT
+itself count too. A stopped run is resumed, a finished one is not repeated, and one that fails is reported at the end.
+Writes OUT/RESULTS.md, OUT/RESULTS.html with links to the reports of the runs, and comparison.png, classes.png and
+curves.png in OUT/plots.
 """
 
 import dataclasses
@@ -200,6 +200,7 @@ def result_row(name, runs):
     for split in runs[0].splits:
         row[f"{split} pixel accuracy"] = mean_and_std([run.score(split, "pixel_accuracy") for run in runs])
         row[f"{split} mean IoU"] = mean_and_std([run.score(split, "miou") for run in runs])
+    split = runs[0].splits[-1]
     row[f"{split}, the assignment's IoU"] = mean_and_std([run.score(split, "assignment_iou") for run in runs])
     if runs[0].metrics["dataset"] == "VOC2007":
         row["published IoU"] = EXPERIMENTS.get(name, (None, None))[1] or ""
@@ -269,8 +270,8 @@ def report(found):
 
 def write_html(out, experiments, found):
     """Write the comparison as HTML, with the single runs and links to their reports."""
-    rows = []
-    for run in (run for seeds in experiments.values() for run in seeds.values()):
+    runs, rows = [run for seeds in experiments.values() for run in seeds.values()], []
+    for run in runs:
         row = {"experiment": run.name, "seed": run.seed}
         row |= {f"{split} mean IoU": mean_and_std([run.score(split, "miou")]) for split in run.splits}
         row |= {name.replace("_", " "): f"{run.metrics[name]:.0f}" for name in ("epochs", "best_epoch", "seconds")}
@@ -279,7 +280,7 @@ def write_html(out, experiments, found):
             address = urllib.parse.quote(run.report.relative_to(out).as_posix())
             row["report"] = Markup('<a href="{}">report</a>').format(address)
         rows.append(row)
-    single = html.Section("Runs", rows=rows, bars=[f"{split} mean IoU" for split in run.splits])
+    single = html.Section("Runs", rows=rows, bars=[f"{split} mean IoU" for split in runs[0].splits])
     results = dataclasses.replace(found[0], heading="Results")
     summary = f"{len(experiments)} experiments, {len(rows)} runs"
     html.write(out / "RESULTS.html", found[0].heading, summary, [results, *found[1:], single])

@@ -7,8 +7,8 @@
     python download.py --toy                  the toy set, into data/VOCdevkit/Toy; needs no network
     python download.py --verify               open every photo and mask of the splits and list the faults
 
-An interrupted download continues where it stopped, from the same mirror or the next. Archives are checked by MD5 before
-they are unpacked, and a dataset gets its name only when it is complete. An existing dataset is not changed.
+An interrupted download continues where it stopped. Archives are checked by MD5 before they are unpacked, and a dataset
+gets its name only when it is complete. An existing dataset is not changed.
 """
 
 import hashlib

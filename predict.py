@@ -28,12 +28,12 @@ def find_photos(paths, out, recursive=False):
     """The photos among files and folders, a list of Paths; UserError for a path that does not exist or holds none.
 
     A file is taken whatever its suffix. Of a folder, these are the files with a photo's suffix that are neither hidden
-    nor below ``out``, with ``recursive`` also those in its subfolders.
+    nor in ``out``, with ``recursive`` also those in its subfolders.
     """
 
     def is_photo(file):
         is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        return file.suffix.lower() in imaging.PHOTO_SUFFIXES and not is_hidden and out not in file.resolve().parents
+        return file.suffix.lower() in imaging.PHOTO_SUFFIXES and not is_hidden and file.resolve().parent != out
 
     photos, out = {}, out.resolve()
     for path in map(Path, paths):
@@ -42,14 +42,14 @@ def find_photos(paths, out, recursive=False):
         else:
             found = [path] if path.exists() else []
         if not found:
-            problem = "holds no photo outside --out" if path.is_dir() else "no such file or folder"
-            raise UserError(f"{path}: {problem}: correct the path, or pass --recursive to search subfolders")
+            problem = f"holds no photo but in --out {out}" if path.is_dir() else "no such file or folder"
+            raise UserError(f"{path}: {problem}: correct the paths, or pass --recursive to search subfolders")
         photos |= {file.resolve(): file for file in found}
     return list(photos.values())
 
 
 def output_names(photos):
-    """The names of the photos' results, a list of str: without suffix, and after the folder's if several share one."""
+    """The names of the photos' results, without suffix, and after the folder's if several photos share one."""
     counts = Counter(photo.stem.lower() for photo in photos)  # some disks ignore the case of letters
     names = {}
     for photo in photos:

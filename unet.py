@@ -16,13 +16,10 @@ def double_convolution(inputs, outputs):
 class UNet(nn.Module):
     """A contracting path of four halvings, an expanding path of four doublings, and a skip between equal sizes.
 
-    It departs from the paper:
-
-    - convolutions are padded, so that logits have the size of the image and skip connections are not cropped;
-    - sides that 16 does not divide are rounded up when they are halved, and cropped when they are doubled;
-    - batch norm follows each 3x3 convolution and replaces its bias;
-    - 32 channels at the first level by default instead of 64, so that an epoch takes minutes on two CPU cores;
-    - no dropout, no extra weight on pixels between touching objects.
+    It departs from the paper: convolutions are padded, so that logits have the size of the image and skips are not
+    cropped; sides that 16 does not divide are rounded up when they are halved, and cropped when they are doubled; batch
+    norm follows each 3x3 convolution and replaces its bias; the first level has 32 channels by default, not 64, so that
+    an epoch takes minutes on two CPU cores; no dropout, no extra weight on pixels between touching objects.
 
     Args:
         num_classes: channels of the logits.

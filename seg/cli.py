@@ -97,10 +97,9 @@ def parse_device(text):
 
 
 def run(main):
-    """Call ``main()`` as a command.
+    """Call ``main()`` as a command: exit code 2 and one line for a UserError or if memory runs out, 130 for Ctrl-C.
 
-    Exit code 2 and one line for a UserError or if memory runs out, 1 if another process is gone, 130 for Ctrl-C, 143
-    for SIGTERM. A signal raises an exception in ``main``, which can save what it has; a second one ends it at once.
+    It is 1 if another process is gone, 143 for SIGTERM. A signal raises an exception in ``main``, a second one ends it.
     """
     global _running
     if _running:

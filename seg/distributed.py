@@ -108,12 +108,9 @@ def has_bfloat16(device):
 
 def device_name(device):
     """A device with what its speed depends on: "cpu, 2 threads, bfloat16"."""
-    name = device.type
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif device.type == "cpu":
-        threads = torch.get_num_threads()
-        name = "cpu, 1 thread" if threads == 1 else f"cpu, {threads} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cpu":
+        name += f", {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
     return name + (", bfloat16" if has_bfloat16(device) else "")
 
 

@@ -220,10 +220,10 @@ def fit(
 
 def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_interval, training_step):
     """Train, validate and record the epochs that are left, see ``fit``; stop early if ``patience`` says so."""
-    model, criterion, optimizer, scheduler = parts.values()
+    model, criterion, optimizer, scheduler = (parts[name] for name in ("model", "criterion", "optimizer", "scheduler"))
     network, parallel = _wrap(model, args)
-    training_step = sanity.watched(training_step, model, optimizer)
-    steps_batches = scheduler is not None and scheduler_interval == "batch"
+    training_step = sanity.check_first_step(training_step, model, optimizer)
+    batch_scheduler = scheduler if scheduler_interval == "batch" else None
     modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
     is_rebuilt = False  # whether the round trip of a saved best checkpoint was tried
     epochs = range(len(run.history) + 1, args.epochs + 1)
@@ -234,9 +234,8 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
         start = time.perf_counter()
         util.seed_epoch(args.seed, epoch, distributed.rank())
         with sanity.doing(f"training epoch {epoch}"):
-            train_scores, learning_rates = train_epoch(
-                parallel, train, epoch, criterion, optimizer, training_step, scheduler if steps_batches else None
-            )
+            options = {"training_step": training_step, "scheduler": batch_scheduler}
+            train_scores, learning_rates = train_epoch(parallel, train, epoch, criterion, optimizer, **options)
             for module in modules:
                 distributed.broadcast(module.buffers())  # each process has its own, such as statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
@@ -244,7 +243,7 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
                 raise UserError(f"the val loss is {scores.loss} in epoch {epoch}: lower the learning rate")
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(scores.miou if scheduler.mode == "max" else scores.loss)
-            elif scheduler is not None and not steps_batches:
+            elif scheduler is not None and batch_scheduler is None:
                 scheduler.step()
         row = report.history_row(epoch, learning_rates, train_scores, scores)
         row["seconds"] = round(time.perf_counter() - start, 3)

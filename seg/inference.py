@@ -21,7 +21,7 @@ def forward(network, images, full_precision=False):
     upsampled bilinearly, or itself a dict with ``out`` and others, as those of torchvision do.
     """
     if full_precision:
-        with _float32():
+        with _without_tf32():
             outputs = network(images)
     else:
         bfloat16 = distributed.has_bfloat16(images.device)
@@ -34,21 +34,21 @@ def forward(network, images, full_precision=False):
 
 
 @contextlib.contextmanager
-def _float32():
-    """Compute in float32 on GPUs, too: since Ampere, cuDNN's convolutions round to the digits of TF32 by default."""
-    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    if hasattr(convolutions, "conv"):  # since torch 2.9, whose settings cannot be mixed with the older ones
-        convolutions, name, float32 = convolutions.conv, "fp32_precision", "ieee"
+def _without_tf32():
+    """Let cuDNN compute in float32 during the block: on GPUs since Ampere, it rounds to TF32 by default."""
+    cudnn = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # since torch 2.9, whose settings cannot be mixed with the older one
+        parts, name, float32 = (cudnn.conv, cudnn.rnn), "fp32_precision", "ieee"
     else:
-        name, float32 = "allow_tf32", False
-    before = [getattr(backend, name) for backend in (convolutions, products)]
+        parts, name, float32 = (cudnn,), "allow_tf32", False
+    before = [getattr(part, name) for part in parts]
     try:
-        for backend in (convolutions, products):
-            setattr(backend, name, float32)
+        for part in parts:
+            setattr(part, name, float32)
         yield
     finally:
-        for backend, value in zip((convolutions, products), before):
-            setattr(backend, name, value)
+        for part, value in zip(parts, before):
+            setattr(part, name, value)
 
 
 def _at_size(value, shape):

@@ -186,12 +186,11 @@ def map_images(function, items, name):
 
 
 def attempt(faults, function, *args):
-    """Call a function and return its result; add the message of a UserError to the list ``faults``, and return None."""
+    """Call a function and return its result, or None for a UserError, whose message is added to ``faults``."""
     try:
         return function(*args)
     except UserError as error:
         faults.append(str(error))
-        return None
 
 
 def report_faults(root, faults):

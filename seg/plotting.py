@@ -1,7 +1,7 @@
 """Plots, written as PNG to a given path without a display.
 
-``classes`` are the class names, masks are integer arrays [H, W] of class indices and VOID, photos are uint8 [H, W, 3],
-and a ``baseline`` is a constant prediction: its Scores, or its name and mean IoU.
+Masks are integer arrays [H, W] of class indices and VOID, photos are uint8 [H, W, 3], and a ``baseline`` is a constant
+prediction: its Scores, or its name and mean IoU.
 """
 
 import math

@@ -38,7 +38,7 @@ def metadata(args, name, model, criterion, loaders):
         "loss": loss + (", weighted by class" if criterion_weights(criterion) is not None else ""),
         "network": f"{type(model).__name__}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})",
         "parameters": num_parameters(model),
-        "flags": {name: getattr(args, name) for name in ("epochs", "limit", "compile")}
+        "flags": {flag: getattr(args, flag) for flag in ("epochs", "limit", "compile")}
         | {"batch_size": train.batch_size, "data": str(args.data), "out": str(args.out)},
         "defaults": args.defaults,
         "classes": list(train.classes),
@@ -97,6 +97,11 @@ def read_code(script):
                 paths.append(path)
     below = [path.relative_to(folders[0] if path.is_relative_to(folders[0]) else folders[1]) for path in paths]
     return {name.as_posix(): read_text(path) for name, path in zip(below, paths)}
+
+
+def versions(code):
+    """What a checkpoint or JSON holds as ``code``: a list of dicts; an earlier version of the project kept one text."""
+    return [{"epoch": 1, "files": code}] if isinstance(code, dict) else code or []
 
 
 def read_text(path):

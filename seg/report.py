@@ -8,7 +8,6 @@ from tqdm import tqdm
 
 import util
 from seg import checkpoint, distributed, inference
-from seg.provenance import num_parameters
 
 DRAWING_INTERVAL = 60  # seconds between two drawings during a run
 NUM_SHOWN, NUM_PAGED = 5, 13  # images in the plot of predictions and in the HTML report, besides best, median, worst
@@ -71,7 +70,7 @@ class Reporter:
         images += f" images at {size_text(train.size)}"
         log(f"{self.run.name}: {train.split.dataset}, {images}, {len(train.classes)} classes")
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        network = f"{type(model).__name__}, {num_parameters(model):,} parameters ({trained:,} trainable)"
+        network = f"{type(model).__name__}, {self.run.metadata['parameters']:,} parameters ({trained:,} trainable)"
         log(f"{network}, batch {train.batch_size}, seed {args.seed}, device {distributed.device_name(args.device)}")
         if scheduled:
             log(f"the scheduler is stepped once per {interval}; all {args.epochs} epochs are run")

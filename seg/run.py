@@ -53,8 +53,7 @@ class Run:
             metrics["epochs"], metrics["defaults"], metrics["val"]["miou"], metrics["flags"]["limit"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}: was not written by a run ({error!r}): delete it and run again") from None
-        if isinstance(metrics.get("code"), dict):  # an earlier version kept the first text only
-            metrics["code"] = [{"epoch": 1, "files": metrics["code"]}]
+        metrics["code"] = provenance.versions(metrics.get("code"))
         metrics.setdefault("title", metrics.get("idea", ""))  # its name in an earlier version
         run.metrics = metrics
         return run
@@ -82,9 +81,10 @@ class Run:
 
     def code_change(self):
         """How the code of this run differs from that in the project's folder today, as text; None if it does not."""
-        for version in self.metrics.get("code", []):
-            now = {name: provenance.read_text(files.ROOT / name) for name in version["files"]}
-            if change := provenance.code_change(version["files"], now):
+        for version in self.metrics["code"]:
+            before = {name: text for name, text in version["files"].items() if (files.ROOT / name).exists()}
+            now = {name: provenance.read_text(files.ROOT / name) for name in before}
+            if change := provenance.code_change(before, now):
                 return change
         return None
 
@@ -101,23 +101,23 @@ class Run:
         if the folder cannot be written, or if another run or its files are in the way.
         """
         with contextlib.ExitStack() as stack:
-            decision = None
+            resuming, problem = False, None
             if distributed.is_main():
                 try:
                     for folder in (self.plots, self.results):
                         with files.writing(folder):
                             folder.mkdir(parents=True, exist_ok=True)
                     stack.enter_context(self._locked())
-                    decision = args.resume and self.last.exists()
-                    if not (decision or args.overwrite):
+                    resuming = args.resume and self.last.exists()
+                    if not (resuming or args.overwrite):
                         self._check_new()
                 except UserError as error:
-                    decision = str(error)
-            decision = distributed.broadcast_object(decision, args.device)
-            if isinstance(decision, str):
-                raise UserError(decision) if distributed.is_main() else SystemExit(2)
+                    problem = str(error)
+            resuming, problem = distributed.broadcast_object((resuming, problem), args.device)
+            if problem:
+                raise UserError(problem) if distributed.is_main() else SystemExit(2)
             self.metadata = provenance.metadata(args, self.name, model, criterion, loaders)
-            yield decision
+            yield resuming
 
     def restore(self, parts, scheduled):
         """Continue the run: restore the state of ``parts``, see ``record``, and the history.
@@ -131,6 +131,8 @@ class Run:
             messages = self._check_same_run(state, scheduled)
             for name, part in parts.items():
                 if hasattr(part, "load_state_dict"):
+                    if state[name] is None:
+                        raise UserError(f"{self.last}: its run had no {name} with a state: {ADVICE}")
                     part.load_state_dict(state[name])
             self.history = list(state["history"])
         except UserError:
@@ -156,9 +158,11 @@ class Run:
 
     def _check_same_run(self, state, scheduled):
         """Raise a UserError that names the first thing in which ``state`` is of another run; return messages."""
-        before, now = ({**source["flags"], **source} for source in (state, self.metadata))
+        before, now = state | state["flags"], self.metadata | self.metadata["flags"]
         names = ["seed", "batch_size", "limit", "dataset", "classes", "size", "mean", "std"]
-        for name in names + ["epochs"] * scheduled:
+        if scheduled:
+            names.append("epochs")
+        for name in names:
             if before[name] != now[name]:
                 raise UserError(f"{self.last}: its run had {name} {before[name]}, not {now[name]}: {ADVICE}")
         if before["data_sha256"] != now["data_sha256"]:
@@ -166,12 +170,11 @@ class Run:
         done = len(state["history"])
         if done > now["epochs"]:
             raise UserError(f"{self.last}: its run has {done} epochs, more than {now['epochs']}: raise --epochs")
-        (code,), versions = self.metadata["code"], list(state["code"])
+        versions, code = provenance.versions(state["code"]), self.metadata["code"][0]
         change = provenance.code_change(versions[-1]["files"], code["files"])
-        if change:
-            versions.append(code | {"epoch": done + 1})
-        self.metadata["code"] = versions
-        return [f"{change} since epoch {done}: the run goes on with it"] if change else []
+        self.metadata["code"] = [*versions, code | {"epoch": done + 1}] if change else versions
+        state_is_kept = "but with the state of its optimizer, scheduler and criterion, such as learning rates"
+        return [f"{change} since epoch {done}: the run goes on with it, {state_is_kept}"] if change else []
 
     def record(self, row, parts):
         """Add an epoch's row to the history, and write its checkpoints and the CSV: last first, then best.

@@ -29,10 +29,9 @@ def check(metadata, train, val, *, model, criterion, optimizer, scheduler):
     if not train.training or val.training:
         raise UserError("engine.fit takes the loaders train, val and test in this order")
     warnings = _parameter_warnings(model, criterion, optimizer)
-    for part in (optimizer, scheduler):
-        if part is not None and not hasattr(part, "state_dict"):
-            warnings.append(f"{type(part).__name__} has no state_dict: after --resume, it starts anew")
-    with unchanged(model, criterion), torch.no_grad():
+    if scheduler is not None and not hasattr(scheduler, "state_dict"):
+        warnings.append(f"{type(scheduler).__name__} has no state_dict: after --resume, it starts anew")
+    with restored(model, criterion), torch.no_grad():
         with doing("trying the augmentation"):
             warnings += _border_warnings(train)
             images, masks = (part[:NUM_IMAGES] for part in next(train.batches())[:2])
@@ -62,7 +61,7 @@ def val_batch(val):
 
 
 @contextlib.contextmanager
-def unchanged(*modules):
+def restored(*modules):
     """Restore the modes of modules and the random state of Python, NumPy and PyTorch after the block."""
     parts = [part for module in modules if isinstance(module, torch.nn.Module) for part in module.modules()]
     modes = [(part, part.training) for part in parts]
@@ -110,7 +109,7 @@ def check_round_trip(state, model, images):
         raise UserError(f"{problem} ({reason(error)}): {advice}; it is {found}") from None
     rebuilt.to(images.device, memory_format=distributed.memory_format(images.device))
     logits = []
-    with unchanged(model), torch.no_grad():
+    with restored(model), torch.no_grad():
         for network in (model, rebuilt):
             torch.manual_seed(0)  # some networks draw random numbers in eval mode, too
             logits.append(forward(network.eval(), images, full_precision=True)["out"])
@@ -123,8 +122,8 @@ def check_round_trip(state, model, images):
         raise UserError(f"{problem}: rebuilt, it computes other logits. {advice}; self.arguments is {found}")
 
 
-def watched(training_step, model, optimizer):
-    """The training step, which looks at its first call: what it returns, and which parameters get a gradient.
+def check_first_step(training_step, model, optimizer):
+    """The training step, which checks at its first call what it returns, and which parameters get a gradient.
 
     A parameter without one is a warning; with several processes, which would wait for it, a UserError.
     """
@@ -170,7 +169,7 @@ def _parameter_warnings(model, criterion, optimizer):
         warnings.append(f"{len(left_out)} trainable parameters are not in the optimizer: {_some(left_out)}")
     averages = [module for module in model.modules() if isinstance(module, AveragedModel)]
     averaged = {layer for average in averages for layer in average.modules()}  # not what is trained
-    with unchanged(model):
+    with restored(model):
         layers = {name: layer for name, layer in model.train().named_modules() if isinstance(layer, _BatchNorm)}
         layers = {name: layer for name, layer in layers.items() if layer.training and layer.track_running_stats}
     drifting = [name for name, layer in layers.items() if layer.affine and not layer.weight.requires_grad]

@@ -1,8 +1,7 @@
 """Render the toy set: VOC's layout, classes, split sizes and imbalance, drawn from a seed, for machines without VOC.
 
-Each class has its own silhouette, texture and hue; position, scale, rotation, aspect, second colour, light and clutter
-are random. The masks are the same on every machine: geometry uses only ``random.random()``, whose sequence Python
-guarantees, and operations that IEEE 754 defines exactly (+, -, *, /, comparison). Photos may differ in the last bits.
+Each class has its own silhouette, texture and hue; the rest is random. Masks are the same on every machine: geometry
+uses only ``random.random()``, whose sequence Python guarantees, and operations that IEEE 754 defines exactly.
 """
 
 import colorsys
