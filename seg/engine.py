@@ -16,6 +16,8 @@ from seg.inference import check_loader, forward, predict_strips
 from seg.run import Run
 from util import VOID, Scores, UserError
 
+_calls = []  # of ``fit``: args and the run's name
+
 
 def batch_loss(criterion, logits, masks):
     """Compute the criterion on a batch in float32; return it with the weight of the batch in a mean over batches.
@@ -157,7 +159,7 @@ def _check_finite(losses, norms, batch_indices, ids, epoch):
     indices = batch_indices[batch].tolist()
     images = ", ".join(ids[index] for index in indices[:8]) + (", ..." if len(indices) > 8 else "")
     place = f"epoch {epoch}, batch {batch + 1} of {len(losses)} (images {images})"
-    advice = f"lower the learning rate if the loss grew from {losses[0]:.3g} before, else check these images"
+    advice = f"lower the learning rate and start again if the loss grew from {losses[0]:.3g}, else check these images"
     raise UserError(f"the {name} is {value} in {place}: {advice}")
 
 
@@ -194,7 +196,10 @@ def fit(
     if isinstance(criterion, torch.nn.Module):
         criterion.to(args.device)
     run = Run(args.out, name or args.experiment, args.seed)
-    with run.open(args, model, criterion, loaders) as resuming:
+    if any(args is other and run.name == name for other, name in _calls):
+        raise UserError(f"engine.fit is called twice for {run.name}: pass a name= of its own to each call")
+    _calls.append((args, run.name))
+    with run.open(args, parts, loaders) as resuming:
         scheduled = not (scheduler is None or isinstance(scheduler, ReduceLROnPlateau))
         warnings = run.restore(parts, scheduled) if resuming else []
         warnings += sanity.check(run.metadata, train, val, **parts)
@@ -241,7 +246,9 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
                 distributed.broadcast(module.buffers())  # each process has its own, such as statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
             if not math.isfinite(scores.loss):
-                raise UserError(f"the val loss is {scores.loss} in epoch {epoch}: lower the learning rate")
+                raise UserError(
+                    f"the val loss is {scores.loss} in epoch {epoch}: start again with a lower learning rate"
+                )
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(scores.miou if scheduler.mode == "max" else scores.loss)
             elif scheduler is not None and batch_scheduler is None:

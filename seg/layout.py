@@ -78,7 +78,7 @@ def _read_lines(path):
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}): save it as UTF-8") from None
+        raise UserError(f"{path}: cannot be read ({error}): correct the path, or save it as UTF-8 text") from None
     return [line.strip() for line in text.rstrip().split("\n")]
 
 
@@ -157,7 +157,8 @@ def check_labels(split, counts, training):
         raise UserError(f"{split.root}: no mask of the split {split.name} has a labelled pixel: all is void ({VOID})")
     if training and len(present) == 1 and (present[0] == 0 or background_label(split.classes) != 0):
         problem = f"the masks of {split.name} show only {split.classes[present[0]]} (value {present[0]}) and void"
-        advice = f"{VOID} is void, and an object needs the value of its class, such as 1: correct the masks"
+        advice = f"{VOID} is void, and an object needs the value of its class, such as 1"
+        advice += f": {command(split.root, '--from-colours colours.txt')} converts 0 and 255"
         raise UserError(f"{split.root}: {problem}: {advice}{', or raise --limit' if split.limit else ''}")
 
 

@@ -18,14 +18,15 @@ from seg.files import ROOT
 from util import UserError, criterion_weights
 
 
-def metadata(args, name, model, criterion, loaders):
+def metadata(args, name, parts, loaders):
     """The provenance of a run, and what ``checkpoint.load`` needs to rebuild its model: a dict of plain types."""
+    model, criterion = parts["model"], parts["criterion"]
     if hasattr(model, "_orig_mod"):
         raise UserError(f"{args.script.name}: the network is compiled already: leave out torch.compile, pass --compile")
     arguments = getattr(model, "arguments", None)
     if not isinstance(arguments, dict):
         problem = f"the network {type(model).__name__} cannot be rebuilt from a checkpoint"
-        advice = "keep the keyword arguments of its constructor in a dict, self.arguments"
+        advice = "keep the keyword arguments of its constructor in a dict, self.arguments (docs/EDITING.md, Network)"
         raise UserError(f"{args.script.name}: {problem}: {advice}")
     module, train = type(model).__module__, loaders[0]
     loss = getattr(criterion, "__name__", type(criterion).__name__)
@@ -38,6 +39,7 @@ def metadata(args, name, model, criterion, loaders):
         "loss": loss + (", weighted by class" if criterion_weights(criterion) is not None else ""),
         "network": f"{type(model).__name__}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})",
         "parameters": num_parameters(model),
+        **{f"{part}_class": type(parts[part]).__name__ for part in ("optimizer", "scheduler")},
         "flags": {flag: getattr(args, flag) for flag in ("epochs", "limit", "compile")}
         | {"batch_size": train.batch_size, "data": str(args.data), "out": str(args.out)},
         "defaults": args.defaults,

@@ -94,8 +94,8 @@ class Run:
         return max(self.history, key=lambda row: (row["val_miou"], -row["val_loss"]))
 
     @contextlib.contextmanager
-    def open(self, args, model, criterion, loaders):
-        """Lock the run during the block; yield whether it is to be resumed. ``loaders`` is a list without None.
+    def open(self, args, parts, loaders):
+        """Lock the run during the block; yield whether it is to be resumed. ``parts`` are as for ``record``.
 
         The main process alone looks at the folder and decides, before anything is read or written. Raises a UserError
         if the folder cannot be written, or if another run or its files are in the way.
@@ -116,7 +116,7 @@ class Run:
             resuming, problem = distributed.broadcast_object((resuming, problem), args.device)
             if problem:
                 raise UserError(problem) if distributed.is_main() else SystemExit(2)
-            self.metadata = provenance.metadata(args, self.name, model, criterion, loaders)
+            self.metadata = provenance.metadata(args, self.name, parts, loaders)
             yield resuming
 
     def restore(self, parts, scheduled):
@@ -131,8 +131,6 @@ class Run:
             messages = self._check_same_run(state, scheduled)
             for name, part in parts.items():
                 if hasattr(part, "load_state_dict"):
-                    if state[name] is None:
-                        raise UserError(f"{self.last}: its run had no {name} with a state: {ADVICE}")
                     part.load_state_dict(state[name])
             self.history = list(state["history"])
         except UserError:
@@ -160,10 +158,9 @@ class Run:
         """Raise a UserError that names the first thing in which ``state`` is of another run; return messages."""
         before, now = state | state["flags"], self.metadata | self.metadata["flags"]
         names = ["seed", "batch_size", "limit", "dataset", "classes", "size", "mean", "std"]
-        if scheduled:
-            names.append("epochs")
+        names += ["optimizer_class", "scheduler_class", *(["epochs"] if scheduled else [])]
         for name in names:
-            if before[name] != now[name]:
+            if name in before and before[name] != now[name]:  # an earlier version kept fewer
                 raise UserError(f"{self.last}: its run had {name} {before[name]}, not {now[name]}: {ADVICE}")
         if before["data_sha256"] != now["data_sha256"]:
             raise UserError(f"{self.last}: its run had other image ids or masks, on train, val or test: {ADVICE}")

@@ -118,7 +118,7 @@ def check_round_trip(state, model, images):
     variation = (first - first.mean((2, 3), keepdim=True)).abs().max().nan_to_num()
     if not torch.allclose(first, second, rtol=0, atol=TOLERANCE * variation.item(), equal_nan=True):
         advice = "What its constructor depends on has to be in self.arguments, and what changes in training or is "
-        advice += "drawn at random in a parameter or buffer"
+        advice += "drawn at random in a parameter or buffer (layers in an nn.ModuleList)"
         raise UserError(f"{problem}: rebuilt, it computes other logits. {advice}; self.arguments is {found}")
 
 
@@ -141,10 +141,8 @@ def check_first_step(training_step, model, optimizer):
             hook.remove()
         values = result if isinstance(result, tuple) else ()
         if len(values) != 4 or [value.ndim for value in values if isinstance(value, torch.Tensor)] != [0, 0, 0, 4]:
-            advice = "three scalars and a tensor [B, C, H, W]"
-            raise UserError(
-                f"training_step has to return loss, weight, norm and logits as engine.training_step: {advice}"
-            )
+            expected = "loss, weight and norm, three scalar tensors, and logits, a tensor [B, C, H, W]"
+            raise UserError(f"training_step has to return {expected}, as engine.training_step does")
         # a step may also set gradients itself
         unused = [name for name, parameter in trained.items() if parameter not in used and parameter.grad is None]
         if unused and distributed.world_size() > 1:
@@ -165,8 +163,10 @@ def _parameter_warnings(model, criterion, optimizer):
         if distributed.world_size() > 1 and any(parameter.requires_grad for parameter in criterion.parameters()):
             raise UserError("several processes train the parameters of the network only, not of the criterion: use one")
     warnings = []
-    if left_out := [name for name, each in named.items() if each.requires_grad and each not in optimized]:
-        warnings.append(f"{len(left_out)} trainable parameters are not in the optimizer: {_some(left_out)}")
+    trainable = [name for name, each in named.items() if each.requires_grad]
+    if left_out := [name for name in trainable if named[name] not in optimized]:
+        count = f"{len(left_out)} of {len(trainable)}"
+        warnings.append(f"{count} trainable parameters are not in the optimizer: {_some(left_out)}")
     averages = [module for module in model.modules() if isinstance(module, AveragedModel)]
     averaged = {layer for average in averages for layer in average.modules()}  # not what is trained
     with restored(model):
