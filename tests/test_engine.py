@@ -196,15 +196,12 @@ def test_bfloat16_is_used_where_it_is_fast_but_not_for_final_metrics_and_the_los
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="needs the settings of torch 2.9")
 def test_final_metrics_do_without_tf32(tiny):
-    """On GPUs since Ampere, it is PyTorch's default in convolutions; in matrix products, a script may ask for it."""
-    convolutions, products, seen = torch.backends.cudnn.conv, torch.backends.cuda.matmul, []
-    network, val, before = TinyNet(21), make_loaders(tiny, 4, size=SIZE)[1], products.fp32_precision
-    network.register_forward_hook(lambda *_: seen.append((convolutions.fp32_precision, products.fp32_precision)))
-    products.fp32_precision = "tf32"
+    """On GPUs since Ampere, it is PyTorch's default in convolutions."""
+    network, val, seen = TinyNet(21), make_loaders(tiny, 4, size=SIZE)[1], []
+    network.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
     for full_resolution in (True, False):
         engine.evaluate(network, val, CRITERION, full_resolution)
-    products.fp32_precision = before
-    assert seen == [("ieee", "ieee"), ("tf32", "tf32")]
+    assert seen == ["ieee", "tf32"]
 
 
 @pytest.mark.parametrize("class_weights", [None, torch.linspace(1, 2, 21), torch.arange(21.0)])
@@ -370,18 +367,16 @@ def test_the_log_warns_of_results_below_the_baseline_and_of_a_missing_test_split
 
 
 @pytest.mark.parametrize(
-    ("loss_factor", "norm_factor", "message"),
-    [(math.nan, 1, "the loss is nan"), (math.inf, 1, "the loss is inf"), (1, math.inf, "the gradient is inf")],
+    ("factors", "message"),
+    [((math.nan, 1), "the loss is nan"), ((math.inf, 1), "the loss is inf"), ((1, math.inf), "the gradient is inf")],
 )
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(
-    tiny, tmp_path, loss_factor, norm_factor, message
-):
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(tiny, tmp_path, factors, message):
     steps = iter(range(1, 11))
 
     def step(*args, **options):
         loss, weight, norm, logits = engine.training_step(*args, **options)
-        is_eighth = next(steps) == 8
-        return loss * (loss_factor if is_eighth else 1), weight, norm * (norm_factor if is_eighth else 1), logits
+        loss_factor, norm_factor = factors if next(steps) == 8 else (1, 1)
+        return loss * loss_factor, weight, norm * norm_factor, logits
 
     with pytest.raises(UserError) as error:
         fit(tiny, tmp_path, "--epochs 3 --batch-size 1", training_step=step)
