@@ -234,8 +234,9 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
         start = time.perf_counter()
         util.seed_epoch(args.seed, epoch, distributed.rank())
         with sanity.doing(f"training epoch {epoch}"):
-            options = {"training_step": training_step, "scheduler": batch_scheduler}
-            train_scores, learning_rates = train_epoch(parallel, train, epoch, criterion, optimizer, **options)
+            train_scores, rates = train_epoch(
+                parallel, train, epoch, criterion, optimizer, training_step, batch_scheduler
+            )
             for module in modules:
                 distributed.broadcast(module.buffers())  # each process has its own, such as statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
@@ -245,7 +246,7 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
                 scheduler.step(scores.miou if scheduler.mode == "max" else scores.loss)
             elif scheduler is not None and batch_scheduler is None:
                 scheduler.step()
-        row = report.history_row(epoch, learning_rates, train_scores, scores)
+        row = report.history_row(epoch, rates, train_scores, scores)
         row["seconds"] = round(time.perf_counter() - start, 3)
         run.record(row, parts)
         if run.best_row is row and not is_rebuilt and distributed.is_main():  # again, now that the weights have moved

@@ -20,35 +20,17 @@ def forward(network, images, full_precision=False):
     Returns a dict whose ``out`` are the logits, float32 [B, C, H, W]. A network may return smaller ones, which are
     upsampled bilinearly, or itself a dict with ``out`` and others, as those of torchvision do.
     """
-    if full_precision:
-        with _without_tf32():
-            outputs = network(images)
-    else:
-        bfloat16 = distributed.has_bfloat16(images.device)
-        with torch.autocast(images.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
-            outputs = network(images)
+    if full_precision:  # on GPUs since Ampere, cuDNN would round to the digits of TF32; in bfloat16, it never does
+        torch.backends.cudnn.allow_tf32 = False
+        if hasattr(torch.backends.cudnn, "fp32_precision"):  # since torch 2.9
+            torch.backends.cudnn.fp32_precision = "ieee"
+    bfloat16 = distributed.has_bfloat16(images.device) and not full_precision
+    with torch.autocast(images.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+        outputs = network(images)
     outputs = dict(outputs) if isinstance(outputs, Mapping) else {"out": outputs}
     if not isinstance(outputs.get("out"), torch.Tensor):
         raise UserError("the network has to return logits, or a dict with logits as out")
     return {name: _at_size(value, images.shape[2:]) for name, value in outputs.items()}
-
-
-@contextlib.contextmanager
-def _without_tf32():
-    """Let cuDNN compute in float32 during the block: on GPUs since Ampere, it rounds to TF32 by default."""
-    cudnn = torch.backends.cudnn
-    if hasattr(cudnn, "conv"):  # since torch 2.9, whose settings cannot be mixed with the older one
-        parts, name, float32 = (cudnn.conv, cudnn.rnn), "fp32_precision", "ieee"
-    else:
-        parts, name, float32 = (cudnn,), "allow_tf32", False
-    before = [getattr(part, name) for part in parts]
-    try:
-        for part in parts:
-            setattr(part, name, float32)
-        yield
-    finally:
-        for part, value in zip(parts, before):
-            setattr(part, name, value)
 
 
 def _at_size(value, shape):

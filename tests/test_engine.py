@@ -197,12 +197,14 @@ def test_bfloat16_is_used_where_it_is_fast_but_not_for_final_metrics_and_the_los
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="needs the settings of torch 2.9")
 def test_final_metrics_do_without_tf32(tiny):
-    """On GPUs since Ampere, it is PyTorch's default in convolutions."""
-    network, val, seen = TinyNet(21), make_loaders(tiny, 4, size=SIZE)[1], []
-    network.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
-    for full_resolution in (True, False):
-        engine.evaluate(network, val, CRITERION, full_resolution)
-    assert seen == ["ieee", "tf32"]
+    """On GPUs since Ampere, it is cuDNN's default. Settings can still be read, as torch.compile does."""
+    network, val, cudnn, seen = TinyNet(21), make_loaders(tiny, 4, size=SIZE)[1], torch.backends.cudnn, []
+    network.register_forward_hook(lambda *_: seen.append((cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)))
+    torch.set_float32_matmul_precision("high")  # as scripts do
+    cudnn.allow_tf32 = True
+    engine.evaluate(network, val, CRITERION)
+    torch.set_float32_matmul_precision("highest")
+    assert seen == [(False, True)]
 
 
 @pytest.mark.parametrize("class_weights", [None, torch.linspace(1, 2, 21), torch.arange(21.0)])
