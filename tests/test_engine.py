@@ -89,6 +89,7 @@ def test_a_run_writes_the_documented_files_metrics_and_provenance(finished):
         assert tuple(metrics[split]["iou"]) == tuple(state["classes"]) == CLASSES
     ((epoch, code),) = [version.values() for version in state["code"]]
     assert epoch == 1 and next(iter(code)) == "train.py" and {"basic_fcn.py", "util.py", "voc.py"} < code.keys()
+    assert not [name for name in code if name.startswith(("seg/", "tests/", ".venv"))]
     assert all((ROOT / name).read_text() == text for name, text in code.items()) and code == metrics["code"][0]["files"]
     assert (state["module"], state["class"], state["arguments"]["num_classes"]) == ("tiny_net", "TinyNet", 21)
     assert (state["size"], state["mean"], state["std"]) == ([SIZE, SIZE], list(imaging.MEAN), list(imaging.STD))
@@ -369,18 +370,16 @@ def test_the_log_warns_of_results_below_the_baseline_and_of_a_missing_test_split
 
 
 @pytest.mark.parametrize(
-    ("loss_factor", "norm_factor", "message"),
-    [(math.nan, 1, "the loss is nan"), (math.inf, 1, "the loss is inf"), (1, math.inf, "the gradient is inf")],
+    ("factors", "message"),
+    [((math.nan, 1), "the loss is nan"), ((math.inf, 1), "the loss is inf"), ((1, math.inf), "the gradient is inf")],
 )
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(
-    tiny, tmp_path, loss_factor, norm_factor, message
-):
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(tiny, tmp_path, factors, message):
     steps = iter(range(1, 11))
 
     def step(*args, **options):
         loss, weight, norm, logits = engine.training_step(*args, **options)
-        is_eighth = next(steps) == 8
-        return loss * (loss_factor if is_eighth else 1), weight, norm * (norm_factor if is_eighth else 1), logits
+        loss_factor, norm_factor = factors if next(steps) == 8 else (1, 1)
+        return loss * loss_factor, weight, norm * norm_factor, logits
 
     with pytest.raises(UserError) as error:
         fit(tiny, tmp_path, "--epochs 3 --batch-size 1", training_step=step)
@@ -451,7 +450,7 @@ def test_a_plot_that_fails_during_the_run_does_not_end_it(tiny, tmp_path, monkey
 @pytest.mark.parametrize(("is_terminal", "counts"), [(True, "12345"), (False, "3")])
 def test_a_bar_shows_count_and_loss_and_without_a_terminal_only_every_30_s(tiny, monkeypatch, is_terminal, counts):
     """A clock of our own: a batch takes 12 s."""
-    now, losses, stderr = [0.0], [], io.StringIO()
+    model, train, now, losses, stderr = TinyNet(21), make_loaders(tiny, 1, size=SIZE)[0], [0.0], [], io.StringIO()
     stderr.isatty = lambda: is_terminal
     monkeypatch.setattr("sys.stderr", stderr)
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
@@ -462,8 +461,7 @@ def test_a_bar_shows_count_and_loss_and_without_a_terminal_only_every_30_s(tiny,
         losses.append(f"loss {result[0].item():.4f}")
         return result
 
-    model = TinyNet(21)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    engine.train_epoch(model, make_loaders(tiny, 1, size=SIZE)[0], 7, CRITERION, optimizer, step)
-    shown = re.findall(r"epoch 7: .* (\d)/5 .*, (loss .*)\]", stderr.getvalue().replace("\r", "\n"))
+    engine.train_epoch(model, train, 7, CRITERION, torch.optim.SGD(model.parameters(), lr=0.1), step)
+    lines = [line for line in stderr.getvalue().split("\r") if line.strip()]
+    shown = [re.fullmatch(r"epoch 7: .* (\d)/5 .*, (loss .*)\]", line).groups() for line in lines]
     assert shown == [(count, losses[0]) for count in counts]  # the loss is brought up to date every ten batches

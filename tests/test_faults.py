@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, TESTS, contents, make_tiny, results, run_main
 
 import train
+import util
 from seg import engine, files
 
 pytest.importorskip("fcntl", reason="needs signals and forks")
@@ -82,9 +83,8 @@ def test_a_read_only_folder_is_reported_before_the_training(folder, capsys):
 
 
 def test_a_folder_that_vanishes_during_the_run_is_reported(folder, monkeypatch, capsys):
-    train_epoch = engine.train_epoch
     shutil.copytree(folder, folder / "out")
-    monkeypatch.setattr(engine, "train_epoch", lambda *args: shutil.rmtree(folder / "out") or train_epoch(*args))
+    monkeypatch.setattr(util, "seed_epoch", lambda *args: shutil.rmtree(folder / "out"))  # at the begin of an epoch
     assert run_train(folder, "--epochs 3 --resume --out out") == 2
     output, errors = capsys.readouterr()
     assert errors.startswith("error: out/last_train.pt: cannot be written (No such file") and errors.count("\n") == 1
@@ -105,7 +105,7 @@ import pytest
 import conftest, train
 from seg import cli, engine, plotting
 conftest.use_tiny_net(pytest.MonkeyPatch())
-engine.train_epoch = plotting.curves = lambda *args: print("slow", flush=True) or time.sleep(60)
+engine.train_epoch = plotting.curves = lambda *args, **options: print("slow", flush=True) or time.sleep(60)
 cli.run(train.main)
 """
 

@@ -48,12 +48,8 @@ def test_metrics_counted_by_hand():
     # Class 2 is never predicted, 3 never right, and 4 predicted on void only, so that its IoU is undefined.
     assert util.iou(matrix)[:4].tolist() == [2 / 5, 2 / 3, 0, 0] and util.iou(matrix)[4].isnan()
     assert util.mean_iou(matrix) == pytest.approx((2 / 5 + 2 / 3) / 4, rel=1e-15)
-
-
-def test_metrics_without_labelled_pixels_are_nan():
-    matrix = util.confusion_matrix(torch.full((2, 3), VOID), torch.zeros(2, 3, dtype=torch.int64), 3)
-    assert matrix.tolist() == [[0] * 3] * 3 and util.iou(matrix).isnan().all()
-    assert math.isnan(util.pixel_accuracy(matrix)) and math.isnan(util.mean_iou(matrix))
+    empty = util.confusion_matrix(torch.full((2, 3), VOID), torch.zeros(2, 3, dtype=torch.int64), 3)
+    assert not empty.any() and math.isnan(util.pixel_accuracy(empty)) and math.isnan(util.mean_iou(empty))
 
 
 @pytest.mark.parametrize(
