@@ -349,7 +349,7 @@ def test_a_mistake_is_refused_before_the_first_epoch_in_one_line(project, monkey
 
 def test_what_a_training_step_returns_is_checked_after_the_first_one(project, capsys):
     assert run(project, COUNTING.replace("index, count)\n\n", "index, count)[0]\n\n")) == 2
-    assert_one_line(capsys.readouterr().err, "training_step has to return loss, weight, norm and logits")
+    assert_one_line(capsys.readouterr().err, "training_step has to return loss, weight and norm")
 
 
 @pytest.mark.parametrize(
@@ -401,9 +401,9 @@ AS_CLASS = "masks[masks == util.VOID] = 0; return super().forward(logits, masks)
 WARNINGS = {
     "left out": (
         "optimizer = torch.optim.Adam(model.classifier.parameters())",
-        "4 trainable parameters are not in the optimizer: layers.0.weight, layers.0.bias, layers.2.weight, ...",
+        "4 of 6 trainable parameters are not in the optimizer: layers.0.weight, layers.0.bias, layers.2.weight, ...",
     ),
-    "loss": (LEARNED.partition("optimizer = ")[0], "1 trainable parameters are not in the optimizer: criterion.scale"),
+    "loss": (LEARNED.partition("optimizer = ")[0], "1 of 7 trainable parameters are not in the optimizer: criterion.scale"),
     "no gradient": (
         net(extra="self.unused = torch.nn.Linear(2, 2)"),
         "the first step gave no gradient to unused.weight, unused.bias, which the optimizer holds",
@@ -448,7 +448,9 @@ def test_a_run_goes_on_after_an_edit_of_what_its_script_imports(project, capsys)
         assert (message in capsys.readouterr().out) == (text == after)
     constant = "torch.optim.lr_scheduler.ConstantLR(optimizer)"
     assert run(project, changes.replace("None", constant), "--epochs 3 --resume") == 2
-    assert_one_line(capsys.readouterr().err, ".*last_train-mine.pt: its run had no scheduler with a state: .*--over")
+    assert_one_line(capsys.readouterr().err, ".*last_train-mine.pt: its run had scheduler_class NoneType, not ConstantLR: .*--over")
+    assert run(project, changes, "--epochs 2 --resume") == 2
+    assert_one_line(capsys.readouterr().err, ".*last_train-mine.pt: its run has 3 epochs, more than 2: raise --ep")
     (first, old), (third, new) = (version.values() for version in last(project)["code"])
     assert (first, old["my_parts/blocks.py"], third, new["my_parts/blocks.py"]) == (1, before, 3, after)
     assert list(new)[0] == "train-mine.py" and "unused.py" not in new
@@ -463,20 +465,23 @@ def test_a_run_is_not_continued_with_other_data_or_settings(project, capsys):
         ("--batch-size 3", "", "had batch_size 2, not 3"),
         ("--limit 2", "", "had limit None, not 2"),
         ("--epochs 3", "", "had epochs 2, not 3"),
-        ("--epochs 1", "scheduler = None", "has 2 epochs, more than 1"),
+        ("", "scheduler = None", "had scheduler_class CosineAnnealingLR, not NoneType"),
+        ("", "optimizer = torch.optim.SGD(model.parameters())", "had optimizer_class Adam, not SGD"),
         ("", f"{loaders}40)", r"had size \[32, 32\], not \[40, 40\]"),
         ("", f"{loaders}32, mean=[0.5, 0.5, 0.5])", r"had mean \[0.485, .*\], not \[0.5, 0.5, 0.5\]"),
         ("", "train.classes = val.classes = test.classes = train.classes[::-1]", r"had classes \['background', "),
         ("", "val.masks[:, 0] = 5", "had other image ids or masks"),
     ):
         assert run(project, cosine + changes, f"{flags} --resume") == 2
-        assert_one_line(capsys.readouterr().err, f".*last_train-mine.pt: its run {message}.*: (resume with|raise --ep)")
+        assert_one_line(capsys.readouterr().err, f".*last_train-mine.pt: its run {message}.*: resume with")
 
 
-def test_phases_are_runs_of_their_own(project, monkeypatch):
+def test_phases_are_runs_of_their_own(project, monkeypatch, capsys):
     script = (ROOT / "train.py").read_text(encoding="utf-8")
     fit = script[script.index(FIT) : script.index("\n\nif __name__")].rstrip()
     second = fit.replace("scheduler=scheduler", 'scheduler=scheduler, name="second"')
+    assert run(project, "", "--epochs 1 --out twice --overwrite", old=fit, new=f"{fit}\n{fit}") == 2
+    assert_one_line(capsys.readouterr().err, "engine.fit is called twice for train-mine: pass a name= of its own")
     phases = {"old": fit, "new": f"{fit}\n    model.layers.requires_grad_(False)\n{second}"}
     assert run(project, "", "--out complete", **phases) == 0
     with monkeypatch.context() as patch, pytest.raises(Stop):
@@ -517,7 +522,7 @@ def test_a_run_whose_val_loss_is_not_finite_stops_and_keeps_the_epochs_before(pr
     evaluate, losses = engine.evaluate, iter((1.0, float("nan")))
     monkeypatch.setattr(engine, "evaluate", lambda *args, **kw: replace(evaluate(*args, **kw), loss=next(losses)))
     assert run(project, "") == 2
-    assert_one_line(capsys.readouterr().err, "the val loss is nan in epoch 2: lower the learning rate")
+    assert_one_line(capsys.readouterr().err, "the val loss is nan in epoch 2: start again with a lower learning rate")
     assert last(project)["epoch"] == 1
 
 

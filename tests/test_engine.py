@@ -78,7 +78,7 @@ def test_a_run_writes_the_documented_files_metrics_and_provenance(finished):
     assert written == {"best_train.pt", "last_train.pt"} | others | plots
     metrics, state = run.metrics, torch.load(run.best, weights_only=True)
     keys = "experiment title dataset seed device loss network parameters flags defaults classes size data_sha256 code"
-    keys += " commit versions epochs best_epoch seconds epoch_seconds val test"
+    keys += " optimizer_class scheduler_class commit versions epochs best_epoch seconds epoch_seconds val test"
     assert metrics.keys() == set(keys.split())
     assert [metrics[key] for key in ("experiment", "title", "dataset", "seed")] == ["train", "A title", "Tiny", 0]
     assert metrics["flags"] == {"epochs": 9, "batch_size": 3, "limit": None}
@@ -385,7 +385,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(
         fit(tiny, tmp_path, "--epochs 3 --batch-size 1", training_step=step)
     train = make_loaders(tiny, 1, size=SIZE)[0]
     _, _, (index,) = list(train.batches(2))[2]
-    expected = f"{message} in epoch 2, batch 3 of 5 (images {train.split.ids[index]}): lower the learning rate if"
+    expected = f"{message} in epoch 2, batch 3 of 5 (images {train.split.ids[index]}): lower the learning rate and start again if"
     assert str(error.value).startswith(expected)
     states = [torch.load(tmp_path / f"{name}_train.pt", weights_only=True) for name in ("best", "last")]
     assert [state["epoch"] for state in states] == [1, 1]

@@ -213,6 +213,8 @@ def test_a_normalisation_of_ones_own_reaches_batches_and_borders(tiny):
     mean, std = np.array([0.2, 0.4, 0.6]), np.array([0.1, 0.2, 0.5])  # the means times 255 are integers
     augment = transforms.Augmentation(scale=(2, 2))
     train, val, _ = make_loaders(tiny, batch_size=5, size=32, augment=augment, mean=mean, std=std)
+    with pytest.raises(UserError, match="pass three numbers each, of values in 0 .. 1"):
+        make_loaders(tiny, batch_size=5, size=32, mean=(127.5, 127.5, 127.5))
     for images, _, indices in val.batches():
         expected = (val.images[indices].permute(0, 2, 3, 1).numpy() / 255 - mean) / std
         np.testing.assert_allclose(images.permute(0, 2, 3, 1), expected, atol=1e-5)
