@@ -13,9 +13,9 @@ import functools
 import numpy as np
 import torch
 
-from seg import cli, distributed, imaging, layout
+from seg import cli, distributed, imaging, voc_layout
 from seg.data import Loader, Split
-from seg.layout import CLASSES
+from seg.voc_layout import CLASSES
 from util import VOID
 
 __all__ = ["CLASSES", "Loader", "Split", "check", "class_counts", "class_weights", "loaders"]
@@ -27,7 +27,7 @@ def class_counts(split):
     def count(index):
         return np.bincount(split.mask(index).ravel(), minlength=VOID + 1)[: len(split.classes)]
 
-    counts = np.stack(layout.map_images(count, range(len(split)), f"counting {split.name}"))
+    counts = np.stack(voc_layout.map_images(count, range(len(split)), f"counting {split.name}"))
     return counts.sum(0), (counts > 0).sum(0)
 
 
@@ -46,35 +46,35 @@ def loaders(args, size, augment=None, mean=imaging.MEAN, std=imaging.STD):
 
     ``args`` is from ``cli.arguments``; the others are as for Loader. Warns of suspicious data in one line each.
     """
-    root = layout.find_root(args.data)
-    splits = [Split(root, name, args.limit) for name in layout.split_names(root)]
+    root = voc_layout.find_root(args.data)
+    splits = [Split(root, name, args.limit) for name in voc_layout.split_names(root)]
     options = {"batch_size": args.batch_size, "seed": args.seed, "device": args.device, "mean": mean, "std": std}
     loader = functools.partial(Loader, size=size, **options)
     train = loader(splits[0], training=True, augment=augment)
     val, *test = map(loader, splits[1:])
     if distributed.is_main():
-        for text in layout.warnings(splits, [one.counts.tolist() for one in (train, val, *test)]):
+        for text in voc_layout.warnings(splits, [one.counts.tolist() for one in (train, val, *test)]):
             print(f"warning: {text}", flush=True)
     return train, val, test[0] if test else None
 
 
 def check(root):
     """Open all photos and masks of the splits; print warnings or, with a UserError, the first fault of each image."""
-    root = layout.find_root(root)
+    root = voc_layout.find_root(root)
     faults, splits = [], []
-    for name in layout.split_names(root):
-        if split := layout.attempt(faults, Split, root, name):
+    for name in voc_layout.split_names(root):
+        if split := voc_layout.attempt(faults, Split, root, name):
             splits.append(split)
-            layout.map_images(
-                lambda index: layout.attempt(faults, split.resized, index, (1, 1)), range(len(split)), name
+            voc_layout.map_images(
+                lambda index: voc_layout.attempt(faults, split.resized, index, (1, 1)), range(len(split)), name
             )
     if not faults:
         counts = [class_counts(split)[0] for split in splits]
         for split, pixels in zip(splits, counts):
-            layout.attempt(faults, layout.check_labels, split, pixels, split.name == "train")
-        for text in layout.warnings(splits, counts):
+            voc_layout.attempt(faults, voc_layout.check_labels, split, pixels, split.name == "train")
+        for text in voc_layout.warnings(splits, counts):
             print(f"warning: {text}")
-    layout.report_faults(root, faults)
+    voc_layout.report_faults(root, faults)
     print(f"{root}: no faults in {', '.join(f'{len(split)} {split.name} images' for split in splits)}")
 
 
@@ -98,7 +98,7 @@ def main():
     if args.check:
         check(args.data)
     elif args.from_colours:
-        layout.from_colours(args.data, args.from_colours)
+        voc_layout.from_colours(args.data, args.from_colours)
     else:
         print_class_counts(Split(args.data, args.split))
 

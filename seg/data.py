@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import util
-from seg import distributed, files, imaging, layout
+from seg import distributed, files, imaging, voc_layout
 from seg.imaging import MEAN, STD
 from util import VOID, UserError
 
@@ -28,13 +28,13 @@ class Split:
     """
 
     def __init__(self, root, name, limit=None):
-        self.root, self.name, self.limit = layout.find_root(root), name, limit
+        self.root, self.name, self.limit = voc_layout.find_root(root), name, limit
         self.dataset = self.root.resolve().name
-        self.ids = layout.read_ids(self.root / layout.LISTS / f"{name}.txt")[:limit]
-        self.classes = layout.read_classes(self.root)
+        self.ids = voc_layout.read_ids(self.root / voc_layout.LISTS / f"{name}.txt")[:limit]
+        self.classes = voc_layout.read_classes(self.root)
         self._num_values = len(self.classes)  # in the files of masks
-        self._photos = layout.list_images(self.root / "JPEGImages")
-        self._masks = layout.list_images(self.root / "SegmentationClass", (".png",))
+        self._photos = voc_layout.list_images(self.root / "JPEGImages")
+        self._masks = voc_layout.list_images(self.root / "SegmentationClass", (".png",))
 
     def __len__(self):
         return len(self.ids)
@@ -50,8 +50,8 @@ class Split:
         return imaging.open_photo(self.photo_path(index))
 
     def mask(self, index):
-        """The mask as a uint8 array [H, W] of class indices and VOID; errors as in ``layout.read_mask``."""
-        return layout.read_mask(self.mask_path(index), self._num_values, self.root)
+        """The mask as a uint8 array [H, W] of class indices and VOID; errors as in ``voc_layout.read_mask``."""
+        return voc_layout.read_mask(self.mask_path(index), self._num_values, self.root)
 
     def resized(self, index, size):
         """Photo and mask at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
@@ -59,7 +59,7 @@ class Split:
         The mask is resized to the nearest pixel. Raises a UserError if one is invalid, or if they differ in size.
         """
         photo, mask = self.photo(index), Image.fromarray(self.mask(index))
-        layout.check_sizes(self.photo_path(index), self.mask_path(index), photo.size, mask.size)
+        voc_layout.check_sizes(self.photo_path(index), self.mask_path(index), photo.size, mask.size)
         return np.dstack((imaging.resize(photo, size), imaging.resize(mask, size, Image.Resampling.NEAREST)))
 
 
@@ -92,9 +92,9 @@ def load_resized(split, size):
         pixels[index] = split.resized(index, size)
 
     try:
-        layout.map_images(read, range(len(split)), f"decoding {split.name}")
+        voc_layout.map_images(read, range(len(split)), f"decoding {split.name}")
     except UserError as error:
-        raise UserError(f"{error} ({layout.command(split.root, '--check')} lists all faults)") from None
+        raise UserError(f"{error} ({voc_layout.command(split.root, '--check')} lists all faults)") from None
     if is_cached:
         with contextlib.suppress(OSError, UserError):
             path.parent.mkdir(exist_ok=True)
@@ -168,7 +168,7 @@ class Loader:
         if counts[len(self.classes) : VOID].any():
             raise ValueError(f"{type(split).__name__}.mask returns values without a class in split.classes")
         self.counts = counts[: len(self.classes)]
-        layout.check_labels(split, self.counts.numpy(), training)
+        voc_layout.check_labels(split, self.counts.numpy(), training)
         smallest, world_size = len(split) * self.repeats // len(self), distributed.world_size()
         if training and smallest < world_size:
             raise UserError(f"{smallest} images are too few for {world_size} processes: raise --batch-size")

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 
 from seg.files import atomic_folder, writing
 from seg.imaging import palette_image
-from seg.layout import CLASSES, map_images
+from seg.voc_layout import CLASSES, map_images
 from util import VOID
 
 SPLITS = {"train": 209, "val": 213, "test": 210}

@@ -403,7 +403,10 @@ WARNINGS = {
         "optimizer = torch.optim.Adam(model.classifier.parameters())",
         "4 of 6 trainable parameters are not in the optimizer: layers.0.weight, layers.0.bias, layers.2.weight, ...",
     ),
-    "loss": (LEARNED.partition("optimizer = ")[0], "1 of 7 trainable parameters are not in the optimizer: criterion.scale"),
+    "loss": (
+        LEARNED.partition("optimizer = ")[0],
+        "1 of 7 trainable parameters are not in the optimizer: criterion.scale",
+    ),
     "no gradient": (
         net(extra="self.unused = torch.nn.Linear(2, 2)"),
         "the first step gave no gradient to unused.weight, unused.bias, which the optimizer holds",
@@ -448,7 +451,9 @@ def test_a_run_goes_on_after_an_edit_of_what_its_script_imports(project, capsys)
         assert (message in capsys.readouterr().out) == (text == after)
     constant = "torch.optim.lr_scheduler.ConstantLR(optimizer)"
     assert run(project, changes.replace("None", constant), "--epochs 3 --resume") == 2
-    assert_one_line(capsys.readouterr().err, ".*last_train-mine.pt: its run had scheduler_class NoneType, not ConstantLR: .*--over")
+    assert_one_line(
+        capsys.readouterr().err, ".*last_train-mine.pt: its run had scheduler_class NoneType, not ConstantLR: .*--over"
+    )
     assert run(project, changes, "--epochs 2 --resume") == 2
     assert_one_line(capsys.readouterr().err, ".*last_train-mine.pt: its run has 3 epochs, more than 2: raise --ep")
     (first, old), (third, new) = (version.values() for version in last(project)["code"])

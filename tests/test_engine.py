@@ -24,8 +24,8 @@ from torch.optim import lr_scheduler
 import util
 import voc
 from seg import checkpoint, cli, distributed, engine, imaging, inference, plotting, report
-from seg.layout import CLASSES
 from seg.run import Run
+from seg.voc_layout import CLASSES
 from util import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny_net")
@@ -385,7 +385,8 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(
         fit(tiny, tmp_path, "--epochs 3 --batch-size 1", training_step=step)
     train = make_loaders(tiny, 1, size=SIZE)[0]
     _, _, (index,) = list(train.batches(2))[2]
-    expected = f"{message} in epoch 2, batch 3 of 5 (images {train.split.ids[index]}): lower the learning rate and start again if"
+    expected = f"{message} in epoch 2, batch 3 of 5 (images {train.split.ids[index]})"
+    expected += ": lower the learning rate and start again if"
     assert str(error.value).startswith(expected)
     states = [torch.load(tmp_path / f"{name}_train.pt", weights_only=True) for name in ("best", "last")]
     assert [state["epoch"] for state in states] == [1, 1]

@@ -17,7 +17,7 @@ import util
 from basic_fcn import FCN
 from custom_fcn import CustomFCN
 from seg import checkpoint, engine
-from seg.layout import CLASSES
+from seg.voc_layout import CLASSES
 
 NOTEBOOK = ROOT / "SegmentationVisualization.ipynb"
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from seg import imaging, layout, plotting
+from seg import imaging, plotting, voc_layout
 from util import VOID, Scores
 
 CLASSES = ("a", "b", "c")
@@ -117,7 +117,7 @@ def test_predictions_have_voc_colours_a_column_per_model_and_a_legend_of_the_cla
     truth, first, second = np.zeros((3, 30, 40), np.uint8)
     truth[:, 20:], truth[:, :4], first[:15], second[15:] = 15, VOID, 3, 12
     samples = [("000007", photo, truth, first, second), ("000009", photo, truth, second, first)]
-    plotting.predictions(tmp_path / "a.png", "title", layout.CLASSES, samples, ["first", "second"])
+    plotting.predictions(tmp_path / "a.png", "title", voc_layout.CLASSES, samples, ["first", "second"])
     assert labels(figures[0]) == ["background", "bird", "dog", "person", "void"]
     axes = figures[0].axes
     assert [axis.get_title() for axis in axes[:5]] == ["000007", "ground truth", "first", "second", "000009"]
@@ -134,7 +134,7 @@ def test_predictions_of_one_model_show_its_wrong_pixels_and_leave_out_void(tmp_p
     truth, prediction = np.zeros((2, 30, 40), np.uint8)
     truth[:, :10], prediction[5:25, 5:20] = VOID, 7
     name = "000007\nworst, IoU 0.31"
-    plotting.predictions(tmp_path / "a.png", "title", layout.CLASSES, [(name, photo, truth, prediction)])
+    plotting.predictions(tmp_path / "a.png", "title", voc_layout.CLASSES, [(name, photo, truth, prediction)])
     axes = figures[0].axes
     assert [axis.get_title() for axis in axes] == [name, "ground truth", "prediction", "wrong pixels"]
     assert labels(figures[0]) == ["background", "car", "void", "wrong pixels"]
@@ -151,7 +151,7 @@ def test_pictures_of_any_shape_have_one_width_and_do_not_overlap(tmp_path, figur
     masks = [np.zeros(shape, np.uint8) for shape in shapes]
     samples = [(name, mask[..., None].repeat(3, 2), *[mask] * (1 + num_models)) for mask in masks]
     models = [f"model {index}" for index in range(num_models)]
-    plotting.predictions(tmp_path / "a.png", "title", layout.CLASSES, samples, models)
+    plotting.predictions(tmp_path / "a.png", "title", voc_layout.CLASSES, samples, models)
     count = 2 + num_models + (num_models == 1)
     boxes = [axis.get_window_extent() for axis in figures[0].axes]
     assert len(boxes) == len(shapes) * count
@@ -167,7 +167,7 @@ def test_samples_are_next_to_their_masks(tmp_path, figures):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (16, 8, 8, 3)).astype(np.uint8)
     masks = rng.choice([0, 15, VOID], (16, 8, 8))
-    plotting.samples(tmp_path / "a.png", "title", layout.CLASSES, images, masks)
+    plotting.samples(tmp_path / "a.png", "title", voc_layout.CLASSES, images, masks)
     shown = [axis.images[0].get_array() for axis in figures[0].axes]
     assert np.array_equal(shown[::2], images) and np.array_equal(shown[1::2], imaging.PALETTE[masks])
     assert labels(figures[0]) == ["background", "person", "void"]

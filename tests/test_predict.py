@@ -12,8 +12,8 @@ from torch.nn import functional
 
 import predict
 from basic_fcn import FCN
-from seg import checkpoint, imaging, layout
-from seg.layout import CLASSES
+from seg import checkpoint, imaging, voc_layout
+from seg.voc_layout import CLASSES
 from util import UserError
 
 
@@ -64,7 +64,7 @@ def test_mask_is_the_upsampled_prediction_at_the_size_of_the_photo(tiny, best, t
         with torch.inference_mode():
             expected = functional.interpolate(model(images), shape, mode="bilinear").argmax(1)[0]
         path = tmp_path / "predictions" / f"{name}_mask.png"
-        mask = layout.read_mask(path, 21, tiny)  # it can be used as a mask of a data set
+        mask = voc_layout.read_mask(path, 21, tiny)  # it can be used as a mask of a data set
         assert np.array_equal(mask, expected)
         with Image.open(path) as image:
             assert image.getpalette() == imaging.PALETTE.ravel().tolist()

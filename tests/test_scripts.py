@@ -16,7 +16,7 @@ from PIL import Image
 import train
 import train_4_a
 import train_5_b
-from seg import checkpoint, layout
+from seg import checkpoint, voc_layout
 
 FLAGS = "--device cpu --limit 2 --batch-size 2"
 EXPERIMENTS = ("train", "train_4_a", "train_4_b", "train_4_c", "train_5_a", "train_5_b", "train_5_c", "train_6")
@@ -58,7 +58,7 @@ def test_experiment_writes_its_files_to_the_current_folder(tiny, tmp_path, monke
     assert {path.name for path in tmp_path.glob("*.pt")} == {f"best_{name}.pt", f"last_{name}.pt"}
     model = checkpoint.load(tmp_path / f"best_{name}.pt")
     sizes = {"train_5_b": (320, 320), "train_6": (352, 480)}
-    assert (model.classes, model.size) == (layout.CLASSES, sizes.get(script, (224, 224)))
+    assert (model.classes, model.size) == (voc_layout.CLASSES, sizes.get(script, (224, 224)))
 
 
 def test_damaged_or_missing_imagenet_weights_are_named(tiny, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 import util
 import voc
-from seg import data, imaging, layout, transforms
+from seg import data, imaging, transforms, voc_layout
 from util import UserError
 
 
@@ -428,11 +428,11 @@ def test_a_failed_conversion_leaves_the_masks_and_other_class_names_are_not_repl
     before = contents(root)
     (root / "classes.txt").write_text("other\nnames\n")
     with pytest.raises(UserError, match="classes.txt: names other classes than"):
-        layout.from_colours(root, root.parent / "colours.txt")
+        voc_layout.from_colours(root, root.parent / "colours.txt")
     (root / "classes.txt").unlink()
     monkeypatch.setattr(Image.Image, "save", mock.Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left"):
-        layout.from_colours(root, root.parent / "colours.txt")
+        voc_layout.from_colours(root, root.parent / "colours.txt")
     assert contents(root) == before
 
 
@@ -443,6 +443,6 @@ def test_a_palette_that_an_image_editor_has_reordered_is_refused(tmp_path):
         palette[values] = imaging.PALETTE[colours]
         imaging.palette_image(values[None], palette).save(path)
         if colours != [0, 2, 1, 255]:
-            assert layout.read_mask(path, 21, tmp_path).tolist() == [values.tolist()]
+            assert voc_layout.read_mask(path, 21, tmp_path).tolist() == [values.tolist()]
     with pytest.raises(util.UserError, match="a.png: has VOC's colours in another order"):
-        layout.read_mask(path, 21, tmp_path)
+        voc_layout.read_mask(path, 21, tmp_path)
