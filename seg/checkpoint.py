@@ -87,10 +87,10 @@ def load(path, device="cpu"):
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a missing or wrong entry raises one of many types
         raise UserError(f"{path}: does not fit {state['class']} of {file} ({reason(error)}): has it changed?") from None
-    for version in provenance.versions(state.get("code"))[-1:]:
-        before, now = ({file: text} for text in (version["files"].get(file), provenance.read_text(ROOT / file)))
-        if before[file] is not None and (change := provenance.code_change(before, now)):
-            print(f"warning: {path}: {change}: it may predict differently than in its training", file=sys.stderr)
+    versions, now = provenance.versions(state.get("code")), provenance.read_text(ROOT / file)
+    before = versions[-1]["files"].get(file) if versions else None
+    if before is not None and (change := provenance.code_change({file: before}, {file: now})):
+        print(f"warning: {path}: {change}: it may predict differently than in its training", file=sys.stderr)
     return model.eval().to(device, memory_format=distributed.memory_format(device))
 
 

@@ -114,7 +114,8 @@ def run(main):
         main()
         distributed.leave()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if distributed.is_main():  # the others have the same
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):

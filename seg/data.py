@@ -81,7 +81,8 @@ def load_resized(split, size):
     They are cached in ``.cache`` in the data's folder, in a file that later runs map into memory; but not with a limit,
     for a subclass of Split, or if the folder cannot be written.
     """
-    is_cached, path = type(split) is Split and split.limit is None, _cache_path(split, size)
+    is_cached = type(split) is Split and split.limit is None
+    path = _cache_path(split, size)
     if is_cached:
         with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
             return torch.from_numpy(np.load(path, mmap_mode="c"))

@@ -110,7 +110,8 @@ def device_name(device):
     """A device with what its speed depends on: "cpu, 2 threads, bfloat16"."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if device.type == "cpu":
-        name += f", {torch.get_num_threads()} thread" + "s" * (torch.get_num_threads() > 1)
+        threads = torch.get_num_threads()
+        name += f", {threads} threads" if threads > 1 else ", 1 thread"
     return name + (", bfloat16" if has_bfloat16(device) else "")
 
 

@@ -170,8 +170,8 @@ class Run:
         versions, code = provenance.versions(state["code"]), self.metadata["code"][0]
         change = provenance.code_change(versions[-1]["files"], code["files"])
         self.metadata["code"] = [*versions, code | {"epoch": done + 1}] if change else versions
-        state_is_kept = "but with the state of its optimizer, scheduler and criterion, such as learning rates"
-        return [f"{change} since epoch {done}: the run goes on with it, {state_is_kept}"] if change else []
+        kept = "with the state of its optimizer, scheduler and criterion, such as learning rates"
+        return [f"{change} since epoch {done}: the run goes on with it, but {kept}"] if change else []
 
     def record(self, row, parts):
         """Add an epoch's row to the history, and write its checkpoints and the CSV: last first, then best.
