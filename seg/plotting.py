@@ -228,7 +228,8 @@ def predictions(path, title, classes, samples, models=("prediction",)):
 
 def samples(path, title, classes, images, masks):
     """Draw photos, a multiple of 4, each with its mask to the right of it."""
-    figure = _figure(14, 1.75 * len(images) / 4 + 0.5, title)
+    ratio = images.shape[1] / images.shape[2]
+    figure = _figure(14, 1.75 * ratio * len(images) / 4 + 0.5, title, layout="compressed")
     colours = imaging.class_colours(classes)
     pictures = [picture for image, mask in zip(images, masks) for picture in (image, colours[mask])]
     for axis, picture in zip(figure.subplots(len(images) // 4, 8).flat, pictures):
