@@ -231,8 +231,7 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
     batch_scheduler = scheduler if scheduler_interval == "batch" else None
     modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
     is_rebuilt = False  # whether the round trip of a saved best checkpoint was tried
-    epochs = range(len(run.history) + 1, args.epochs + 1)
-    for epoch in report.progress(epochs, len(epochs), run.name, unit="epoch"):
+    for epoch in range(len(run.history) + 1, args.epochs + 1):
         if patience and run.history and epochs_without_progress(run.history, val.baseline.miou) >= patience:
             report.log(f"no progress on val for {patience} epochs: stopping early")
             break
