@@ -37,13 +37,14 @@ def find_photos(paths, out, recursive=False):
 
     photos, out = {}, out.resolve()
     for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder: correct the path")
+        found = [path]
         if path.is_dir():
             found = sorted(filter(is_photo, path.rglob("*") if recursive else path.iterdir()))
-        else:
-            found = [path] if path.exists() else []
         if not found:
-            problem = f"holds no photo but in --out {out}" if path.is_dir() else "no such file or folder"
-            raise UserError(f"{path}: {problem}: correct the paths, or pass --recursive to search subfolders")
+            advice = "choose another folder or --out, or pass --recursive to search subfolders"
+            raise UserError(f"{path}: holds no photo outside --out: {advice}")
         photos |= {file.resolve(): file for file in found}
     return list(photos.values())
 
@@ -125,7 +126,7 @@ def png(image, **options):
 
 
 def read_rows(path, header, overwrite):
-    """The rows of an earlier call by photo, lists of str; UserError for another ``header``, unless ``overwrite``."""
+    """The rows of an earlier call by mask, lists of str; UserError for another ``header``, unless ``overwrite``."""
     if not path.exists():
         return {}
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -133,7 +134,7 @@ def read_rows(path, header, overwrite):
     if rows[:1] != [header]:
         check_new([path], overwrite, "is not a table of this model's classes")
         return {}
-    return {row[0]: row for row in rows[1:] if row}
+    return {row[1]: row for row in rows[1:] if row}
 
 
 def write_rows(path, header, rows):
@@ -188,7 +189,7 @@ def main():
             if not args.masks_only:
                 files.write(overlay_path, png(overlay(photo, mask, model.classes), compress_level=1))
             shares = np.bincount(mask.ravel(), minlength=len(model.classes)) / mask.size
-            rows[str(path)] = [path, mask_path.name, *(f"{share:.6f}" for share in shares)]
+            rows[mask_path.name] = [path, mask_path.name, *(f"{share:.6f}" for share in shares)]
             done += 1
             by_share = [f"{model.classes[label]} {shares[label]:.1%}" for label in np.argsort(-shares) if shares[label]]
             report.log(f"{path}: {', '.join(by_share)}")

@@ -158,7 +158,8 @@ class Loader:
         self.split, self.size, self.classes = split, imaging.height_width(size), split.classes
         self.batch_size, self.training, self.seed, self.device = batch_size, training, seed, torch.device(device)
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        if not len(self.mean) == len(self.std) == 3 or max(self.mean) > 1 or min(self.std) <= 0:
+        are_shares = all(0 <= value <= 1 for value in (*self.mean, *self.std)) and all(self.std)
+        if not (len(self.mean) == len(self.std) == 3 and are_shares):
             raise UserError(f"mean={mean}, std={std}: pass three numbers each, of values in 0 .. 1")
         self.augment = augment if augment is None or hasattr(augment, "draw") else PerImage(augment)
         self.unchanged = 1 if augment is None else getattr(augment, "unchanged", 0)

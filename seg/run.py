@@ -161,7 +161,8 @@ class Run:
         names += ["optimizer_class", "scheduler_class", *(["epochs"] if scheduled else [])]
         for name in names:
             if name in before and before[name] != now[name]:  # an earlier version kept fewer
-                raise UserError(f"{self.last}: its run had {name} {before[name]}, not {now[name]}: {ADVICE}")
+                name, values = name.removesuffix("_class"), f"{before[name]}, not {now[name]}"
+                raise UserError(f"{self.last}: its run had {name} {values}: {ADVICE}")
         if before["data_sha256"] != now["data_sha256"]:
             raise UserError(f"{self.last}: its run had other image ids or masks, on train, val or test: {ADVICE}")
         done = len(state["history"])

@@ -452,7 +452,7 @@ def test_a_run_goes_on_after_an_edit_of_what_its_script_imports(project, capsys)
     constant = "torch.optim.lr_scheduler.ConstantLR(optimizer)"
     assert run(project, changes.replace("None", constant), "--epochs 3 --resume") == 2
     assert_one_line(
-        capsys.readouterr().err, ".*last_train-mine.pt: its run had scheduler_class NoneType, not ConstantLR: .*--over"
+        capsys.readouterr().err, ".*last_train-mine.pt: its run had scheduler NoneType, not ConstantLR: .*--over"
     )
     assert run(project, changes, "--epochs 2 --resume") == 2
     assert_one_line(capsys.readouterr().err, ".*last_train-mine.pt: its run has 3 epochs, more than 2: raise --ep")
@@ -470,8 +470,8 @@ def test_a_run_is_not_continued_with_other_data_or_settings(project, capsys):
         ("--batch-size 3", "", "had batch_size 2, not 3"),
         ("--limit 2", "", "had limit None, not 2"),
         ("--epochs 3", "", "had epochs 2, not 3"),
-        ("", "scheduler = None", "had scheduler_class CosineAnnealingLR, not NoneType"),
-        ("", "optimizer = torch.optim.SGD(model.parameters())", "had optimizer_class Adam, not SGD"),
+        ("", "scheduler = None", "had scheduler CosineAnnealingLR, not NoneType"),
+        ("", "optimizer = torch.optim.SGD(model.parameters())", "had optimizer Adam, not SGD"),
         ("", f"{loaders}40)", r"had size \[32, 32\], not \[40, 40\]"),
         ("", f"{loaders}32, mean=[0.5, 0.5, 0.5])", r"had mean \[0.485, .*\], not \[0.5, 0.5, 0.5\]"),
         ("", "train.classes = val.classes = test.classes = train.classes[::-1]", r"had classes \['background', "),

@@ -160,7 +160,7 @@ def test_a_folder_gives_its_photos_but_no_hidden_ones_and_none_of_the_output_fol
         assert set(masks(tmp_path / "in")) == set("abcf")
     capsys.readouterr()
     assert run_predict(tmp_path, "in", "--out", "in") == 2
-    assert capsys.readouterr().err.startswith("error: in: holds no photo but in --out ")
+    assert capsys.readouterr().err.startswith("error: in: holds no photo outside --out: ")
 
 
 def test_earlier_results_are_replaced_only_with_overwrite(best, tmp_path, capsys, monkeypatch):
