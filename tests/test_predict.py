@@ -177,6 +177,8 @@ def test_earlier_results_are_replaced_only_with_overwrite(best, tmp_path, capsys
     assert run_predict(tmp_path, "x.jpg", "y.jpg", "--overwrite", "--masks-only") == 0
     assert set(masks(tmp_path)) == {"x", "y"} and not list(tmp_path.rglob("*_overlay.png"))  # none of another mask
     assert list(table(tmp_path)) == ["y.jpg", "x.jpg"] and table(tmp_path)["y.jpg"] != before["y.jpg"]
+    assert run_predict(tmp_path, tmp_path / "x.jpg", "--overwrite") == 0  # the same photo by another path
+    assert list(table(tmp_path)) == ["y.jpg", str(tmp_path / "x.jpg")]
 
 
 @pytest.mark.parametrize("name", ["predictions.csv", "legend.png"])
