@@ -172,7 +172,7 @@ def main():
     write_rows(table, header, rows)  # now, in case it cannot be written
     if not args.masks_only:
         files.write(legend_path, legend)
-    report.log(f"masks are computed at {report.size_text(model.size)} and upsampled to each photo's size")
+    report.log(f"masks are computed at {imaging.size_text(model.size)} and upsampled to each photo's size")
 
     done, errors = 0, []
     try:

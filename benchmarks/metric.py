@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -60,8 +59,7 @@ def main():
     parser.add_argument("--limit", type=cli.integer(1))
     args = parser.parse_args()
     split = voc.Split(args.data, args.split, args.limit)
-    images = (Image.fromarray(split.mask(index)) for index in range(len(split)))
-    masks = [torch.tensor(imaging.resize(image, (SIZE, SIZE), Image.Resampling.NEAREST)) for image in images]
+    masks = [torch.tensor(imaging.resize_mask(split.mask(index), (SIZE, SIZE))) for index in range(len(split))]
     predictions = {f"all {split.classes[0]}": [torch.zeros_like(mask) for mask in masks]}
     predictions["the ground truth itself"] = [mask % util.VOID for mask in masks]
     predictions |= {f"`{path.name}`": predict(path, split) for path in args.checkpoints}

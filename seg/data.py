@@ -9,7 +9,6 @@ import os
 import numpy as np
 import PIL
 import torch
-from PIL import Image
 
 import util
 from seg import distributed, files, imaging, voc_layout
@@ -58,9 +57,9 @@ class Split:
 
         The mask is resized to the nearest pixel. Raises a UserError if one is invalid, or if they differ in size.
         """
-        photo, mask = self.photo(index), Image.fromarray(self.mask(index))
-        voc_layout.check_sizes(self.photo_path(index), self.mask_path(index), photo.size, mask.size)
-        return np.dstack((imaging.resize(photo, size), imaging.resize(mask, size, Image.Resampling.NEAREST)))
+        photo, mask = self.photo(index), self.mask(index)
+        voc_layout.check_sizes(self.photo_path(index), self.mask_path(index), photo.size, mask.shape[::-1])
+        return np.dstack((imaging.resize(photo, size), imaging.resize_mask(mask, size)))
 
 
 def _cache_path(split, size):
@@ -81,9 +80,8 @@ def load_resized(split, size):
     They are cached in ``.cache`` in the data's folder, in a file that later runs map into memory; but not with a limit,
     for a subclass of Split, or if the folder cannot be written.
     """
-    is_cached = type(split) is Split and split.limit is None
-    path = _cache_path(split, size)
-    if is_cached:
+    path = _cache_path(split, size) if type(split) is Split and split.limit is None else None
+    if path:
         with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
             return torch.from_numpy(np.load(path, mmap_mode="c"))
 
@@ -96,7 +94,7 @@ def load_resized(split, size):
         voc_layout.map_images(read, range(len(split)), f"decoding {split.name}")
     except UserError as error:
         raise UserError(f"{error} ({voc_layout.command(split.root, '--check')} lists all faults)") from None
-    if is_cached:
+    if path:
         with contextlib.suppress(OSError, UserError):
             path.parent.mkdir(exist_ok=True)
             for outdated in path.parent.glob(f"{split.name}_{size[0]}x{size[1]}_*.npy"):

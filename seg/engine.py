@@ -141,7 +141,7 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
         matrix += util.confusion_matrix(masks[:, ::4, ::4], labels, num_classes)
         if scheduler is not None:
             scheduler.step()
-        if index % 10 == 0:  # not after each batch: it waits for a GPU
+        if index % 10 == 0:  # not after each batch: .item() synchronises with a GPU
             bar.set_postfix_str(f"loss {results[-1][0].item():.4f}", refresh=False)
     losses, weights, norms = torch.stack(results).T.cpu()  # only here: .cpu() synchronises with a GPU
     _check_finite(losses, norms, batch_indices, loader.split.ids, epoch)

@@ -85,8 +85,7 @@ def _sample(classes, name, iou, photo, truth, predicted):
     """A prediction: its title, images, a dict from name to PIL image, and legend, a list of (name, colour)."""
     size, colours = imaging.bounded_size(truth.shape, SIDE), imaging.class_colours(classes)
     photo = imaging.resize(Image.fromarray(photo), size)
-    truth = imaging.resize(Image.fromarray(truth), size, Image.Resampling.NEAREST)
-    predicted = imaging.resize(Image.fromarray(predicted), size, Image.Resampling.NEAREST)
+    truth, predicted = (imaging.resize_mask(mask, size) for mask in (truth, predicted))
     images = {"photo": Image.fromarray(photo), "ground truth": imaging.palette_image(truth, colours)}
     images["prediction"] = imaging.palette_image(predicted, colours)
     images["wrong pixels"] = Image.fromarray(imaging.wrong_pixels(photo, truth, predicted))
@@ -135,7 +134,7 @@ def write_run(run, title, samples):
     ]
     mean = {"class": "mean"} | {f"{split} IoU": _text("iou", scores["miou"]) for split, scores in splits.items()}
     epochs = [_row(row, left_out=("batch_learning_rates",)) for row in run.history]
-    settings = {"input size": "{1}x{0}".format(*metrics["size"])}
+    settings = {"input size": imaging.size_text(metrics["size"])}
     settings |= _row(metrics, left_out=("title", "val", "test", "epoch_seconds", "size", "code"))
     script = next(iter(metrics["code"][-1]["files"].values()))
     sections = [

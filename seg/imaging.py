@@ -104,6 +104,17 @@ def resize(image, size, resampling=Image.Resampling.BILINEAR):
     return np.asarray(image.resize((width, image.height), resampling).resize((width, height), resampling))
 
 
+def resize_mask(mask, size):
+    """Resize a mask, uint8 [H, W], to ``size``, (height, width), to the nearest pixel: it keeps its values."""
+    return resize(Image.fromarray(mask), size, Image.Resampling.NEAREST)
+
+
+def size_text(size):
+    """The size (height, width) as text, width first as usual for photos."""
+    height, width = size
+    return f"{width}x{height}"
+
+
 def bounded_size(shape, side):
     """The size (height, width) of an image of ``shape``, downscaled to at most ``side`` pixels per side."""
     scale = max(1, max(shape) / side)

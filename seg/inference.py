@@ -87,4 +87,4 @@ def check_loader(model, loader):
         raise UserError(f"{problem} ({', '.join(model.classes)}): score it on data with the same classes.txt")
     if (*model.mean, *model.std) != (*loader.mean, *loader.std):
         problem = "the loader's mean or std differs from that with which the model was trained"
-        raise UserError(f"{problem}: set loader.mean, loader.std = model.mean, model.std")
+        raise UserError(f"{problem}: pass mean=model.mean, std=model.std to voc.Loader")

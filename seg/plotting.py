@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 import util
 from seg import files, imaging
@@ -37,7 +36,7 @@ warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
 def thumbnail(photo, mask):
     """A photo, a PIL image in RGB, and its mask, uint8 [H, W], at most 640 pixels per side: uint8 [h, w, 3], [h, w]."""
     size = imaging.bounded_size(mask.shape, THUMBNAIL_SIDE)
-    return imaging.resize(photo, size), imaging.resize(Image.fromarray(mask), size, Image.Resampling.NEAREST)
+    return imaging.resize(photo, size), imaging.resize_mask(mask, size)
 
 
 def _shorten(name):

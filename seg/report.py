@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 import util
 from seg import checkpoint, distributed, inference
+from seg.imaging import size_text
 
 DRAWING_INTERVAL = 60  # seconds between two drawings during a run
 NUM_SHOWN, NUM_PAGED = 5, 13  # images in the plot of predictions and in the HTML report, besides best, median, worst
@@ -25,12 +26,6 @@ def log(text):
     if distributed.is_main():
         (tqdm.write if sys.stderr.isatty() else print)(text)
         sys.stdout.flush()
-
-
-def size_text(size):
-    """The size (height, width) as text, width first as usual for photos."""
-    height, width = size
-    return f"{width}x{height}"
 
 
 def history_row(epoch, learning_rates, train, val):
@@ -71,7 +66,7 @@ class Reporter:
         log(f"{self.run.name}: {train.split.dataset}, {images}, {len(train.classes)} classes")
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         network = f"{type(model).__name__}, {self.run.metadata['parameters']:,} parameters ({trained:,} trainable)"
-        log(f"{network}, batch {train.batch_size}, seed {args.seed}, device {distributed.device_name(args.device)}")
+        log(f"{network}, batch {train.batch_size}, seed {args.seed}, device {self.run.metadata['device']}")
         if scheduled:
             log(f"the scheduler is stepped once per {interval}; all {args.epochs} epochs are run")
         else:

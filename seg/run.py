@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from seg import checkpoint, distributed, files, provenance
-from util import UserError
+from util import UserError, reason
 
 try:
     import fcntl
@@ -136,7 +136,7 @@ class Run:
         except UserError:
             raise
         except Exception as error:  # a missing or wrong entry raises one of many types
-            problem = f"does not fit the model or optimizer ({type(error).__name__}: {error})".splitlines()[0]
+            problem = f"does not fit the model or optimizer ({reason(error)})"
             raise UserError(f"{self.last}: {problem}: {ADVICE}") from None
         self._complete(state)
         return messages
