@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from markupsafe import Markup
 
-from seg import cli, files, html, plotting
+from seg import cli, files, html, plotting, signals
 from seg.files import ROOT
 from seg.run import Run
 from util import UserError, baseline_name
@@ -114,15 +114,7 @@ def run_missing(args):
                 continue
             print(f"\n$ python {shlex.join(line)}", flush=True)
             process = subprocess.Popen([sys.executable, str(ROOT / line[0]), *line[1:]])
-            try:
-                process.wait()
-            except KeyboardInterrupt:  # the run has received it too, and saves what it has
-                process.wait()
-                raise
-            except SystemExit:  # SIGTERM reaches this process only
-                process.terminate()
-                process.wait()
-                raise
+            signals.wait(process)
             if process.returncode:
                 failures.append(f"python {shlex.join(line)} ended with exit code {process.returncode}")
     return failures

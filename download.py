@@ -24,7 +24,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 import voc
-from seg import cli, imaging, toy
+from seg import cli, imaging, report, signals, toy
 from seg.files import atomic_folder, writing
 from util import UserError, reason
 
@@ -72,6 +72,7 @@ def _fetch(url, path):
         bar = tqdm(total=total, initial=start, desc=path.name, unit="B", unit_scale=True, disable=None)
         with bar, open(path, "ab" if start else "wb") as file:
             while block := response.read1(1 << 16):  # read would lose what arrived before a stall
+                signals.check()
                 bar.update(file.write(block))
     if path.stat().st_size < total:
         raise ConnectionError(f"connection lost after {path.stat().st_size} of {total} bytes")
@@ -140,7 +141,7 @@ def unpack(archives, root):
     with writing(root), atomic_folder(root) as folder:
         for archive in archives:
             with tarfile.open(archive) as tar:
-                for member in tqdm(tar, f"unpacking {archive.name}", unit=" files", disable=None):
+                for member in report.progress(tar, None, f"unpacking {archive.name}", " files"):
                     if member.isdir():
                         continue
                     path = (folder / member.name.removeprefix(f"VOCdevkit/{root.name}/")).resolve()
@@ -183,7 +184,7 @@ def get_sbd(out, mirrors, on_disk):
             shutil.copytree(voc2012 / name, folder / name, copy_function=_link)
         masks = folder / "SegmentationClass"
         ids = {split: (voc2012 / LISTS / f"{split}.txt").read_text().split() for split in SPLITS[2012]}
-        for member in tqdm(tar, f"reading {archive.name}", unit=" files", disable=None):
+        for member in report.progress(tar, None, f"reading {archive.name}", " files"):
             found = re.fullmatch(r"benchmark_RELEASE/dataset/cls/(\w+)\.mat", member.name)
             if found and not (masks / f"{found[1]}.png").exists():
                 content = loadmat(io.BytesIO(tar.extractfile(member).read()))

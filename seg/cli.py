@@ -1,17 +1,18 @@
 """The shared command line: flags, signals and exit codes."""
 
 import argparse
+import contextlib
+import errno
 import io
 import os
 import re
-import signal
 import sys
 import textwrap
 from pathlib import Path
 
 import torch
 
-from seg import distributed
+from seg import distributed, signals
 from util import UserError, is_out_of_memory, reason
 
 _running = False  # whether ``run`` has been called
@@ -97,47 +98,56 @@ def parse_device(text):
 
 
 def run(main):
-    """Call ``main()`` as a command: exit code 2 and one line for a UserError or if memory runs out, 130 for Ctrl-C.
+    """Call ``main()`` as a command: exit code 2 and one line for an error that the user can correct.
 
-    It is 1 if another process is gone, 143 for SIGTERM. A signal raises an exception in ``main``, a second one ends it.
+    After a signal (seg/signals.py) the exit code is 130 or 143, and 1 if another process is gone.
     """
     global _running
     if _running:
         raise UserError('an imported script starts a run: put its cli.run(main) below if __name__ == "__main__":')
     _running = True
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as in a Windows service
+            setattr(sys, name, open(os.devnull, "w"))
     if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal's encoding lacks
-    signal.signal(signal.SIGTERM, _handle_signal)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores Ctrl-C
-        signal.signal(signal.SIGINT, _handle_signal)
     try:
-        main()
-        distributed.leave()
-    except UserError as error:
-        if distributed.is_main():  # the others have the same
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            print(f"error: out of memory ({reason(error)}): lower the batch size or the input's size", file=sys.stderr)
-            sys.exit(2)
-        if not distributed.is_connection_lost(error):
-            raise
-        print(f"error: rank {distributed.rank()} stopped because another process is gone: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as ``head``, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
-        sys.exit(141)  # a shell's exit code for SIGPIPE
+        with signals.handled():
+            _call(main)
     finally:
         _running = False
 
 
-def _handle_signal(number, frame):
-    """Raise an exception for the first signal; let the next one kill the process."""
-    signal.signal(number, signal.SIG_DFL)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    sys.exit(128 + number)
+def _call(main):
+    """Call ``main()``, and end the process for an error that is not a fault of the code."""
+    try:
+        main()
+        sys.stdout.flush()  # here, where an error becomes a message
+        distributed.leave()
+    except UserError as error:
+        if distributed.is_main():  # the others have the same
+            _fail(str(error))
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            _fail(f"out of memory ({reason(error)}): lower the batch size or the input's size")
+        if not distributed.is_connection_lost(error):
+            raise
+        signals.check()  # another process has stopped a moment earlier
+        _fail(f"rank {distributed.rank()} stopped because another process is gone: {error}", code=1)
+    except OSError as error:
+        if error.filename is not None and isinstance(error, PermissionError):
+            _fail(f"{error.filename}: {error.strerror}: change its permissions, or choose another path")
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
+        if error.errno == errno.EPIPE:  # the reader of our output, such as ``head``, has closed the pipe
+            sys.exit(141)  # a shell's exit code for SIGPIPE
+        _fail(f"the output cannot be written ({error.strerror}): free some space")
+
+
+def _fail(message, code=2):
+    """Print an error and end the process."""
+    with contextlib.suppress(OSError):  # stderr may be on a full disk
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

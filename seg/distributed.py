@@ -9,17 +9,26 @@ import sys
 import torch
 from torch import distributed as dist
 
+from seg import signals
 from util import UserError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # which torchrun sets
 
 
 def join(device):
     """Join the process group if torchrun started several processes; return this one's torch.device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    world_size = os.environ.get("WORLD_SIZE", "")
+    if not world_size.isdecimal() or int(world_size) < 2:
+        return device
+    if missing := [name for name in VARIABLES if not os.environ.get(name)]:
+        problem = f"WORLD_SIZE is {world_size}, but not set: {', '.join(missing)}"
+        print(f"warning: {problem}: this process runs alone (torchrun sets all of them)", file=sys.stderr)
         return device
     if device.type == "cuda":
         if device.index is not None:
             raise UserError(f"--device {device}: with several processes, each takes its own GPU: pass --device cuda")
-        local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        num_gpus = torch.cuda.device_count()
+        local_rank = int(os.environ.get("LOCAL_RANK") or os.environ["RANK"])
         if local_rank >= num_gpus:
             raise UserError(f"--nproc-per-node: this machine has {num_gpus} GPUs: start at most one process per GPU")
         device = torch.device("cuda", local_rank)
@@ -72,6 +81,22 @@ def all_reduce(tensor, device):
         tensor = tensor.to(device, copy=True)
         dist.all_reduce(tensor)
     return tensor
+
+
+def stoppable(items, common=0):
+    """Yield items; before each of them, a signal stops this process.
+
+    Several processes stop before the same item: each of them has at least ``common`` items. On GPUs, which have to be
+    waited for, they ask each other only before every tenth.
+    """
+    for index, item in enumerate(items):
+        if world_size() == 1:
+            signals.check()
+        elif index < common and (index % 10 == 0 or dist.get_backend() == "gloo"):
+            device = "cpu" if dist.get_backend() == "gloo" else "cuda"
+            if all_reduce(torch.tensor(signals.received or 0), device).item():
+                signals.stop()
+        yield item
 
 
 def broadcast_object(value, device):

@@ -71,7 +71,8 @@ def evaluate(model, loader, criterion, full_resolution=True):
     num_batches = math.ceil(len(loader) / distributed.world_size())
     with ThreadPoolExecutor() as pool:
         name = f"evaluating {loader.split.name}"
-        for images, masks, indices in report.progress(loader.batches(), num_batches, name):
+        common = len(loader) // distributed.world_size()
+        for images, masks, indices in report.progress(loader.batches(), num_batches, name, common=common):
             logits = forward(model, images, full_precision=full_resolution)["out"]
             losses.append(torch.stack(batch_loss(criterion, logits, masks)))
             if not full_resolution:
@@ -131,7 +132,7 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
     num_classes, device = len(loader.classes), loader.device
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     results, batch_indices, learning_rates = [], [], []
-    bar = report.progress(loader.batches(epoch), len(loader), f"epoch {epoch}")
+    bar = report.progress(loader.batches(epoch), len(loader), f"epoch {epoch}", common=len(loader))
     for index, (images, masks, indices) in enumerate(bar):
         learning_rates.append([float(group["lr"]) for group in optimizer.param_groups])
         *result, logits = training_step(network, images, masks, criterion, optimizer, index=index, count=len(loader))

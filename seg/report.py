@@ -14,11 +14,14 @@ DRAWING_INTERVAL = 60  # seconds between two drawings during a run
 NUM_SHOWN, NUM_PAGED = 5, 13  # images in the plot of predictions and in the HTML report, besides best, median, worst
 
 
-def progress(iterable, total, name, unit="batch"):
-    """A tqdm bar on stderr in the main process, which disappears at its end; every 30 s where that is no terminal."""
+def progress(iterable, total, name, unit="batch", common=0):
+    """A tqdm bar on stderr in the main process, which disappears at its end; every 30 s where that is no terminal.
+
+    A signal stops it, see ``distributed.stoppable``.
+    """
     seconds = 0.1 if sys.stderr.isatty() else 30
     options = {"leave": False, "mininterval": seconds, "delay": seconds, "disable": not distributed.is_main()}
-    return tqdm(iterable, name, total, unit=unit, **options)
+    return tqdm(distributed.stoppable(iterable, common), name, total, unit=unit, **options)
 
 
 def log(text):

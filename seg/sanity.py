@@ -84,6 +84,8 @@ def doing(what):
     except UserError:
         raise
     except Exception as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UserError(f"--compile: {reason(error)}: install what is missing, or leave out --compile") from None
         if not (is_out_of_memory(error) or distributed.is_connection_lost(error)):
             print(f"error while {what}:", file=sys.stderr)
         raise

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from tqdm import tqdm
 
-from seg import distributed, files, imaging
+from seg import distributed, files, imaging, signals
 from util import VOID, UserError, background_label
 
 CLASSES = (
@@ -181,9 +181,14 @@ def warnings(splits, counts):
 
 def map_images(function, items, name):
     """Call a function for each item, in up to 8 threads, with a progress bar of this name: a list of the results."""
+
+    def call(item):
+        signals.check()  # here, as a pool starts all calls before it ends
+        return function(item)
+
     with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:  # a photo of 24 million pixels takes 300 MB
         hidden = None if distributed.is_main() else True  # None shows it in a terminal only
-        return list(tqdm(pool.map(function, items), name, len(items), unit=" images", disable=hidden))
+        return list(tqdm(pool.map(call, items), name, len(items), unit=" images", disable=hidden))
 
 
 def attempt(faults, function, *args):

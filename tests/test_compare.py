@@ -218,8 +218,8 @@ def started(monkeypatch):
                 batch_size = int(flags.get("--batch-size", 16))
                 write_run(Path(flags["--out"]), name, seed, random_ious(seed), limit, batch_size=batch_size)
 
-        def wait(self):
-            pass
+        def poll(self):
+            return self.returncode
 
     monkeypatch.setattr(subprocess, "Popen", Process)
     return commands

@@ -166,6 +166,25 @@ def test_a_refusal_ends_all_processes_with_one_message(runs):
     assert {path: path.read_bytes() for path in runs.rglob("*.pt")} == before
 
 
+def test_a_signal_to_one_process_stops_all_after_the_same_batch(runs, tmp_path):
+    with torchrun("--data", runs / "Tiny", "--out", tmp_path, "--epochs", 100_000) as launcher:
+        output = "".join(itertools.takewhile(lambda line: not line.startswith("epoch "), launcher.stdout))
+        os.kill(int(re.search(r"rank 1 pid (\d+)", output)[1]), signal.SIGTERM)
+        output, errors = launcher.communicate(timeout=30)
+    assert sorted(re.findall(r"exit \d: \d+", output)) == ["exit 0: 143", "exit 1: 143"]
+    assert "another process is gone" not in errors and "stopped after epoch" in output
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2", "RANK": "1"}])
+def test_a_process_without_all_variables_of_torchrun_runs_alone(runs, tmp_path, variables):
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    line = [sys.executable, __file__, "--data", runs / "Tiny", "--out", tmp_path, "--epochs", "1", "--device", "cpu"]
+    done = subprocess.run(line, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and last(tmp_path / "plain")["epoch"] == 1
+    missing = "MASTER_ADDR, MASTER_PORT" if "RANK" in variables else "RANK, MASTER_ADDR, MASTER_PORT"
+    assert (f"but not set: {missing}: this process runs alone" in done.stderr) == bool(variables["WORLD_SIZE"])
+
+
 def test_killing_one_process_ends_the_other_and_keeps_a_readable_checkpoint(runs, tmp_path):
     with torchrun("--data", runs / "Tiny", "--out", tmp_path, "--epochs", 100_000) as launcher:
         output = "".join(itertools.takewhile(lambda line: not line.startswith("epoch "), launcher.stdout))

@@ -17,6 +17,7 @@ from PIL import Image
 
 import download
 import voc
+from seg import report
 from util import UserError
 
 TRAINVAL, TEST = "VOCtrainval_06-Nov-2007.tar", "VOCtest_06-Nov-2007.tar"
@@ -208,7 +209,8 @@ def test_a_dataset_gets_its_name_only_when_it_is_complete(tmp_path, archives, mo
     stale.parent.mkdir(parents=True)
     stale.touch()  # by a process that was killed
     existed = []
-    monkeypatch.setattr(download, "tqdm", lambda tar, *_, **__: (existed.append(root.exists()) or item for item in tar))
+    progress = report.progress
+    monkeypatch.setattr(report, "progress", lambda *args: (existed.append(root.exists()) or _ for _ in progress(*args)))
     download.unpack([tmp_path / "complete.tar"], root)
     assert existed and not any(existed)
     voc.check(root)

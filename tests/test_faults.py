@@ -15,7 +15,7 @@ from conftest import ROOT, TESTS, contents, make_tiny, results, run_main
 
 import train
 import util
-from seg import engine, files
+from seg import engine, files, report, signals
 
 pytest.importorskip("fcntl", reason="needs signals and forks")
 pytestmark = pytest.mark.usefixtures("tiny_net")
@@ -98,14 +98,14 @@ def start(folder, *line):
     return subprocess.Popen([sys.executable, *line], cwd=folder, stdout=pipe, stderr=pipe, text=True, env=env)
 
 
-# Runs train.py; training and drawing take a minute each.
+# Runs train.py; a training step takes a minute.
 SLOW = """
 import sys, time
 import pytest
 import conftest, train
-from seg import cli, engine, plotting
+from seg import cli, engine
 conftest.use_tiny_net(pytest.MonkeyPatch())
-engine.train_epoch = plotting.curves = lambda *args, **options: print("slow", flush=True) or time.sleep(60)
+engine.train_epoch = lambda *args, **options: print("slow", flush=True) or time.sleep(60)
 cli.run(train.main)
 """
 
@@ -114,11 +114,35 @@ cli.run(train.main)
 def test_a_second_signal_ends_the_run_at_once_and_leaves_every_file_complete(folder, number):
     before = contents(folder)
     process = start(folder, "-c", SLOW, *FLAGS.split(), "--epochs", "3", "--resume")
-    for _ in range(2):  # in the third epoch, and while the curves of the second are drawn
-        next(line for line in process.stdout if line == "slow\n")
-        process.send_signal(number)
-    assert (process.communicate(timeout=5)[1], process.returncode) == ("", -number)
+    next(line for line in process.stdout if line == "slow\n")
+    process.send_signal(number)
+    time.sleep(0.5)  # else the system might merge them
+    process.send_signal(number)
+    expected = "\nstopping; a second signal ends the process at once\n"
+    assert (process.communicate(timeout=5)[1], process.returncode) == (expected, -number)
     assert contents(folder) == before and not list(folder.rglob("*.unfinished"))
+
+
+def test_a_signal_that_arrives_in_a_destructor_is_not_lost():
+    class Sender:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    items = []
+    with signals.handled(), pytest.raises(SystemExit) as stop:
+        for item in report.progress(range(3), 3, "counting"):
+            items.append(item)
+            Sender()
+    assert (stop.value.code, items) == (143, [0])
+
+
+@pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 2), (">&-", 0), ("2>&-", 0), (">&- 2>&-", 0)])
+def test_a_full_or_missing_output_loses_no_file(folder, redirection, code):
+    line = f"exec {sys.executable} {ROOT}/train.py {FLAGS} --epochs 1 --out new {redirection}"
+    done = subprocess.run(line, shell=True, cwd=folder, capture_output=True, text=True)
+    full = "error: the output cannot be written (No space left on device): free some space\n"
+    assert (done.returncode, done.stderr) == (code, full if code else "")
+    assert (folder / "new/last_train.pt").exists() == (code == 0)
 
 
 def test_a_closed_pipe_on_stdout_ends_the_run_quietly(folder):
