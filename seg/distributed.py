@@ -94,8 +94,7 @@ def stoppable(items, common=0):
             signals.check()
         elif index < common and (index % 10 == 0 or dist.get_backend() == "gloo"):
             device = "cpu" if dist.get_backend() == "gloo" else "cuda"
-            if all_reduce(torch.tensor(signals.received or 0), device).item():
-                signals.stop()
+            signals.check(all_reduce(torch.tensor(signals.received or 0), device).item() > 0)
         yield item
 
 

@@ -40,25 +40,20 @@ def _note(number, frame):
         os.write(sys.stderr.fileno(), b"\nstopping; a second signal ends the process at once\n")
 
 
-def check():
-    """Raise SystemExit, with a shell's exit code for the signal, if this process has received one."""
-    if received is not None:
-        stop()
-
-
-def stop():
-    """Raise SystemExit for the signal that this process has received, or another one under torchrun."""
-    sys.exit(128 + (received or signal.SIGTERM))
+def check(elsewhere=False):
+    """Raise SystemExit, with a shell's exit code, if this process, or one ``elsewhere``, has received a signal."""
+    if elsewhere or received is not None:
+        sys.exit(128 + (received or signal.SIGTERM))
 
 
 def wait(process):
     """Wait for a subprocess.Popen. A signal is passed on to it; Ctrl-C only late, as a terminal sends it to both."""
-    stop_at = None
-    while process.poll() is None:
-        if received is not None and stop_at is None:
-            stop_at = time.monotonic() + (PATIENCE if received == signal.SIGINT else 0)
-        if stop_at is not None and time.monotonic() >= stop_at:
-            process.terminate()
-            stop_at = float("inf")
+    patience = PATIENCE
+    while process.poll() is None and patience > 0:
         time.sleep(0.1)
+        if received is not None:
+            patience -= 0.1 if received == signal.SIGINT else PATIENCE
+    if process.poll() is None:
+        process.terminate()
+        process.wait()
     check()
