@@ -15,12 +15,11 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from seg import checkpoint, cli, files, imaging, inference, report
+from seg import checkpoint, cli, files, imaging, inference, plotting, report
 from util import UserError, background_label
 
 
@@ -92,7 +91,7 @@ def overlay(photo, mask, classes):
 
     ``photo`` is a PIL image in RGB, ``mask`` a uint8 array [H, W] of class indices, of its size. Returns a PIL image.
     """
-    photo, colours, is_contour = np.asarray(photo), imaging.distinct_colours()[mask], np.zeros(mask.shape, bool)
+    photo, colours, is_contour = np.asarray(photo), imaging.DISTINCT_COLOURS[mask], np.zeros(mask.shape, bool)
     width = 1 + max(mask.shape) // 2000  # of a contour in pixels, on either side of an outline
     for labels, found in ((mask, is_contour), (mask.T, is_contour.T)):
         differs = labels[width:] != labels[:-width]
@@ -102,20 +101,6 @@ def overlay(photo, mask, classes):
     np.copyto(result, colours, where=is_contour[..., None])
     np.copyto(result, photo, where=(mask == background_label(classes))[..., None])
     return Image.fromarray(result)
-
-
-def draw_legend(classes):
-    """The overlays' colours of all classes, each with its name, as a PIL image."""
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 16)
-    width = max(round(font.getlength(name)) for name in classes) + 60
-    image = Image.new("RGB", (width, 26 * len(classes) + 10), "white")
-    draw = ImageDraw.Draw(image)
-    for label, name in enumerate(classes):
-        top = 6 + 26 * label
-        fill = "white" if label == background_label(classes) else tuple(imaging.distinct_colours()[label].tolist())
-        draw.rectangle((8, top, 40, top + 20), fill, "black")
-        draw.text((50, top), name, "black", font)
-    return image
 
 
 def png(image, **options):
@@ -159,19 +144,19 @@ def main():
     photos = find_photos(args.photos, args.out, args.recursive)
     masks = [args.out / f"{name}_mask.png" for name in output_names(photos)]
     overlays = [args.out / f"{name}_overlay.png" for name in output_names(photos)]
-    check_new(masks + overlays, args.overwrite)
+    table, legend = args.out / "predictions.csv", args.out / "legend.png"
+    # beside a table, which is checked below, the legend is that of an earlier call
+    new = [] if args.masks_only or table.exists() else [legend]
+    check_new(masks + overlays + new, args.overwrite)
     model = checkpoint.load(args.checkpoint, args.device)
     model.size = args.size or model.size
-    table, header = args.out / "predictions.csv", ["photo", "mask", *model.classes]
+    header = ["photo", "mask", *model.classes]
     rows = read_rows(table, header, args.overwrite)
-    legend, legend_path = png(draw_legend(model.classes)), args.out / "legend.png"
-    if not args.masks_only and legend_path.exists() and legend_path.read_bytes() != legend:
-        check_new([legend_path], args.overwrite, "is not the legend of this model's classes")
     with files.writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
     write_rows(table, header, rows)  # now, in case it cannot be written
     if not args.masks_only:
-        files.write(legend_path, legend)
+        plotting.overlay_legend(legend, model.classes)
     report.log(f"masks are computed at {imaging.size_text(model.size)} and upsampled to each photo's size")
 
     done, errors = 0, []

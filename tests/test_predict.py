@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 import predict
 from basic_fcn import FCN
-from seg import checkpoint, imaging, voc_layout
+from seg import checkpoint, imaging, plotting, voc_layout
 from seg.voc_layout import CLASSES
 from util import UserError
 
@@ -96,7 +97,7 @@ def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours():
     photo, mask = np.full((600, 80, 3), (10, 200, 30), np.uint8), np.zeros((600, 80), np.uint8)
     mask[:, 40:], mask[300:, 60:] = 15, 7
     result = np.asarray(predict.overlay(Image.fromarray(photo), mask, CLASSES))
-    colours = imaging.distinct_colours()
+    colours = imaging.DISTINCT_COLOURS
     assert result.shape == photo.shape and (result[:, :40] == photo[:, :40]).all()
     for label, part in ((15, result[5:295, 45:75]), (7, result[305:, 65:])):
         assert (part == photo[0, 0] // 2 + colours[label] // 2).all()
@@ -106,17 +107,22 @@ def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours():
 
 
 @pytest.mark.parametrize("name", ["background", "Background", "_background_"])
-def test_background_is_not_painted_however_it_is_written(name):
+def test_background_is_not_painted_however_it_is_written(name, tmp_path):
     photo, mask = Image.new("RGB", (4, 4), (10, 20, 30)), np.zeros((4, 4), np.uint8)
     assert (np.asarray(predict.overlay(photo, mask, [name, "car"])) == (10, 20, 30)).all()
-    assert predict.draw_legend([name, "car"]).getpixel((20, 15)) == (255, 255, 255)
+    plotting.overlay_legend(tmp_path / "legend.png", [name, "car"])
+    legend, colours = read(tmp_path / "legend.png")[..., :3], imaging.DISTINCT_COLOURS[:2]
+    assert [(legend == colour).all(2).any() for colour in colours] == [False, True]
 
 
-def test_legend_shows_the_colours_of_the_overlays_and_umlauts():
-    legend = np.asarray(predict.draw_legend(CLASSES))
-    assert [tuple(colour) for colour in legend[26 + 16 :: 26, 20]] == [*map(tuple, imaging.distinct_colours()[1:21])]
-    drawn = [np.asarray(predict.draw_legend(["x", name])) for name in ("\u00fc", "\u00f6", "\u0142", "\u03a9")]
-    assert len({image.tobytes() for image in drawn}) == 4  # not one box for all of them
+def test_legend_shows_the_colours_of_the_overlays(tmp_path):
+    tab20 = [colour for name in ("tab20", "tab20b", "tab20c") for colour in matplotlib.colormaps[name].colors]
+    colours = imaging.DISTINCT_COLOURS[:59].tolist()
+    assert sorted([*colours, [255, 127, 14]]) == sorted(np.multiply(tab20, 255).round().astype(int).tolist())
+    plotting.overlay_legend(tmp_path / "legend.png", CLASSES)
+    legend = read(tmp_path / "legend.png")[..., :3]
+    tops = [np.flatnonzero((legend == colour).all(2).sum(1) > 20)[:1].tolist() for colour in colours[:21]]
+    assert tops[0] == [] and all(tops[1:]) and tops == sorted(tops)  # white for the background, then from top to bottom
 
 
 def test_unreadable_photo_is_named_and_the_others_are_predicted(best, tmp_path, capsys):
@@ -190,7 +196,8 @@ def test_a_users_table_or_legend_is_not_replaced(best, tmp_path, capsys, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(predict, "segment", None)  # must not be called
         assert run_predict(tmp_path, "x.jpg") == 2
-    assert f"error: {Path('predictions', name)}: is not " in capsys.readouterr().err
+    problem = {"predictions.csv": "is not a table of", "legend.png": "exists already"}[name]
+    assert f"error: {Path('predictions', name)}: {problem}" in capsys.readouterr().err
     assert [file.name for file in path.parent.iterdir()] == [name] and path.read_text().startswith("photo,mask,cat\n")
     assert run_predict(tmp_path, "x.jpg", "--overwrite") == 0
     assert list(table(tmp_path)) == ["x.jpg"] and (tmp_path / "predictions" / "legend.png").read_bytes()[1:4] == b"PNG"
