@@ -1,21 +1,24 @@
 """Predictions on any photo: sizes, rotation, colour modes, files that are no photos, and masks that read back."""
 
 import csv
+import json
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import make_loaders, make_photo, run_main, save_model, see_images
+from conftest import make_loaders, make_photo, run_main, save_model, see_images, use_tiny_net, write_pair, write_split
 from PIL import Image
+from sklearn.metrics import jaccard_score
 from torch.nn import functional
 
 import predict
+import train
 from basic_fcn import FCN
 from seg import checkpoint, imaging, plotting, voc_layout
 from seg.voc_layout import CLASSES
-from util import UserError
+from util import VOID, UserError
 
 
 @pytest.fixture
@@ -179,6 +182,8 @@ def test_earlier_results_are_replaced_only_with_overwrite(best, tmp_path, capsys
     error = capsys.readouterr().err
     assert f"error: {Path('predictions', 'y_mask.png')}: exists already: replace with --overwrite" in error
     assert error.count("\n") == 1 and set(masks(tmp_path)) == {"y"}
+    assert run_main(tmp_path, predict, "gone.pt y.jpg") == 2
+    assert capsys.readouterr().err.startswith("error: gone.pt: no such file")
     Image.new("RGB", (30, 30), "red").save(tmp_path / "y.jpg")
     assert run_predict(tmp_path, "x.jpg", "y.jpg", "--overwrite", "--masks-only") == 0
     assert set(masks(tmp_path)) == {"x", "y"} and not list(tmp_path.rglob("*_overlay.png"))  # none of another mask
@@ -228,3 +233,51 @@ def test_size_replaces_that_of_the_training(tiny, best, tmp_path, capsys):
     expected = [predict.segment(model, imaging.open_photo(photo)) for model.size in ((64, 64), (32, 96))]
     mask = read(tmp_path / "predictions" / "000000_mask.png")
     assert np.array_equal(mask, expected[1]) and not np.array_equal(mask, expected[0])
+
+
+@pytest.mark.parametrize("flags", ["", "--split val", "--data Tiny x.jpg"])
+def test_either_photos_or_data_are_needed(best, tmp_path, capsys, flags):
+    assert run_predict(tmp_path, flags) == 2
+    assert capsys.readouterr().err.startswith("error: pass either photos, to segment them, or --data DIR")
+
+
+def test_the_scores_of_a_split_are_those_of_the_run(tiny, tmp_path, capsys, monkeypatch):
+    use_tiny_net(monkeypatch)
+    assert run_main(tmp_path, train, "--data Tiny --epochs 2 --batch-size 2 --device cpu --seed 0") == 0
+    metrics = json.loads((tmp_path / "results" / "train_seed0.json").read_text())
+    for split, flags in (("val", ""), ("test", "--split test")):
+        capsys.readouterr()
+        assert run_main(tmp_path, predict, f"best_train.pt --data Tiny --device cpu {flags}") == 0
+        shown = dict(line.strip().rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.strip())
+        expected, names = metrics[split], {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "loss": "loss"}
+        values = expected["iou"] | {name: expected[key] for key, name in names.items()}
+        values = {name: "-" if value is None else f"{value:.4f}" for name, value in values.items()}
+        assert values.items() <= shown.items()
+
+
+@pytest.mark.parametrize(("flags", "size"), [("", (64, 64)), ("--size 96x32", (32, 96))])
+def test_the_table_of_scores_has_the_worst_photo_first(tiny, best, tmp_path, capsys, flags, size):
+    write_pair(tiny, "void", np.zeros((30, 40, 3), np.uint8), np.full((30, 40), VOID, np.uint8))
+    ids = ["void", *(f"{index:06d}" for index in range(12))]
+    write_split(tiny, "all", ids)
+    assert run_predict(tmp_path, "--data Tiny --split all", flags) == 0
+    model = checkpoint.load(best)
+    model.size = size
+    expected = []
+    for name in ids[1:]:
+        photo, mask = Path("Tiny", "JPEGImages", f"{name}.jpg"), Path("Tiny", "SegmentationClass", f"{name}.png")
+        predicted, labels = predict.segment(model, imaging.open_photo(tmp_path / photo)), read(tmp_path / mask)
+        predicted, labels = predicted[labels != VOID], labels[labels != VOID]
+        iou = jaccard_score(labels, predicted, average="macro", labels=np.union1d(labels, predicted))
+        expected.append((iou, str(photo), str(mask)))
+    path = tmp_path / "predictions" / "all_scores.csv"
+    with open(path, newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["photo", "mask", "mean_iou"] and rows[-1][2] == "nan" and Path(rows[-1][0]).stem == "void"
+    assert rows[:-1] == [[photo, mask, f"{iou:.4f}"] for iou, photo, mask in sorted(expected)]
+    capsys.readouterr()
+    assert run_predict(tmp_path, "--data Tiny --split all") == 2
+    assert capsys.readouterr().err.startswith(f"error: {path.relative_to(tmp_path)}: exists already: replace with")
+    (tiny / "classes.txt").write_text("\n".join(CLASSES[::-1]))
+    assert run_predict(tmp_path, "--data Tiny --split all --overwrite") == 2
+    assert capsys.readouterr().err.startswith("error: the classes of Tiny or their order differ from the model's")
