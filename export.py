@@ -57,7 +57,7 @@ def main():
         paths[0].parent.mkdir(parents=True, exist_ok=True)
 
     metadata = {name: state.get(name) for name in ("classes", "size", "experiment", "dataset", "epoch", "val_miou")}
-    metadata |= {"palette": imaging.PALETTE.tolist(), "overlay_colours": imaging.distinct_colours().tolist()}
+    metadata |= {"palette": imaging.PALETTE.tolist(), "overlay_colours": imaging.DISTINCT_COLOURS.tolist()}
     metadata["background"] = background_label(model.classes)
     metadata["sha256"] = hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()
     end = onnx_graph.PROBABILITIES if args.probabilities else onnx_graph.MASK

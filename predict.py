@@ -1,11 +1,15 @@
-"""Segment photos with a trained model.
+"""Segment photos with a trained model, or score it on a split.
 
     python predict.py best_train_5_b.pt photo.jpg folder/ --out predictions
+    python predict.py best_train_5_b.pt --data data/VOCdevkit/VOC2007 --split test
 
-Writes for each photo NAME_mask.png, a palette PNG of the photo's size whose values are the class indices, and
+The first writes for each photo NAME_mask.png, a palette PNG of the photo's size whose values are the class indices, and
 NAME_overlay.png, the classes drawn over the photo. NAME is the photo's name without suffix; photos of the same name
 get their folder's in front. legend.png names the overlays' colours. predictions.csv holds each photo's share of each
 class: a later call adds its photos, and replaces the rows of those that are predicted again.
+
+The second prints the results as at the end of a run, at full resolution, and writes SPLIT_scores.csv: each photo and
+its mean IoU, the worst first, which is a way to find wrong masks.
 """
 
 import argparse
@@ -15,13 +19,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from seg import checkpoint, cli, files, imaging, inference, report
-from util import UserError, background_label
+from seg import checkpoint, cli, engine, files, imaging, inference, plotting, report
+from seg.data import Loader, Split
+from util import VOID, UserError, background_label
 
 
 def find_photos(paths, out, recursive=False):
@@ -92,7 +96,7 @@ def overlay(photo, mask, classes):
 
     ``photo`` is a PIL image in RGB, ``mask`` a uint8 array [H, W] of class indices, of its size. Returns a PIL image.
     """
-    photo, colours, is_contour = np.asarray(photo), imaging.distinct_colours()[mask], np.zeros(mask.shape, bool)
+    photo, colours, is_contour = np.asarray(photo), imaging.DISTINCT_COLOURS[mask], np.zeros(mask.shape, bool)
     width = 1 + max(mask.shape) // 2000  # of a contour in pixels, on either side of an outline
     for labels, found in ((mask, is_contour), (mask.T, is_contour.T)):
         differs = labels[width:] != labels[:-width]
@@ -102,20 +106,6 @@ def overlay(photo, mask, classes):
     np.copyto(result, colours, where=is_contour[..., None])
     np.copyto(result, photo, where=(mask == background_label(classes))[..., None])
     return Image.fromarray(result)
-
-
-def draw_legend(classes):
-    """The overlays' colours of all classes, each with its name, as a PIL image."""
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), 16)
-    width = max(round(font.getlength(name)) for name in classes) + 60
-    image = Image.new("RGB", (width, 26 * len(classes) + 10), "white")
-    draw = ImageDraw.Draw(image)
-    for label, name in enumerate(classes):
-        top = 6 + 26 * label
-        fill = "white" if label == background_label(classes) else tuple(imaging.distinct_colours()[label].tolist())
-        draw.rectangle((8, top, 40, top + 20), fill, "black")
-        draw.text((50, top), name, "black", font)
-    return image
 
 
 def png(image, **options):
@@ -138,41 +128,28 @@ def read_rows(path, header, overwrite):
 
 
 def write_rows(path, header, rows):
+    """Write a table to ``path``, whose folder need not exist yet."""
+    with files.writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([header, *rows.values()])
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
     files.write(path, text.getvalue().encode("utf-8", "surrogateescape"))  # a name may hold bytes that are not UTF-8
 
 
-def main():
-    parser = cli.Parser(__doc__)
-    parser.add_argument("checkpoint", help="a best_*.pt")
-    parser.add_argument("photos", nargs="+", metavar="photo", help="photos, or folders of photos")
-    parser.add_argument("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--device", type=cli.parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    text = "resize photos to N x N pixels instead of the training's size; a little more can gain mean IoU: try on val"
-    parser.add_argument("--size", type=parse_size, metavar="N|WxH", help=text)
-    parser.add_argument("--recursive", action="store_true", help="take the photos in subfolders too")
-    parser.add_argument("--masks-only", action="store_true", help="write no overlays")
-    parser.add_argument("--overwrite", action="store_true", help="replace existing results of the photos")
-    args = parser.parse_args()
-
+def predict_photos(model, args):
+    """Write the results of the photos in ``args``; see the top of this file."""
     photos = find_photos(args.photos, args.out, args.recursive)
     masks = [args.out / f"{name}_mask.png" for name in output_names(photos)]
     overlays = [args.out / f"{name}_overlay.png" for name in output_names(photos)]
-    check_new(masks + overlays, args.overwrite)
-    model = checkpoint.load(args.checkpoint, args.device)
-    model.size = args.size or model.size
-    table, header = args.out / "predictions.csv", ["photo", "mask", *model.classes]
+    table, legend = args.out / "predictions.csv", args.out / "legend.png"
+    # beside a table, which is checked below, the legend is that of an earlier call
+    new = [] if args.masks_only or table.exists() else [legend]
+    check_new(masks + overlays + new, args.overwrite)
+    header = ["photo", "mask", *model.classes]
     rows = read_rows(table, header, args.overwrite)
-    legend, legend_path = png(draw_legend(model.classes)), args.out / "legend.png"
-    if not args.masks_only and legend_path.exists() and legend_path.read_bytes() != legend:
-        check_new([legend_path], args.overwrite, "is not the legend of this model's classes")
-    with files.writing(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
-    write_rows(table, header, rows)  # now, in case it cannot be written
+    write_rows(table, header, rows.values())  # now, in case it cannot be written
     if not args.masks_only:
-        files.write(legend_path, legend)
-    report.log(f"masks are computed at {imaging.size_text(model.size)} and upsampled to each photo's size")
+        plotting.overlay_legend(legend, model.classes)
 
     done, errors = 0, []
     try:
@@ -194,10 +171,46 @@ def main():
             by_share = [f"{model.classes[label]} {shares[label]:.1%}" for label in np.argsort(-shares) if shares[label]]
             report.log(f"{path}: {', '.join(by_share)}")
     finally:  # also after Ctrl-C or an error
-        write_rows(table, header, rows)
+        write_rows(table, header, rows.values())
         report.log(f"masks of {done} of {len(photos)} photos are in {args.out}, the share of each class in {table}")
     if errors:
         raise UserError("\nerror: ".join(errors))
+
+
+def score(model, args):
+    """Print the results on the split in ``args`` and write the table of its photos; see the top of this file."""
+    path = args.out / f"{args.split}_scores.csv"
+    check_new([path], args.overwrite)
+    split = Split(args.data, args.split)
+    loader = Loader(split, model.size, batch_size=8, device=args.device, mean=model.mean, std=model.std)
+    scores = engine.evaluate(model, loader, torch.nn.CrossEntropyLoss(ignore_index=VOID))
+    report.log(report.table({args.split: scores}, split.classes))
+    order = scores.image_ious.argsort(stable=True).tolist()  # NaN, of a photo without a labelled pixel, is last
+    rows = [(split.photo_path(index), split.mask_path(index), f"{scores.image_ious[index]:.4f}") for index in order]
+    write_rows(path, ["photo", "mask", "mean_iou"], rows)
+    report.log(f"the mean IoU of each photo, the worst first, is in {path}")
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    parser.add_argument("checkpoint", help="a best_*.pt")
+    parser.add_argument("photos", nargs="*", metavar="photo", help="photos, or folders of photos")
+    parser.add_argument("--data", metavar="DIR", help="instead of photos: a folder in VOC layout, to score the model")
+    parser.add_argument("--split", default="val", help="of --data (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--device", type=cli.parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    text = "resize photos to N x N pixels instead of the training's size; a little more can gain mean IoU: try on val"
+    parser.add_argument("--size", type=parse_size, metavar="N|WxH", help=text)
+    parser.add_argument("--recursive", action="store_true", help="take the photos in subfolders too")
+    parser.add_argument("--masks-only", action="store_true", help="write no overlays")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing results")
+    args = parser.parse_intermixed_args()  # photos may follow a flag
+    if bool(args.photos) == bool(args.data):
+        raise UserError("pass either photos, to segment them, or --data DIR, to score the model on a split")
+    model = checkpoint.load(args.checkpoint, args.device)
+    model.size = args.size or model.size
+    report.log(f"masks are computed at {imaging.size_text(model.size)} and upsampled to each photo's size")
+    (score if args.data else predict_photos)(model, args)
 
 
 if __name__ == "__main__":

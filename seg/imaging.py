@@ -33,6 +33,16 @@ def _palette():
 PALETTE = _palette()  # uint8 [256, 3], RGB; row 255 is the colour of void
 WRONG = (213, 94, 0)  # the colour of wrong pixels, an orange for the colour-blind
 
+# Colours that are easier to tell apart than VOC's: Matplotlib's tab20 without the strong orange, which is like WRONG,
+# tab20b and tab20c; uint8 [255, 3], RGB, which repeat after 59.
+DISTINCT_COLOURS = bytes.fromhex(
+    "1f77b42ca02cd627289467bd8c564be377c27f7f7fbcbd2217becfaec7e8ffbb7898df8aff9896c5b0d5c49c94f7b6d2c7c7c7dbdb8d9edae5"
+    "393b795254a36b6ecf9c9ede6379398ca252b5cf6bcedb9c8c6d31bd9e39e7ba52e7cb94843c39ad494ad6616be7969c7b4173a55194ce6dbd"
+    "de9ed63182bd6baed69ecae1c6dbefe6550dfd8d3cfdae6bfdd0a231a35474c476a1d99bc7e9c0756bb19e9ac8bcbddcdadaeb636363969696"
+    "bdbdbdd9d9d9"
+)
+DISTINCT_COLOURS = np.resize(np.frombuffer(DISTINCT_COLOURS, np.uint8), (255, 3))
+
 
 def palette_image(mask, colours=PALETTE):
     """A mask, uint8 array [H, W] of class indices and VOID, as a PIL image with a palette, uint8 [256, 3]."""
@@ -41,20 +51,9 @@ def palette_image(mask, colours=PALETTE):
     return image
 
 
-@functools.cache
-def distinct_colours():
-    """A colour for each class that is easier to tell apart than VOC's: uint8 [255, 3], RGB; they repeat after 59."""
-    from matplotlib import colormaps  # only here: importing it takes a moment
-
-    tab20, *others = (colormaps[name].colors for name in ("tab20", "tab20b", "tab20c"))
-    strong, light = [tab20[0], *tab20[4::2]], tab20[1::2]  # without the strong orange, which is like WRONG
-    colours = [*strong, *light, *others[0], *others[1]]
-    return np.resize(np.multiply(colours, 255).round().astype(np.uint8), (255, 3))
-
-
 def class_colours(classes):
-    """VOC's palette, whose first colour is black; ``distinct_colours`` and void for classes without a background."""
-    return np.vstack((distinct_colours(), PALETTE[VOID:])) if background_label(classes) is None else PALETTE
+    """VOC's palette, whose first colour is black; DISTINCT_COLOURS and void for classes without a background."""
+    return np.vstack((DISTINCT_COLOURS, PALETTE[VOID:])) if background_label(classes) is None else PALETTE
 
 
 def open_image(path):

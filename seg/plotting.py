@@ -4,18 +4,30 @@ Masks are integer arrays [H, W] of class indices and VOID, photos are uint8 [H, 
 prediction: its Scores, or its name and mean IoU.
 """
 
+import contextlib
+import functools
+import itertools
 import math
+import os
+import sys
 import textwrap
 import warnings
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 import util
 from seg import files, imaging
 from util import VOID
+
+if "IPython" not in sys.modules:  # not in a notebook, whose own plots need it
+    os.environ.pop("MPLBACKEND", None)  # `!python train.py` inherits the notebook's, which may not be installed here
+
+import matplotlib.style
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager, get_font
+from matplotlib.patches import Patch
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette for the colour-blind; each colour has its own line style or hatch for black-and-white print.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"
@@ -29,7 +41,7 @@ MAX_CLASSES = 40  # in a plot of classes
 MAX_COLUMNS = 5  # of pictures or panels
 MAX_LETTERS = 24  # of a name
 
-# Matplotlib warns of each letter that its font lacks, such as Chinese ones, and draws a box.
+# Matplotlib warns of each letter that its fonts lack, and draws a box.
 warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
 
 
@@ -39,10 +51,28 @@ def thumbnail(photo, mask):
     return imaging.resize(photo, size), imaging.resize_mask(mask, size)
 
 
+@functools.cache
+def _fonts(text):
+    """Installed fonts that together have the letters of a text, a list of names, and the set of those that none has."""
+    families, missing = ["DejaVu Sans"], set(filter(str.isprintable, text))
+    for font in sorted(fontManager.ttflist, key=lambda font: (font.name != families[0], font.name)):
+        if missing and (font.style, font.weight) == ("normal", 400) and "LastResort" not in font.fname:
+            with contextlib.suppress(OSError, RuntimeError):  # the font is gone, or cannot be read
+                found = {letter for letter in missing if get_font(font.fname).get_char_index(ord(letter))}
+                families += [font.name] if found and font.name not in families else []
+                missing -= found
+    return families, missing
+
+
 def _shorten(name):
     """A name, without its middle if it is too long for a plot: long names often differ at their ends."""
     half = MAX_LETTERS // 2
     return name if len(name) <= MAX_LETTERS else f"{name[: half - 1]}…{name[-half:]}"
+
+
+def _class_name(classes, label):
+    """The name of a class, shortened; its number if no font has its letters."""
+    return f"class {label}" if _fonts("".join(classes))[1] & set(classes[label]) else _shorten(classes[label])
 
 
 def _experiment(name):
@@ -56,14 +86,23 @@ def _select(counts, criterion, classes, title):
     labels = np.sort(np.argsort(-np.asarray(counts), kind="stable")[:MAX_CLASSES])
     if len(labels) < len(classes):
         title += f"\nthe {len(labels)} {criterion} of {len(classes)} classes"
-    return labels, [_shorten(classes[label]) for label in labels], title
+    return labels, [_class_name(classes, label) for label in labels], title
 
 
-def _figure(width, height, title="", layout="constrained"):
-    """A figure of a size in inches, without pyplot and its windows; the title has as many lines as it needs."""
-    figure = Figure(figsize=(width, height), dpi=130, layout=layout)
-    figure.suptitle(_wrap(title, int(11 * width)))
-    return figure
+@contextlib.contextmanager
+def _figure(path, width, height, title="", layout="constrained"):
+    """A figure of a size in inches, saved to ``path`` at the end; the title has as many lines as it needs.
+
+    It is drawn without pyplot and its windows, and with Matplotlib's own defaults, whatever a matplotlibrc says.
+    """
+    with matplotlib.style.context("default"):
+        figure = Figure(figsize=(width, height), dpi=130, layout=layout)
+        figure.suptitle(_wrap(title, int(11 * width)))
+        yield figure
+        for text in figure.findobj(Text):
+            text.set_fontfamily(_fonts(text.get_text())[0])
+        with files.atomic_write(path) as file:
+            figure.savefig(file, format="png", dpi=figure.dpi, bbox_inches="tight")
 
 
 def _wrap(text, letters):
@@ -71,15 +110,11 @@ def _wrap(text, letters):
 
 
 def _legend(figure, handles, columns=None):
-    """Add a legend below the figure, which ``_save`` then makes higher, by default in as many columns as fit."""
+    """Add a legend below the figure, whose file gets higher, by default in as many columns as fit; read by rows."""
     letters = max(len(handle.get_label()) for handle in handles)
     columns = columns or max(1, int(figure.get_figwidth() / (0.6 + 0.08 * letters)))
+    handles = [handle for column in range(columns) for handle in handles[column::columns]]
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, fontsize=9)
-
-
-def _save(figure, path):
-    with files.atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=figure.dpi, bbox_inches="tight")
 
 
 def _plot_epochs(axis, histories, name, **style):
@@ -108,23 +143,25 @@ def curves(path, title, history, best_epoch, baseline, weighted):
 
     ``baseline`` has the resolution of the history's metrics, and ``weighted`` says whether the loss has class weights.
     """
-    figure = _figure(WIDTH, 7, title)
-    axes = figure.subplots(2, 2).flat
-    titles = ("loss, weighted by class" if weighted else "loss", "pixel accuracy", "mean IoU")
-    for axis, name, text in zip(axes, ("loss", "pixel_accuracy", "miou"), titles):
-        _plot_epochs(axis, [history], name, marker="o" if len(history) <= 60 else None, markersize=3)
-        if name != "loss":
-            label = f"{util.baseline_name(baseline.classes)} on val"
-            axis.axhline(getattr(baseline, name), color=GREY, linestyle=":", label=label)
-        axis.axvline(best_epoch, color=GREY, linewidth=0.8, label=f"best epoch: {best_epoch}")
-        axis.set_title(text)
-    _legend(figure, axis.get_legend_handles_labels()[0], columns=4)
-    _plot_learning_rates(axes[3], history)
-    _save(figure, path)
+    with _figure(path, WIDTH, 7, title) as figure:
+        axes = figure.subplots(2, 2).ravel()
+        titles = ("loss, weighted by class" if weighted else "loss", "pixel accuracy", "mean IoU")
+        for axis, name, text in zip(axes, ("loss", "pixel_accuracy", "miou"), titles):
+            _plot_epochs(axis, [history], name, marker="o" if len(history) <= 60 else None, markersize=3)
+            if name != "loss":
+                label = f"{util.baseline_name(baseline.classes)} on val"
+                axis.axhline(getattr(baseline, name), color=GREY, linestyle=":", label=label)
+            axis.axvline(best_epoch, color=GREY, linewidth=0.8, label=f"best epoch: {best_epoch}")
+            axis.set_title(text)
+        _plot_learning_rates(axes[3], history)
+        _legend(figure, [handle for axis in axes[2:] for handle in axis.get_legend_handles_labels()[0]], columns=4)
 
 
 def _plot_learning_rates(axis, history):
-    """Draw the learning rate of each parameter group in each epoch, or in each batch if it changes within epochs."""
+    """Draw the learning rate of each parameter group in each epoch, or in each batch if it changes within epochs.
+
+    From the eighth group on, all share a name and a colour.
+    """
     steps = [
         (row["epoch"] - 1 + (batch + 1) / len(row["batch_learning_rates"]), rates)
         for row in history
@@ -132,17 +169,17 @@ def _plot_learning_rates(axis, history):
     ]
     ends = [history[0]["epoch"] - 1, *(end for end, _ in steps)]
     groups = np.array([rates for _, rates in steps]).T
-    for index, group in enumerate(groups):
-        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
-        axis.stairs(group, ends, baseline=None, label=f"parameter group {index + 1}", **style)
+    names = [f"parameter group {index + 1}" for index in range(len(groups)) if len(groups) > 1]
+    names[7:] = [f"parameter groups 8 to {len(groups)}"] if len(groups) > 8 else names[7:]
+    for index, (group, name) in enumerate(itertools.zip_longest(groups, names)):
+        index = min(index, 7)
+        axis.stairs(group, ends, baseline=None, label=name, color=(*COLOURS, GREY)[index], linestyle=STYLES[index % 4])
     _epoch_axis(axis)
     axis.set_title("learning rate")
     axis.set_ylim(bottom=0)
-    if len(groups) > 1:
-        axis.legend()
-        if groups.max(1).min() > 0:
-            axis.set_yscale("log")  # groups often differ by orders of magnitude
-            axis.set_ylim(groups.max(1).min() / 100, 1.5 * groups.max())  # annealing may end near zero
+    if len(groups) > 1 and groups.max(1).min() > 0:
+        axis.set_yscale("log")  # groups often differ by orders of magnitude
+        axis.set_ylim(groups.max(1).min() / 100, 1.5 * groups.max())  # annealing may end near zero
 
 
 def class_iou(path, title, classes, scores):
@@ -150,24 +187,23 @@ def class_iou(path, title, classes, scores):
     labels, names, title = _select(sum(each.matrix for each in scores.values()).sum(1), "most frequent", classes, title)
     bar = min(0.16, 13 / (len(labels) * len(scores)))  # the height of a bar in inches
     group = len(scores) * bar + 0.1
-    figure = _figure(8, len(labels) * group + 1.5, title)
-    axis = figure.subplots()
-    for index, (name, result) in enumerate(scores.items()):
-        ious = util.iou(result.matrix).numpy()[labels]
-        y = np.arange(len(labels)) + (index - (len(scores) - 1) / 2) * bar / group
-        style = {"color": COLOURS[index % 7], "hatch": HATCHES[index % 7], "edgecolor": "white", "linewidth": 0}
-        label = f"{name}: mean IoU {result.miou:.4f}"
-        bars = axis.barh(y, np.nan_to_num(ious), bar / group, label=label, **style)
-        if bar > 0.1:  # there is room for text
-            texts = ["absent" if np.isnan(iou) else f"{iou:.2f}" for iou in ious]
-            axis.bar_label(bars, texts, padding=3, fontsize=8)
-    axis.set(xlabel="IoU", xlim=(0, 1), ylim=(len(labels) - 0.5, -0.5), axisbelow=True)
-    axis.set_yticks(range(len(labels)), names)
-    axis.tick_params(axis="y", length=0)
-    axis.grid(axis="x", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    _legend(figure, axis.containers)
-    _save(figure, path)
+    with _figure(path, 8, len(labels) * group + 1.5, title) as figure:
+        axis = figure.subplots()
+        for index, (name, result) in enumerate(scores.items()):
+            ious = util.iou(result.matrix).numpy()[labels]
+            y = np.arange(len(labels)) + (index - (len(scores) - 1) / 2) * bar / group
+            style = {"color": COLOURS[index % 7], "hatch": HATCHES[index % 7], "edgecolor": "white", "linewidth": 0}
+            label = f"{name}: mean IoU {result.miou:.4f}"
+            bars = axis.barh(y, np.nan_to_num(ious), bar / group, label=label, **style)
+            if bar > 0.1:  # there is room for text
+                texts = ["absent" if np.isnan(iou) else f"{iou:.2f}" for iou in ious]
+                axis.bar_label(bars, texts, padding=3, fontsize=8)
+        axis.set(xlabel="IoU", xlim=(0, 1), ylim=(len(labels) - 0.5, -0.5), axisbelow=True)
+        axis.set_yticks(range(len(labels)), names)
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        _legend(figure, axis.containers)
 
 
 def _heat_map(axis, values, rows, columns, highest=1, least=0.0):
@@ -186,13 +222,12 @@ def confusion(path, title, classes, matrix):
     """Draw a confusion matrix, int64 [C, C] with rows ground truth, each row in percent of its pixels."""
     labels, names, title = _select(matrix.sum(0) + matrix.sum(1), "most frequent", classes, title)
     cells, text = max(3, 0.33 * len(labels)), 0.08 * max(map(len, names))
-    figure = _figure(cells + text + 1.3, cells + 0.7 * text + 1.2, title, layout="compressed")
-    axis = figure.subplots()
-    shares = (matrix / matrix.sum(1, keepdim=True).double()).numpy()[np.ix_(labels, labels)]
-    rows = [f"{name} (no pixels)" if absent else name for name, absent in zip(names, np.isnan(shares).all(1))]
-    _heat_map(axis, shares, rows, names, least=0.005)
-    axis.set(xlabel="prediction, in percent of the ground truth", ylabel="ground truth")
-    _save(figure, path)
+    with _figure(path, cells + text + 1.3, cells + 0.7 * text + 1.2, title, "compressed") as figure:
+        axis = figure.subplots()
+        shares = (matrix / matrix.sum(1, keepdim=True).double()).numpy()[np.ix_(labels, labels)]
+        rows = [f"{name} (no pixels)" if absent else name for name, absent in zip(names, np.isnan(shares).all(1))]
+        _heat_map(axis, shares, rows, names, least=0.005)
+        axis.set(xlabel="prediction, in percent of the ground truth", ylabel="ground truth")
 
 
 def predictions(path, title, classes, samples, models=("prediction",)):
@@ -207,68 +242,64 @@ def predictions(path, title, classes, samples, models=("prediction",)):
     columns = math.ceil((1 + len(titles)) / num_lines)
     side = min(2.5, WIDTH / columns)
     ratios = [min(2, photo.shape[0] / photo.shape[1]) for _, photo, *_ in samples for _ in range(num_lines)]
-    figure = _figure(columns * side, sum(ratios) * side + 0.3 * len(ratios) + 0.5, title, layout="compressed")
-    axes = figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios)
-    colours = imaging.class_colours(classes)
-    for (name, photo, truth, *masks), line in zip(samples, axes.reshape(len(samples), -1)):
-        pictures = [photo, *(colours[mask] for mask in (truth, *masks))]
-        if shows_errors:
-            pictures.append(imaging.wrong_pixels(photo, truth, *masks))
-        for axis, picture, text in zip(line, pictures, (name, *titles)):
-            axis.imshow(picture)
-            axis.set_title(_wrap(text, MAX_LETTERS), fontsize=9, pad=3)
-            axis.set(xticks=[], yticks=[])
-        for axis in line[len(pictures) :]:
-            axis.remove()
-    handles = _class_handles(classes, [mask for sample in samples for mask in sample[2:]])
-    _legend(figure, handles + [Patch(facecolor=ORANGE, edgecolor="black", label="wrong pixels")] * shows_errors)
-    _save(figure, path)
+    with _figure(path, columns * side, sum(ratios) * side + 0.3 * len(ratios) + 0.5, title, "compressed") as figure:
+        axes = figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios)
+        colours = imaging.class_colours(classes)
+        for (name, photo, truth, *masks), line in zip(samples, axes.reshape(len(samples), -1)):
+            pictures = [photo, *(colours[mask] for mask in (truth, *masks))]
+            if shows_errors:
+                pictures.append(imaging.wrong_pixels(photo, truth, *masks))
+            for axis, picture, text in zip(line, pictures, (name, *titles)):
+                axis.imshow(picture)
+                axis.set_title(_wrap(text, MAX_LETTERS), fontsize=9, pad=3)
+                axis.set(xticks=[], yticks=[])
+            for axis in line[len(pictures) :]:
+                axis.remove()
+        handles = _class_handles(classes, [mask for sample in samples for mask in sample[2:]], colours)
+        _legend(figure, handles + [Patch(facecolor=ORANGE, edgecolor="black", label="wrong pixels")] * shows_errors)
 
 
 def samples(path, title, classes, images, masks):
     """Draw photos, a multiple of 4, each with its mask to the right of it."""
     ratio = images.shape[1] / images.shape[2]
-    figure = _figure(14, 1.75 * ratio * len(images) / 4 + 0.5, title, layout="compressed")
-    colours = imaging.class_colours(classes)
-    pictures = [picture for image, mask in zip(images, masks) for picture in (image, colours[mask])]
-    for axis, picture in zip(figure.subplots(len(images) // 4, 8).flat, pictures):
-        axis.imshow(picture)
-        axis.set(xticks=[], yticks=[])
-    _legend(figure, _class_handles(classes, masks))
-    _save(figure, path)
+    with _figure(path, 14, 1.75 * ratio * len(images) / 4 + 0.5, title, "compressed") as figure:
+        colours = imaging.class_colours(classes)
+        pictures = [picture for image, mask in zip(images, masks) for picture in (image, colours[mask])]
+        for axis, picture in zip(figure.subplots(len(images) // 4, 8).flat, pictures):
+            axis.imshow(picture)
+            axis.set(xticks=[], yticks=[])
+        _legend(figure, _class_handles(classes, masks, colours))
 
 
 def comparison(path, title, scores, baseline):
     """Draw the mean IoU of experiments. ``scores`` maps each to a list with one mean IoU per seed."""
     scores = {name: values for name, values in scores.items() if values}
-    figure = _figure(8, 0.5 * len(scores) + 1.4, title)
-    axis = figure.subplots()
-    axis.axvline(baseline[1], color=GREY, linestyle=":", label=f"{baseline[0]}: {baseline[1]:.4f}")
-    for y, values in enumerate(scores.values()):
-        deviation = np.std(values, ddof=1) if len(values) > 1 else 0
-        mean, whisker = np.mean(values), deviation or None
-        axis.barh(y, mean, xerr=whisker, capsize=4, color=BLUE, alpha=0.5, label=None if y else "mean over seeds")
-        axis.plot(values, [y] * len(values), "o", color="black", markersize=3, label=None if y else "one seed")
-        end = max(mean + deviation, *values)
-        axis.annotate(f"{mean:.4f}", (end, y), (6, 0), textcoords="offset points", va="center")
-    axis.set_yticks(range(len(scores)), map(_experiment, scores))
-    axis.invert_yaxis()
-    axis.margins(x=0.15)
-    axis.set(xlabel="mean IoU (whisker: standard deviation)", xlim=(0, None), axisbelow=True)
-    axis.grid(axis="x", alpha=0.3)
-    _legend(figure, axis.get_legend_handles_labels()[0], columns=3)
-    _save(figure, path)
+    with _figure(path, 8, 0.5 * len(scores) + 1.4, title) as figure:
+        axis = figure.subplots()
+        axis.axvline(baseline[1], color=GREY, linestyle=":", label=f"{baseline[0]}: {baseline[1]:.4f}")
+        for y, values in enumerate(scores.values()):
+            deviation = np.std(values, ddof=1) if len(values) > 1 else 0
+            mean, whisker = np.mean(values), deviation or None
+            axis.barh(y, mean, xerr=whisker, capsize=4, color=BLUE, alpha=0.5, label=None if y else "mean over seeds")
+            axis.plot(values, [y] * len(values), "o", color="black", markersize=3, label=None if y else "one seed")
+            end = max(mean + deviation, *values)
+            axis.annotate(f"{mean:.4f}", (end, y), (6, 0), textcoords="offset points", va="center")
+        axis.set_yticks(range(len(scores)), map(_experiment, scores))
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set(xlabel="mean IoU (whisker: standard deviation)", xlim=(0, None), axisbelow=True)
+        axis.grid(axis="x", alpha=0.3)
+        _legend(figure, axis.get_legend_handles_labels()[0], columns=3)
 
 
 def classes_by_experiment(path, title, experiments, classes, ious):
     """Draw IoU per class as a heat map: float array [experiments, classes] in 0..1, NaN for an absent class."""
     labels, names, title = _select(np.nan_to_num(ious).max(0), "best", classes, title)
-    figure = _figure(0.33 * len(labels) + 3.5, 0.4 * len(experiments) + 2.4, title)
-    axis = figure.subplots()
-    highest = max(np.nan_to_num(ious).max(), 0.01)
-    _heat_map(axis, ious[:, labels], list(map(_experiment, experiments)), names, highest)
-    axis.set(aspect="auto", xlabel="IoU in percent (hatched: absent)")
-    _save(figure, path)
+    with _figure(path, 0.33 * len(labels) + 3.5, 0.4 * len(experiments) + 2.4, title) as figure:
+        axis = figure.subplots()
+        highest = max(np.nan_to_num(ious).max(), 0.01)
+        _heat_map(axis, ious[:, labels], list(map(_experiment, experiments)), names, highest)
+        axis.set(aspect="auto", xlabel="IoU in percent (hatched: absent)")
 
 
 def histories(path, title, runs, losses, baseline):
@@ -276,26 +307,31 @@ def histories(path, title, runs, losses, baseline):
 
     ``runs`` maps an experiment to the histories of its seeds, ``losses`` to the name of its loss.
     """
-    figure = _figure(WIDTH, 2 * len(runs) + 0.5, title)
-    axes = figure.subplots(len(runs), 2, squeeze=False)
-    for (loss, miou), (name, seeds) in zip(axes, runs.items()):
-        style = {"linewidth": 1, "marker": "." if len(seeds[0]) == 1 else None}
-        _plot_epochs(loss, seeds, "loss", **style)
-        _plot_epochs(miou, seeds, "miou", **style)
-        miou.axhline(baseline[1], color=GREY, linestyle=":", label=baseline[0])
-        loss.set_title(losses[name], fontsize=9)
-        loss.set_ylabel(_experiment(name), fontsize=9)
-        miou.set_title("mean IoU", fontsize=9)
-    highest = max(miou.get_ylim()[1] for _, miou in axes)
-    for _, miou in axes:
-        miou.set_ylim(0, highest)
-    _legend(figure, [*loss.lines[:2], miou.lines[-1]], columns=3)
-    _save(figure, path)
+    with _figure(path, WIDTH, 2 * len(runs) + 0.5, title) as figure:
+        axes = figure.subplots(len(runs), 2, squeeze=False)
+        for (loss, miou), (name, seeds) in zip(axes, runs.items()):
+            style = {"linewidth": 1, "marker": "." if len(seeds[0]) == 1 else None}
+            _plot_epochs(loss, seeds, "loss", **style)
+            _plot_epochs(miou, seeds, "miou", **style)
+            miou.axhline(baseline[1], color=GREY, linestyle=":", label=baseline[0])
+            loss.set_title(losses[name], fontsize=9)
+            loss.set_ylabel(_experiment(name), fontsize=9)
+            miou.set_title("mean IoU", fontsize=9)
+        highest = max(miou.get_ylim()[1] for _, miou in axes)
+        for _, miou in axes:
+            miou.set_ylim(0, highest)
+        _legend(figure, [*loss.lines[:2], miou.lines[-1]], columns=3)
 
 
-def _class_handles(classes, masks):
+def overlay_legend(path, classes):
+    """Draw the colours of ``predict.overlay``, with white for the background, which it does not paint."""
+    colours = np.where(np.arange(VOID)[:, None] == util.background_label(classes), 255, imaging.DISTINCT_COLOURS)
+    with _figure(path, 3, 1) as figure:
+        _legend(figure, _class_handles(classes, [range(len(classes))], colours), columns=1)
+
+
+def _class_handles(classes, masks, colours):
     """Legend entries of the classes, void included, that occur in a list of masks."""
-    colours = imaging.class_colours(classes) / 255
     labels = np.unique(np.concatenate([np.ravel(mask) for mask in masks])).tolist()
-    names = ["void" if label == VOID else _shorten(classes[label]) for label in labels]
-    return [Patch(facecolor=colours[label], edgecolor="black", label=name) for label, name in zip(labels, names)]
+    names = ["void" if label == VOID else _class_name(classes, label) for label in labels]
+    return [Patch(facecolor=colours[label] / 255, edgecolor="black", label=name) for label, name in zip(labels, names)]

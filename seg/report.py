@@ -136,7 +136,7 @@ class Reporter:
         from seg import html  # only here: most of a run does without Jinja2
 
         run, image_ious = self.run, scores["val"].image_ious
-        log(_table(scores, self.val.classes))
+        log(table(scores, self.val.classes))
         for name, result in scores.items():
             if not result.miou > result.baseline.miou:
                 log(f"warning: on {name} the mean IoU is not above the {util.baseline_name(self.val.classes)}")
@@ -185,7 +185,7 @@ class Reporter:
         self.plotting.predictions(self.run.plot("predictions"), title, self.val.classes, samples)
 
 
-def _table(scores, classes):
+def table(scores, classes):
     """The results as text: IoU of each class, then mean IoU and pixel accuracy next to those of the baseline."""
     results = [result.as_dict() for result in scores.values()]
     rows = [(f"  {name}", [result["iou"][name] for result in results]) for name in classes]

@@ -20,7 +20,7 @@ from tiny_net import TinyNet
 import train
 import util
 import voc
-from seg import checkpoint, cli, distributed, imaging, plotting
+from seg import checkpoint, cli, distributed, files, imaging, plotting
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -160,7 +160,7 @@ def skip_drawing(patch):
     patch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(os.urandom(100_000)))
     for name in ("curves", "class_iou", "confusion", "predictions", "samples"):
         draw = mock.create_autospec(getattr(plotting, name))
-        draw.side_effect = lambda path, *_: plotting._save(Figure(), path)
+        draw.side_effect = lambda path, *_: files.write(path, os.urandom(100_000))
         patch.setattr(plotting, name, draw)
 
 

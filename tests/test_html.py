@@ -4,11 +4,13 @@ import base64
 import io
 import math
 import re
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from test_compare import run_compare, tables, write_run
 
@@ -192,6 +194,15 @@ def test_the_comparison_has_the_tables_of_the_markdown_and_links_to_reports(tmp_
     links = [address for address in page.attributes("href") if not address.startswith("#")]
     assert links == ["seed0/plots/train_report.html", "seed2/plots/train_my%20run%26co_report.html"]
     assert len([address for address in page.attributes("src") if address.startswith("data:image/png")]) == 3
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone")
+def test_git_ignores_what_the_commands_write_into_the_clone():
+    written = "best_train_mine.pt last_train_mine.pt .train_mine.lock results/a.csv best_train.onnx page_5_b/page.js"
+    written += " RESULTS.md RESULTS.html plots/train_mine_iou.png plots/train_mine_report.html plots/comparison.png"
+    written += " data/a.tar predictions/val_scores.csv demo/plots/a.png seed0/best_train.pt comparison/RESULTS.md"
+    done = subprocess.run(["git", "check-ignore", *written.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == written.split()
 
 
 def test_tables_sort_and_predictions_are_paged_in_a_browser(browser, tmp_path):

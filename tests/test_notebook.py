@@ -22,16 +22,17 @@ from seg.voc_layout import CLASSES
 NOTEBOOK = ROOT / "SegmentationVisualization.ipynb"
 
 
-def run_notebook(folder, **settings):
+def run_notebook(folder, last="", **settings):
     """Run the notebook on the models below a folder; return what it printed and its pictures.
 
-    ``settings`` replace those of the first cell.
+    ``settings`` replace those of the first cell, and ``last`` is the code of one more at the end.
     """
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     first.source += f"\nmodels = ['{folder}/' + pattern for pattern in models]"
     settings.setdefault("out", f"{folder}/plots")
     first.source += "".join(f"\n{name} = {value!r}" for name, value in settings.items())
+    notebook.cells.append(nbformat.v4.new_code_cell(last))
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     pictures = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
@@ -91,9 +92,12 @@ def test_notebook_shows_the_models_of_all_usual_places_on_the_data_of_each(tiny,
 def test_notebook_takes_other_data_and_leaves_out_models_of_other_classes(tiny, tmp_path):
     write_model(tmp_path / "best_train.pt", FCN(21), 0, "no longer there", 0)
     write_model(tmp_path / "demo" / "best_train.pt", FCN(2), 0, tiny, 0, ("background", "lesion"))
-    text, pictures = run_notebook(tmp_path, data=str(tiny), limit=2)
+    shown = "print('shown', *[name for name, *_ in samples])\nimport matplotlib.pyplot as plt\nplt.plot([0, 1]);"
+    text, pictures = run_notebook(tmp_path, shown, data=str(tiny), split="train", limit=4, photos=2)
+    assert "shown 000000 000003\n" in text  # evenly spaced
     assert f"left out: {tmp_path}/demo/best_train.pt: was trained on other classes than those of {tiny}" in text
-    assert f"val of {tiny}: 1 models: train, seed 0" in text and len(pictures) == 2
+    assert f"train of {tiny}: 1 models: train, seed 0" in text
+    assert len(pictures) == 3  # predictions, IoU, and the user's own plot, inline
 
 
 def test_notebook_without_any_model_says_so(tmp_path):

@@ -2,11 +2,21 @@
 
 import itertools
 import math
+import os
+import re
+import subprocess
+import sys
+import warnings
 
 import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 
 from seg import imaging, plotting, voc_layout
 from util import VOID, Scores
@@ -17,8 +27,13 @@ CLASSES = ("a", "b", "c")
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that were saved, as Matplotlib objects."""
-    figures, save = [], plotting._save
-    monkeypatch.setattr(plotting, "_save", lambda figure, path: (figures.append(figure), save(figure, path)))
+    figures, save = [], Figure.savefig
+
+    def savefig(figure, *args, **options):
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
     return figures
 
 
@@ -65,6 +80,24 @@ def test_curves_show_every_column_and_mark_the_best_epoch(tmp_path, figures):
 
 
 @pytest.mark.parametrize(
+    ("count", "last"),
+    [(1, ""), (2, " 2"), (8, " 8"), (9, "s 8 to 9"), (14, "s 8 to 14"), (21, "s 8 to 21"), (60, "s 8 to 60")],
+)
+def test_the_legend_covers_no_panel_however_many_parameter_groups_there_are(tmp_path, figures, count, last):
+    for number in (1, count):
+        rows = [row | {"batch_learning_rates": [[0.1 * 0.8**k for k in range(number)]]} for row in history()]
+        plotting.curves(tmp_path / "a.png", "title", rows, 2, BASELINE, False)
+    one, many = figures
+    assert len(many.axes[3].patches) == count and many.axes[3].get_legend() is None
+    for before, axis in zip(one.axes, many.axes):  # a tick's label may have another width
+        assert axis.get_window_extent().size == pytest.approx(before.get_window_extent().size, abs=20)
+        assert not many.legends[0].get_window_extent().overlaps(axis.get_tightbbox())
+    names = [name.removeprefix("parameter group") for name in labels(many) if name.startswith("parameter group")]
+    assert len(labels(many)) == 4 + len(names) and len(names) == (min(count, 8) if last else 0)
+    assert last in (names or [""])
+
+
+@pytest.mark.parametrize(
     ("losses", "scale"), [([2, 1, 0.5], "linear"), ([2, 900, 0.5], "log"), ([-1, -2, -3], "linear")]
 )
 def test_curves_show_losses_with_a_spike_and_below_zero(tmp_path, figures, losses, scale):
@@ -78,7 +111,7 @@ def test_curves_show_losses_with_a_spike_and_below_zero(tmp_path, figures, losse
 
 def test_a_small_group_of_a_schedule_that_ends_near_zero_stays_visible():
     rates = [[1e-5, 1e-2], [5e-6, 5e-3], [1e-11, 1e-8], [0.0, 0.0]]
-    axis = plotting._figure(5, 5).subplots()
+    axis = Figure().subplots()
     plotting._plot_learning_rates(axis, [{"epoch": 1, "batch_learning_rates": rates}])
     low, high = axis.get_ylim()
     assert axis.get_yscale() == "log" and low == pytest.approx(1e-7) and high > 1e-2
@@ -230,3 +263,65 @@ def test_plots_of_many_classes_are_bounded_and_say_what_they_leave_out(tmp_path,
             assert "the 40 " in figure.get_suptitle() and f"of {num_classes} classes" in figure.get_suptitle()
     for figure in figures[:2]:
         assert texts(figure.axes[0].get_yticklabels()) == shown
+
+
+def draw_all(folder):
+    """Draw plots of text, lines and photos into the current folder."""
+    mask = np.eye(30, dtype=np.uint8)
+    samples = [("a", mask[..., None].repeat(3, 2), mask, mask)]
+    plotting.curves(folder / "curves.png", "title", history(), 2, BASELINE, False)
+    plotting.confusion(folder / "confusion.png", "title", CLASSES, torch.eye(3, dtype=torch.int64))
+    plotting.predictions(folder / "predictions.png", "title", CLASSES, samples)
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+def test_plots_do_not_depend_on_what_the_user_has_set(tmp_path):
+    """A matplotlibrc in the current folder, and the backend of a notebook, which is not installed here."""
+    settings = "text.usetex: True", "image.origin: lower", "figure.dpi: 30", "savefig.transparent: True"
+    settings += "axes.facecolor: black", "font.family: Comic", "image.cmap: jet", "lines.linewidth: 9"
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "matplotlibrc").write_text("\n".join(settings))
+    code = "import pathlib, seg.plotting, matplotlib, test_plotting\ntest_plotting.draw_all(pathlib.Path())\n"
+    code += "assert matplotlib.rcParams['axes.facecolor'] == 'black'"  # the user's own plots keep their settings
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "MPLBACKEND": "nowhere"}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "foreign", env=env, check=True)
+    expected = draw_all(tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "foreign").glob("*.png")} == expected and expected
+    paths = [*ROOT.glob("*.py"), *ROOT.glob("seg/*.py")]
+    importers = [path.name for path in paths if re.search("(import|from) matplotlib", path.read_text(encoding="utf-8"))]
+    assert importers == ["plotting.py"]  # which sees to the backend first
+
+
+def make_font(path, name, letters):
+    """Write a font that has some letters, all of them squares."""
+    builder, pen = FontBuilder(1000), TTGlyphPen(None)
+    for step, point in zip([pen.moveTo, *[pen.lineTo] * 3], [(0, 0), (0, 700), (700, 700), (700, 0)]):
+        step(point)
+    pen.closePath()
+    glyphs = dict.fromkeys([".notdef", *(f"u{ord(letter):X}" for letter in letters)], pen.glyph())
+    builder.setupGlyphOrder(list(glyphs))
+    builder.setupCharacterMap({ord(letter): f"u{ord(letter):X}" for letter in letters})
+    builder.setupGlyf(glyphs)
+    builder.setupHorizontalMetrics(dict.fromkeys(glyphs, (800, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": name, "styleName": "Regular"})
+    builder.setupOS2(usWeightClass=400)
+    builder.setupPost()
+    builder.save(path)
+
+
+def test_a_class_is_drawn_with_a_font_that_has_its_letters_or_by_its_number(tmp_path, figures, monkeypatch):
+    monkeypatch.setattr(fontManager, "ttflist", [font for font in fontManager.ttflist if font.name == "DejaVu Sans"])
+    fonts = {"A font that is gone": "\u6c7d\u8f66", "Thai": "\u0e23\u0e16", "Hindi": "\u0938\u0921"}
+    for name, letters in (fonts | {"LastResort": "\u6c7d\u8f66"}).items():
+        make_font(tmp_path / f"{name}.ttf", name, letters)
+        fontManager.addfont(tmp_path / f"{name}.ttf")
+    (tmp_path / "A font that is gone.ttf").unlink()
+    monkeypatch.setattr(plotting, "_fonts", plotting._fonts.__wrapped__)
+    classes = ("\u00fc\u03a9", "\u0e23\u0e16 x", "\u0938\u0921\u0e23", "\u6c7d\u8f66", "class\u200d")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Matplotlib's, of a letter that the font lacks
+        plotting.overlay_legend(tmp_path / "a.png", classes)
+        plotting.confusion(tmp_path / "a.png", classes[1], classes, torch.eye(5, dtype=torch.int64))
+    shown = [*classes[:3], "class 3", classes[4]]
+    assert labels(figures[0]) == texts(figures[1].axes[0].get_yticklabels()) == shown

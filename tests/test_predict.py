@@ -1,22 +1,26 @@
 """Predictions on any photo: sizes, rotation, colour modes, files that are no photos, and masks that read back."""
 
 import csv
+import json
 import os
 import signal
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
-from conftest import make_loaders, make_photo, run_main, save_model, see_images
+from conftest import make_loaders, make_photo, run_main, save_model, see_images, use_tiny_net, write_pair, write_split
 from PIL import Image
+from sklearn.metrics import jaccard_score
 from torch.nn import functional
 
 import predict
+import train
 from basic_fcn import FCN
-from seg import checkpoint, imaging, voc_layout
+from seg import checkpoint, imaging, plotting, voc_layout
 from seg.voc_layout import CLASSES
-from util import UserError
+from util import VOID, UserError
 
 
 @pytest.fixture
@@ -98,7 +102,7 @@ def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours():
     photo, mask = np.full((600, 80, 3), (10, 200, 30), np.uint8), np.zeros((600, 80), np.uint8)
     mask[:, 40:], mask[300:, 60:] = 15, 7
     result = np.asarray(predict.overlay(Image.fromarray(photo), mask, CLASSES))
-    colours = imaging.distinct_colours()
+    colours = imaging.DISTINCT_COLOURS
     assert result.shape == photo.shape and (result[:, :40] == photo[:, :40]).all()
     for label, part in ((15, result[5:295, 45:75]), (7, result[305:, 65:])):
         assert (part == photo[0, 0] // 2 + colours[label] // 2).all()
@@ -108,17 +112,22 @@ def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours():
 
 
 @pytest.mark.parametrize("name", ["background", "Background", "_background_"])
-def test_background_is_not_painted_however_it_is_written(name):
+def test_background_is_not_painted_however_it_is_written(name, tmp_path):
     photo, mask = Image.new("RGB", (4, 4), (10, 20, 30)), np.zeros((4, 4), np.uint8)
     assert (np.asarray(predict.overlay(photo, mask, [name, "car"])) == (10, 20, 30)).all()
-    assert predict.draw_legend([name, "car"]).getpixel((20, 15)) == (255, 255, 255)
+    plotting.overlay_legend(tmp_path / "legend.png", [name, "car"])
+    legend, colours = read(tmp_path / "legend.png")[..., :3], imaging.DISTINCT_COLOURS[:2]
+    assert [(legend == colour).all(2).any() for colour in colours] == [False, True]
 
 
-def test_legend_shows_the_colours_of_the_overlays_and_umlauts():
-    legend = np.asarray(predict.draw_legend(CLASSES))
-    assert [tuple(colour) for colour in legend[26 + 16 :: 26, 20]] == [*map(tuple, imaging.distinct_colours()[1:21])]
-    drawn = [np.asarray(predict.draw_legend(["x", name])) for name in ("\u00fc", "\u00f6", "\u0142", "\u03a9")]
-    assert len({image.tobytes() for image in drawn}) == 4  # not one box for all of them
+def test_legend_shows_the_colours_of_the_overlays(tmp_path):
+    tab20 = [colour for name in ("tab20", "tab20b", "tab20c") for colour in matplotlib.colormaps[name].colors]
+    colours = imaging.DISTINCT_COLOURS[:59].tolist()
+    assert sorted([*colours, [255, 127, 14]]) == sorted(np.multiply(tab20, 255).round().astype(int).tolist())
+    plotting.overlay_legend(tmp_path / "legend.png", CLASSES)
+    legend = read(tmp_path / "legend.png")[..., :3]
+    tops = [np.flatnonzero((legend == colour).all(2).sum(1) > 20)[:1].tolist() for colour in colours[:21]]
+    assert tops[0] == [] and all(tops[1:]) and tops == sorted(tops)  # white for the background, then from top to bottom
 
 
 def test_unreadable_photo_is_named_and_the_others_are_predicted(best, tmp_path, capsys):
@@ -175,6 +184,8 @@ def test_earlier_results_are_replaced_only_with_overwrite(best, tmp_path, capsys
     error = capsys.readouterr().err
     assert f"error: {Path('predictions', 'y_mask.png')}: exists already: replace with --overwrite" in error
     assert error.count("\n") == 1 and set(masks(tmp_path)) == {"y"}
+    assert run_main(tmp_path, predict, "gone.pt y.jpg") == 2
+    assert capsys.readouterr().err.startswith("error: gone.pt: no such file")
     Image.new("RGB", (30, 30), "red").save(tmp_path / "y.jpg")
     assert run_predict(tmp_path, "x.jpg", "y.jpg", "--overwrite", "--masks-only") == 0
     assert set(masks(tmp_path)) == {"x", "y"} and not list(tmp_path.rglob("*_overlay.png"))  # none of another mask
@@ -192,7 +203,8 @@ def test_a_users_table_or_legend_is_not_replaced(best, tmp_path, capsys, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(predict, "segment", None)  # must not be called
         assert run_predict(tmp_path, "x.jpg") == 2
-    assert f"error: {Path('predictions', name)}: is not " in capsys.readouterr().err
+    problem = {"predictions.csv": "is not a table of", "legend.png": "exists already"}[name]
+    assert f"error: {Path('predictions', name)}: {problem}" in capsys.readouterr().err
     assert [file.name for file in path.parent.iterdir()] == [name] and path.read_text().startswith("photo,mask,cat\n")
     assert run_predict(tmp_path, "x.jpg", "--overwrite") == 0
     assert list(table(tmp_path)) == ["x.jpg"] and (tmp_path / "predictions" / "legend.png").read_bytes()[1:4] == b"PNG"
@@ -223,3 +235,51 @@ def test_size_replaces_that_of_the_training(tiny, best, tmp_path, capsys):
     expected = [predict.segment(model, imaging.open_photo(photo)) for model.size in ((64, 64), (32, 96))]
     mask = read(tmp_path / "predictions" / "000000_mask.png")
     assert np.array_equal(mask, expected[1]) and not np.array_equal(mask, expected[0])
+
+
+@pytest.mark.parametrize("flags", ["", "--split val", "--data Tiny x.jpg"])
+def test_either_photos_or_data_are_needed(best, tmp_path, capsys, flags):
+    assert run_predict(tmp_path, flags) == 2
+    assert capsys.readouterr().err.startswith("error: pass either photos, to segment them, or --data DIR")
+
+
+def test_the_scores_of_a_split_are_those_of_the_run(tiny, tmp_path, capsys, monkeypatch):
+    use_tiny_net(monkeypatch)
+    assert run_main(tmp_path, train, "--data Tiny --epochs 2 --batch-size 2 --device cpu --seed 0") == 0
+    metrics = json.loads((tmp_path / "results" / "train_seed0.json").read_text())
+    for split, flags in (("val", ""), ("test", "--split test")):
+        capsys.readouterr()
+        assert run_main(tmp_path, predict, f"best_train.pt --data Tiny --device cpu {flags}") == 0
+        shown = dict(line.strip().rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line.strip())
+        expected, names = metrics[split], {"miou": "mean IoU", "pixel_accuracy": "pixel accuracy", "loss": "loss"}
+        values = expected["iou"] | {name: expected[key] for key, name in names.items()}
+        values = {name: "-" if value is None else f"{value:.4f}" for name, value in values.items()}
+        assert values.items() <= shown.items()
+
+
+@pytest.mark.parametrize(("flags", "size"), [("", (64, 64)), ("--size 96x32", (32, 96))])
+def test_the_table_of_scores_has_the_worst_photo_first(tiny, best, tmp_path, capsys, flags, size):
+    write_pair(tiny, "void", np.zeros((30, 40, 3), np.uint8), np.full((30, 40), VOID, np.uint8))
+    ids = ["void", *(f"{index:06d}" for index in range(12))]
+    write_split(tiny, "all", ids)
+    assert run_predict(tmp_path, "--data Tiny --split all", flags) == 0
+    model = checkpoint.load(best)
+    model.size = size
+    expected = []
+    for name in ids[1:]:
+        photo, mask = Path("Tiny", "JPEGImages", f"{name}.jpg"), Path("Tiny", "SegmentationClass", f"{name}.png")
+        predicted, labels = predict.segment(model, imaging.open_photo(tmp_path / photo)), read(tmp_path / mask)
+        predicted, labels = predicted[labels != VOID], labels[labels != VOID]
+        iou = jaccard_score(labels, predicted, average="macro", labels=np.union1d(labels, predicted))
+        expected.append((iou, str(photo), str(mask)))
+    path = tmp_path / "predictions" / "all_scores.csv"
+    with open(path, newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["photo", "mask", "mean_iou"] and rows[-1][2] == "nan" and Path(rows[-1][0]).stem == "void"
+    assert rows[:-1] == [[photo, mask, f"{iou:.4f}"] for iou, photo, mask in sorted(expected)]
+    capsys.readouterr()
+    assert run_predict(tmp_path, "--data Tiny --split all") == 2
+    assert capsys.readouterr().err.startswith(f"error: {path.relative_to(tmp_path)}: exists already: replace with")
+    (tiny / "classes.txt").write_text("\n".join(CLASSES[::-1]))
+    assert run_predict(tmp_path, "--data Tiny --split all --overwrite") == 2
+    assert capsys.readouterr().err.startswith("error: the classes of Tiny or their order differ from the model's")
