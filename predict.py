@@ -6,7 +6,8 @@
 The first writes for each photo NAME_mask.png, a palette PNG of the photo's size whose values are the class indices, and
 NAME_overlay.png, the classes drawn over the photo. NAME is the photo's name without suffix; photos of the same name
 get their folder's in front. legend.png names the overlays' colours. predictions.csv holds each photo's share of each
-class: a later call adds its photos, and replaces the rows of those that are predicted again.
+class: a later call adds its photos, and replaces the rows of those that are predicted again. A call that was stopped
+goes on with --resume.
 
 The second prints the results as at the end of a run, at full resolution, and writes SPLIT_scores.csv: each photo and
 its mean IoU, the worst first, which is a way to find wrong masks.
@@ -15,6 +16,7 @@ its mean IoU, the worst first, which is a way to find wrong masks.
 import argparse
 import csv
 import io
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
@@ -139,22 +141,22 @@ def write_rows(path, header, rows):
 def predict_photos(model, args):
     """Write the results of the photos in ``args``; see the top of this file."""
     photos = find_photos(args.photos, args.out, args.recursive)
-    masks = [args.out / f"{name}_mask.png" for name in output_names(photos)]
-    overlays = [args.out / f"{name}_overlay.png" for name in output_names(photos)]
+    names = [[args.out / f"{name}_{kind}.png" for kind in ("mask", "overlay")] for name in output_names(photos)]
     table, legend = args.out / "predictions.csv", args.out / "legend.png"
-    # beside a table, which is checked below, the legend is that of an earlier call
-    new = [] if args.masks_only or table.exists() else [legend]
-    check_new(masks + overlays + new, args.overwrite)
     header = ["photo", "mask", *model.classes]
     rows = read_rows(table, header, args.overwrite)
+    jobs = [(photo, *paths) for photo, paths in zip(photos, names) if not (args.resume and paths[0].name in rows)]
+    if not args.resume:
+        # beside a table, the legend is that of an earlier call
+        new = [] if args.masks_only or table.exists() else [legend]
+        check_new([*itertools.chain(*names), *new], args.overwrite, "exists already (--resume leaves such photos out)")
     write_rows(table, header, rows.values())  # now, in case it cannot be written
     if not args.masks_only:
         plotting.overlay_legend(legend, model.classes)
 
     done, errors = 0, []
     try:
-        jobs = zip(photos, masks, overlays)
-        for path, mask_path, overlay_path in report.progress(jobs, len(photos), "predicting", "photo"):
+        for path, mask_path, overlay_path in report.progress(jobs, len(jobs), "predicting", "photo"):
             try:
                 photo = imaging.open_photo(path)
             except UserError as error:
@@ -172,6 +174,7 @@ def predict_photos(model, args):
             report.log(f"{path}: {', '.join(by_share)}")
     finally:  # also after Ctrl-C or an error
         write_rows(table, header, rows.values())
+        done += len(photos) - len(jobs)
         report.log(f"masks of {done} of {len(photos)} photos are in {args.out}, the share of each class in {table}")
     if errors:
         raise UserError("\nerror: ".join(errors))
@@ -204,6 +207,7 @@ def main():
     parser.add_argument("--recursive", action="store_true", help="take the photos in subfolders too")
     parser.add_argument("--masks-only", action="store_true", help="write no overlays")
     parser.add_argument("--overwrite", action="store_true", help="replace existing results")
+    parser.add_argument("--resume", action="store_true", help="leave out photos that predictions.csv holds already")
     args = parser.parse_intermixed_args()  # photos may follow a flag
     if bool(args.photos) == bool(args.data):
         raise UserError("pass either photos, to segment them, or --data DIR, to score the model on a split")

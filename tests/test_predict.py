@@ -182,7 +182,7 @@ def test_earlier_results_are_replaced_only_with_overwrite(best, tmp_path, capsys
         patch.setattr(predict, "segment", None)  # must not be called
         assert run_predict(tmp_path, "x.jpg", "y.jpg") == 2
     error = capsys.readouterr().err
-    assert f"error: {Path('predictions', 'y_mask.png')}: exists already: replace with --overwrite" in error
+    assert f"error: {Path('predictions', 'y_mask.png')}: exists already (--resume leaves such photos out): " in error
     assert error.count("\n") == 1 and set(masks(tmp_path)) == {"y"}
     assert run_main(tmp_path, predict, "gone.pt y.jpg") == 2
     assert capsys.readouterr().err.startswith("error: gone.pt: no such file")
@@ -212,7 +212,7 @@ def test_a_users_table_or_legend_is_not_replaced(best, tmp_path, capsys, monkeyp
 
 def test_what_is_done_is_kept_after_ctrl_c_and_the_rest_goes_into_the_same_folder(best, tmp_path, capsys, monkeypatch):
     save_photos(tmp_path, "x.jpg", "y.jpg", "z.jpg")
-    segment = predict.segment
+    segment, calls = predict.segment, []
 
     def interrupted(model, photo, device):
         if (tmp_path / "predictions" / "x_overlay.png").exists():
@@ -223,8 +223,10 @@ def test_what_is_done_is_kept_after_ctrl_c_and_the_rest_goes_into_the_same_folde
         patch.setattr(predict, "segment", interrupted)
         assert run_predict(tmp_path, "x.jpg", "y.jpg", "z.jpg") == 130
     assert list(table(tmp_path)) == ["x.jpg", "y.jpg"] and "masks of 2 of 3 photos are in" in capsys.readouterr().out
-    assert run_predict(tmp_path, "z.jpg") == 0
-    assert set(masks(tmp_path)) == set("xyz") and len(table(tmp_path)) == 3
+    monkeypatch.setattr(predict, "segment", lambda model, photo, device: calls.append(photo) or segment(model, photo))
+    assert run_predict(tmp_path, "x.jpg", "y.jpg", "z.jpg", "--resume") == 0
+    assert set(masks(tmp_path)) == set("xyz") and len(table(tmp_path)) == 3 and len(calls) == 1
+    assert "masks of 3 of 3 photos are in" in capsys.readouterr().out
 
 
 def test_size_replaces_that_of_the_training(tiny, best, tmp_path, capsys):
