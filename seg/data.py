@@ -85,7 +85,11 @@ def load_resized(split, size):
         with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
             return torch.from_numpy(np.load(path, mmap_mode="c"))
 
-    pixels = np.empty((len(split), *size, 4), np.uint8)
+    try:
+        pixels = np.empty((len(split), *size, 4), np.uint8)
+    except MemoryError:
+        need = f"{split.name} needs {4e-9 * len(split) * math.prod(size):.1f} GB at {imaging.size_text(size)}"
+        raise UserError(f"{split.root}: {need}: lower size in the script, or try --limit") from None
 
     def read(index):
         pixels[index] = split.resized(index, size)
@@ -168,7 +172,7 @@ class Loader:
         if counts[len(self.classes) : VOID].any():
             raise ValueError(f"{type(split).__name__}.mask returns values without a class in split.classes")
         self.counts = counts[: len(self.classes)]
-        voc_layout.check_labels(split, self.counts.numpy(), training)
+        voc_layout.check_labels(split, self.counts.numpy(), training, self.size)
         smallest, world_size = len(split) * self.repeats // len(self), distributed.world_size()
         if training and smallest < world_size:
             raise UserError(f"{smallest} images are too few for {world_size} processes: raise --batch-size")

@@ -426,7 +426,7 @@ def test_what_may_be_meant_is_a_warning(project, capsys, name):
     changes, warning = WARNINGS[name]
     assert run(project, changes, "--epochs 1") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    found = [line for line in lines if not re.match("warning: (train has no pixel|on val|on test)", line)]
+    found = [line for line in lines if not re.match("warning: (at 32x32, train shows no pixel|on val|on test)", line)]
     assert len(found) == bool(warning), found
     assert warning is None or found[0].startswith(f"warning: {warning}")
 
