@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from seg import cli, imaging, voc_layout
-from seg.data import Loader, Split
+from seg.data import LabelledImages, Loader, Split
 from seg.voc_layout import CLASSES, class_counts
 
-__all__ = ["CLASSES", "Loader", "Split", "check", "class_counts", "class_weights", "loaders"]
+__all__ = ["CLASSES", "LabelledImages", "Loader", "Split", "check", "class_counts", "class_weights", "loaders"]
 
 
 def class_weights(split):
@@ -30,13 +30,16 @@ def class_weights(split):
     return torch.tensor(1 / np.log(1.02 + pixels / pixels.sum()), dtype=torch.float32)
 
 
-def loaders(args, size, augment=None, mean=imaging.MEAN, std=imaging.STD):
+def loaders(args, size, augment=None, mean=imaging.MEAN, std=imaging.STD, splits=None):
     """Loaders of the splits train, val and test (None if there is no ``test.txt``); only train is augmented.
 
-    ``args`` is from ``cli.arguments``; the others are as for Loader. Warns of suspicious data in one line each.
+    ``args`` is from ``cli.arguments``; ``splits``, LabelledImages, replace those of ``args.data``; the others are as
+    for Loader. Warns of suspicious data in one line each.
     """
-    root = voc_layout.find_root(args.data)
-    splits = [Split(root, name, args.limit) for name in voc_layout.split_names(root)]
+    if splits is None:
+        splits = [Split(args.data, name) for name in voc_layout.split_names(voc_layout.find_root(args.data))]
+    for split in splits if args.limit else ():
+        split.ids, split.limit = split.ids[: args.limit], args.limit
     options = {"batch_size": args.batch_size, "seed": args.seed, "device": args.device, "mean": mean, "std": std}
     loader = functools.partial(Loader, size=size, **options)
     train = loader(splits[0], training=True, augment=augment)

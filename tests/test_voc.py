@@ -575,6 +575,30 @@ def test_commands_are_quoted_for_the_systems_shell(monkeypatch):
     assert commands == [r"python voc.py --data 'C:\my data' --check", r'python voc.py --data "C:\my data" --check']
 
 
+class Pair(voc.LabelledImages):
+    """A photo of two pixels with a mask of ``shape``."""
+
+    def __init__(self, shape):
+        super().__init__("some/Pairs", "train", ["a", "b"], 1)
+        self.shape = shape
+
+    def photo(self, index):
+        return Image.new("RGB", (2, 1))
+
+    def mask(self, index):
+        return np.zeros(self.shape, np.uint8)
+
+
+def test_faults_of_other_images_than_a_split_get_no_advice_about_files():
+    for shape, message in (
+        ((1, 2), "Pairs: the masks of train show only a "),
+        ((2, 1), "train/0: is 1x2, but its photo"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            voc.Loader(Pair(shape), 16, 1, training=True)
+        assert "voc.py" not in str(caught.value)
+
+
 @contextlib.contextmanager
 def without_permission(path):
     """Take all permissions from a file or folder, and root's right to do without them."""
