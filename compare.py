@@ -12,7 +12,6 @@ curves.png in OUT/plots.
 
 import dataclasses
 import math
-import shlex
 import statistics
 import subprocess
 import sys
@@ -112,11 +111,11 @@ def run_missing(args):
             if any(matches(run, args) for run in finished_runs(args.out, experiment, seed)):
                 print(f"{name} seed {seed}: already done", flush=True)
                 continue
-            print(f"\n$ python {shlex.join(line)}", flush=True)
+            print(f"\n$ python {files.command_line(line)}", flush=True)
             process = subprocess.Popen([sys.executable, str(ROOT / line[0]), *line[1:]])
             signals.wait(process)
             if process.returncode:
-                failures.append(f"python {shlex.join(line)} ended with exit code {process.returncode}")
+                failures.append(f"python {files.command_line(line)} ended with exit code {process.returncode}")
     return failures
 
 
@@ -224,7 +223,7 @@ def sections(experiments, failures):
     splits, metrics = runs[0].splits, runs[0].metrics
     limit = metrics["flags"]["limit"]
     images = "all images" if limit is None else f"the first {limit} images of each split"
-    command_line = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command_line = files.command_line([Path(sys.argv[0]).name, *sys.argv[1:]])
     text = f"`python {command_line}`; runs on {'; '.join(sorted(set(map(machine, runs))))}.\n\n{RESULTS}"
     baseline = {"experiment": baseline_name(runs[0].classes)}
     for split in splits:

@@ -13,22 +13,11 @@ import functools
 import numpy as np
 import torch
 
-from seg import cli, distributed, imaging, voc_layout
-from seg.data import Loader, Split
-from seg.voc_layout import CLASSES
-from util import VOID
+from seg import cli, imaging, voc_layout
+from seg.data import LabelledImages, Loader, Split
+from seg.voc_layout import CLASSES, class_counts
 
-__all__ = ["CLASSES", "Loader", "Split", "check", "class_counts", "class_weights", "loaders"]
-
-
-def class_counts(split):
-    """Count the pixels of each class over all masks of a Split, and the images that show it: two int64 arrays [C]."""
-
-    def count(index):
-        return np.bincount(split.mask(index).ravel(), minlength=VOID + 1)[: len(split.classes)]
-
-    counts = np.stack(voc_layout.map_images(count, range(len(split)), f"counting {split.name}"))
-    return counts.sum(0), (counts > 0).sum(0)
+__all__ = ["CLASSES", "LabelledImages", "Loader", "Split", "check", "class_counts", "class_weights", "loaders"]
 
 
 def class_weights(split):
@@ -41,20 +30,21 @@ def class_weights(split):
     return torch.tensor(1 / np.log(1.02 + pixels / pixels.sum()), dtype=torch.float32)
 
 
-def loaders(args, size, augment=None, mean=imaging.MEAN, std=imaging.STD):
+def loaders(args, size, augment=None, mean=imaging.MEAN, std=imaging.STD, splits=None):
     """Loaders of the splits train, val and test (None if there is no ``test.txt``); only train is augmented.
 
-    ``args`` is from ``cli.arguments``; the others are as for Loader. Warns of suspicious data in one line each.
+    ``args`` is from ``cli.arguments``; ``splits``, LabelledImages, replace those of ``args.data``; the others are as
+    for Loader. Warns of suspicious data in one line each.
     """
-    root = voc_layout.find_root(args.data)
-    splits = [Split(root, name, args.limit) for name in voc_layout.split_names(root)]
+    if splits is None:
+        splits = [Split(args.data, name) for name in voc_layout.split_names(voc_layout.find_root(args.data))]
+    for split in splits if args.limit else ():
+        split.ids, split.limit = split.ids[: args.limit], args.limit
     options = {"batch_size": args.batch_size, "seed": args.seed, "device": args.device, "mean": mean, "std": std}
     loader = functools.partial(Loader, size=size, **options)
     train = loader(splits[0], training=True, augment=augment)
     val, *test = map(loader, splits[1:])
-    if distributed.is_main():
-        for text in voc_layout.warnings(splits, [one.counts.tolist() for one in (train, val, *test)]):
-            print(f"warning: {text}", flush=True)
+    voc_layout.print_warnings(splits, [one.counts.tolist() for one in (train, val, *test)], train.size)
     return train, val, test[0] if test else None
 
 
@@ -72,8 +62,7 @@ def check(root):
         counts = [class_counts(split)[0] for split in splits]
         for split, pixels in zip(splits, counts):
             voc_layout.attempt(faults, voc_layout.check_labels, split, pixels, split.name == "train")
-        for text in voc_layout.warnings(splits, counts):
-            print(f"warning: {text}")
+        voc_layout.print_warnings(splits, counts)
     voc_layout.report_faults(root, faults)
     print(f"{root}: no faults in {', '.join(f'{len(split)} {split.name} images' for split in splits)}")
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -15,28 +16,64 @@ from seg import distributed, files, imaging, voc_layout
 from seg.imaging import MEAN, STD
 from util import VOID, UserError
 
-CACHE_FORMAT = 1  # raise it when the pixels that ``Split.resized`` returns change
+CACHE_FORMAT = 1  # raise it when the pixels that ``LabelledImages.resized`` returns change
 
 
-class Split:
-    """The photos and masks of one split, read from disk and checked at every access.
+class LabelledImages:
+    """The images of one split: what a Loader needs of them. Derive a class from it to train on a Dataset of your own.
 
-    ``root`` is a folder in VOC layout, ``name`` that of a list in ``ImageSets/Segmentation``, and ``limit`` the number
-    of ids to keep (None: all). Raises a UserError if the folder, its list or its ``classes.txt`` has a fault.
-    ``ids`` is a list of str, ``classes`` a tuple of str; a subclass that merges classes in ``mask`` sets its own.
+    The subclass adds two methods, which several threads may call at the same time: ``photo(index)`` returns a PIL image
+    in RGB, and ``mask(index)`` a uint8 array [H, W] of its size with class indices and VOID.
+
+    Args:
+        root: the folder of the data. Its name, ``dataset``, is that of the data set in titles and results.
+        name: of the split, such as train, for messages.
+        classes: the class names in the order of their indices.
+        count: the number of images. Their ``ids`` are name/0, name/1 and so on, or what a subclass sets.
     """
 
-    def __init__(self, root, name, limit=None):
-        self.root, self.name, self.limit = voc_layout.find_root(root), name, limit
-        self.dataset = self.root.resolve().name
-        self.ids = voc_layout.read_ids(self.root / voc_layout.LISTS / f"{name}.txt")[:limit]
-        self.classes = voc_layout.read_classes(self.root)
-        self._num_values = len(self.classes)  # in the files of masks
-        self._photos = voc_layout.list_images(self.root / "JPEGImages")
-        self._masks = voc_layout.list_images(self.root / "SegmentationClass", (".png",))
+    def __init__(self, root, name, classes, count):
+        self.root, self.name, self.classes, self.limit = Path(root), name, tuple(classes), None
+        self.ids = [f"{name}/{index}" for index in range(count)]
 
     def __len__(self):
         return len(self.ids)
+
+    @property
+    def dataset(self):
+        return self.root.resolve().name
+
+    def photo_path(self, index):
+        """What stands for a photo in messages; of a Split, its file."""
+        return self.root / self.ids[index]
+
+    mask_path = photo_path
+
+    def resized(self, index, size):
+        """Photo and mask at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
+
+        The mask is resized to the nearest pixel. Raises a UserError if one is invalid, or if they differ in size.
+        """
+        photo, mask = self.photo(index), self.mask(index)
+        voc_layout.check_sizes(self.photo_path(index), self.mask_path(index), photo.size, mask.shape[::-1])
+        return np.dstack((imaging.resize(photo, size), imaging.resize_mask(mask, size)))
+
+
+class Split(LabelledImages):
+    """The photos and masks of one split, read from disk and checked at every access.
+
+    ``root`` is a folder in VOC layout, ``name`` that of a list in ``ImageSets/Segmentation``, and ``limit`` the number
+    of ids to keep (None: all). ``ids``, a list of str, replaces the list. Raises a UserError if the folder, its list
+    or its ``classes.txt`` has a fault. A subclass that merges classes in ``mask`` sets its own ``classes``.
+    """
+
+    def __init__(self, root, name, limit=None, ids=None):
+        root = voc_layout.find_root(root)
+        super().__init__(root, name, voc_layout.read_classes(root), 0)
+        self.ids = (voc_layout.read_ids(root / voc_layout.LISTS / f"{name}.txt") if ids is None else ids)[:limit]
+        self.limit, self._num_values = limit, len(self.classes)  # in the files of masks
+        self._photos = voc_layout.list_images(root / "JPEGImages")
+        self._masks = voc_layout.list_images(root / "SegmentationClass", (".png",))
 
     def photo_path(self, index):
         return self._photos.get(self.ids[index], self.root / "JPEGImages" / f"{self.ids[index]}.jpg")
@@ -52,15 +89,6 @@ class Split:
         """The mask as a uint8 array [H, W] of class indices and VOID; errors as in ``voc_layout.read_mask``."""
         return voc_layout.read_mask(self.mask_path(index), self._num_values, self.root)
 
-    def resized(self, index, size):
-        """Photo and mask at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
-
-        The mask is resized to the nearest pixel. Raises a UserError if one is invalid, or if they differ in size.
-        """
-        photo, mask = self.photo(index), self.mask(index)
-        voc_layout.check_sizes(self.photo_path(index), self.mask_path(index), photo.size, mask.shape[::-1])
-        return np.dstack((imaging.resize(photo, size), imaging.resize_mask(mask, size)))
-
 
 def _cache_path(split, size):
     """The path of the file that holds the pixels of a Split; its name changes with all that they depend on."""
@@ -75,17 +103,21 @@ def _cache_path(split, size):
 
 
 def load_resized(split, size):
-    """``Split.resized`` of all images at ``size``, (H, W): uint8 tensor [N, H, W, 4] on the CPU.
+    """``LabelledImages.resized`` of all images at ``size``, (H, W): uint8 tensor [N, H, W, 4] on the CPU.
 
     They are cached in ``.cache`` in the data's folder, in a file that later runs map into memory; but not with a limit,
-    for a subclass of Split, or if the folder cannot be written.
+    for another class than Split, or if the folder cannot be written.
     """
     path = _cache_path(split, size) if type(split) is Split and split.limit is None else None
     if path:
         with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
             return torch.from_numpy(np.load(path, mmap_mode="c"))
 
-    pixels = np.empty((len(split), *size, 4), np.uint8)
+    try:
+        pixels = np.empty((len(split), *size, 4), np.uint8)
+    except MemoryError:
+        need = f"{split.name} needs {4e-9 * len(split) * math.prod(size):.1f} GB at {imaging.size_text(size)}"
+        raise UserError(f"{split.root}: {need}: lower size in the script, or try --limit") from None
 
     def read(index):
         pixels[index] = split.resized(index, size)
@@ -93,7 +125,8 @@ def load_resized(split, size):
     try:
         voc_layout.map_images(read, range(len(split)), f"decoding {split.name}")
     except UserError as error:
-        raise UserError(f"{error} ({voc_layout.command(split.root, '--check')} lists all faults)") from None
+        advice = f" ({voc_layout.command(split.root, '--check')} lists all faults)" if isinstance(split, Split) else ""
+        raise UserError(f"{error}{advice}") from None
     if path:
         with contextlib.suppress(OSError, UserError):
             path.parent.mkdir(exist_ok=True)
@@ -133,6 +166,7 @@ class Loader:
     and whole batches of the other splits: together the batches of a single process.
 
     Args:
+        split: LabelledImages, such as a Split.
         size: of the network's input in pixels: (height, width), or the side of a square.
         batch_size: the largest, over all processes. Batches have nearly equal sizes: from 3 on, none is a single image.
         training: shuffle in every epoch.
@@ -168,7 +202,7 @@ class Loader:
         if counts[len(self.classes) : VOID].any():
             raise ValueError(f"{type(split).__name__}.mask returns values without a class in split.classes")
         self.counts = counts[: len(self.classes)]
-        voc_layout.check_labels(split, self.counts.numpy(), training)
+        voc_layout.check_labels(split, self.counts.numpy(), training, self.size)
         smallest, world_size = len(split) * self.repeats // len(self), distributed.world_size()
         if training and smallest < world_size:
             raise UserError(f"{smallest} images are too few for {world_size} processes: raise --batch-size")

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import util
 from seg import checkpoint, distributed, report, sanity
+from seg.data import Loader
 from seg.inference import check_loader, forward, predict_strips
 from seg.run import Run
 from util import VOID, Scores, UserError
@@ -187,10 +188,13 @@ def fit(
     Raises a UserError for a fault that ``sanity.check`` finds, for a file that cannot be written, if another run's
     files are in the way, and if the loss is not finite.
     """
+    loaders = [loader for loader in (train, val, test) if loader is not None]
+    if not (all(isinstance(loader, Loader) for loader in loaders) and train.training and not val.training):
+        advice = "as voc.loaders returns them (docs/EDITING.md, Data, for a Dataset of your own)"
+        raise UserError(f"engine.fit takes the loaders train, val and test in this order, {advice}")
     if scheduler_interval not in ("epoch", "batch"):
         raise UserError(f"scheduler_interval is {scheduler_interval!r}: it has to be epoch or batch")
     parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
-    loaders = [loader for loader in (train, val, test) if loader is not None]
     patience = patience if scheduler is None else None
     distributed.set_malloc_options(args.device)
     model.to(args.device, memory_format=distributed.memory_format(args.device))

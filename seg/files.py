@@ -4,7 +4,9 @@ import contextlib
 import errno
 import glob
 import os
+import shlex
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -12,6 +14,11 @@ from util import UserError
 
 ROOT = Path(__file__).resolve().parent.parent  # the project's folder
 STALE_AFTER = 3600  # seconds after which an unfinished file belongs to a process that was killed
+
+
+def command_line(parts):
+    """The parts of a command, quoted for the system's shell, as one line."""
+    return (subprocess.list2cmdline if os.name == "nt" else shlex.join)([str(part) for part in parts])
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,8 +53,8 @@ def palette_image(mask, colours=PALETTE):
 
 
 def class_colours(classes):
-    """VOC's palette, whose first colour is black; DISTINCT_COLOURS and void for classes without a background."""
-    return np.vstack((DISTINCT_COLOURS, PALETTE[VOID:])) if background_label(classes) is None else PALETTE
+    """VOC's palette if the first class is the background, which is black there; or DISTINCT_COLOURS and void."""
+    return PALETTE if background_label(classes) == 0 else np.vstack((DISTINCT_COLOURS, PALETTE[VOID:]))
 
 
 def open_image(path):
@@ -63,7 +64,13 @@ def open_image(path):
             image.load()
             return image
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file: add it (photos: JPEG, PNG, WebP, BMP or TIFF; masks: PNG)") from None
+        path = Path(path)
+        similar = {*path.parent.parent.glob(f"{path.parent.name}*/{path.stem}[!0-9A-Za-z]*")} - {path}  # as a_mask.png
+        found = f" (but {', '.join('/'.join(file.parts[-2:]) for file in sorted(similar)[:3])})" if similar else ""
+        formats = "PNG" if path.suffix == ".png" else "JPEG, PNG, WebP, BMP or TIFF"  # of masks, and of photos
+        raise UserError(f"{path}: no such file{found}: put it there as {formats}") from None
+    except PermissionError:
+        raise UserError(f"{path}: permission denied: make it readable") from None
     except Exception as error:  # a damaged file raises one of many types
         raise UserError(f"{path}: cannot be read as an image ({reason(error)}): replace the file") from None
 

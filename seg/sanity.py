@@ -26,8 +26,6 @@ def check(metadata, train, val, *, model, criterion, optimizer, scheduler):
     ``metadata`` is that of the run, the others are as for ``engine.fit``. Returns a list of warnings; raises a
     UserError for what cannot work at all, and whatever a user's own code raises.
     """
-    if not train.training or val.training:
-        raise UserError("engine.fit takes the loaders train, val and test in this order")
     warnings = _parameter_warnings(model, criterion, optimizer)
     if scheduler is not None and not hasattr(scheduler, "state_dict"):
         warnings.append(f"{type(scheduler).__name__} has no state_dict: after --resume, it starts anew")

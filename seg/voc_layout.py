@@ -1,9 +1,9 @@
 """The files of a folder in VOC layout, as in docs/DATA.md: lists, class names, masks, and masks in colours."""
 
+import contextlib
 import itertools
 import os
 import re
-import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -20,25 +20,42 @@ CLASSES = (
 
 LISTS = Path("ImageSets", "Segmentation")
 COLOUR = re.compile(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\S.*)")  # R G B name
+CLASS_FILE = re.compile("class|label|name|categor|colou?r", re.IGNORECASE)  # in names of files
+LABELMAP = re.compile(r"^([^:]+):(\d+),(\d+),(\d+)(:.*)?$")  # name:R,G,B:parts:actions, as CVAT writes it
+SPLITTING = 'one image id per line (docs/DATA.md, "Split lists", has a program that splits at random)'
 
 
-def command(root, flags):
+def command(root, *flags):
     """The command line that calls voc.py for a folder."""
-    return f"python voc.py --data {shlex.quote(str(root))} {flags}"
+    return files.command_line(["python", "voc.py", "--data", root, *flags])
+
+
+def conversion(root):
+    """The command line that converts masks in colours."""
+    return command(root, "--from-colours", next(root.glob("labelmap.txt"), "colours.txt"))
 
 
 def find_root(root):
-    """Return ``root`` as a Path if it is a folder in VOC layout, else raise a UserError that says where data is."""
+    """Return ``root`` as a Path if it is a folder in VOC layout, else raise a UserError that says where data is.
+
+    Raises a PermissionError for a folder that cannot be read: what is in it would seem to be missing.
+    """
     root = Path(root)
+    for folder in (LISTS, "JPEGImages", "SegmentationClass"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.scandir(root / folder).close()
     if (root / LISTS).is_dir():
         return root
+    if (root / "SegmentationClass").is_dir():
+        raise UserError(f"{root}: no data in VOC layout: write the lists in {LISTS.as_posix()}, {SPLITTING}")
     for folder in (*sorted(root.glob("*")), *sorted(root.glob("*/*")), *root.parents):
-        if (folder / LISTS).is_dir():
+        if os.path.isdir(folder / LISTS):
             raise UserError(f"{root} is not in VOC layout, but {folder} is: use --data {folder}")
     raise UserError(
         f"{root}: no data in VOC layout (JPEGImages, SegmentationClass, ImageSets/Segmentation): "
         "python download.py fetches VOC2007 (from archives on disk with --tar FILE --tar FILE), and "
-        "python download.py --toy renders a toy set without network, for --data data/VOCdevkit/Toy"
+        "python download.py --toy renders a toy set without network, for --data data/VOCdevkit/Toy; "
+        "docs/DATA.md says how to bring your own data into this layout"
     )
 
 
@@ -67,7 +84,7 @@ def check_sizes(photo_path, mask_path, photo_size, mask_size):
     if photo_size == mask_size:
         return
     size, upright = ("{}x{}".format(*size) for size in (mask_size, photo_size))
-    if imaging.open_image(photo_path).size == mask_size:
+    if photo_path.exists() and imaging.open_image(photo_path).size == mask_size:
         problem = f"fits its photo only without the photo's EXIF orientation ({size}, but upright {upright})"
         raise UserError(f"{mask_path}: {problem}: rotate the mask, or remove the orientation from {photo_path.name}")
     raise UserError(f"{mask_path}: is {size}, but its photo is {upright}: a mask needs the size of its photo")
@@ -77,7 +94,7 @@ def _read_lines(path):
     """The stripped lines of a text file, without empty ones at its end; UserError if it cannot be read."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}): correct the path, or save it as UTF-8 text") from None
     return [line.strip() for line in text.rstrip().split("\n")]
 
@@ -86,7 +103,7 @@ def read_ids(path):
     """Read a split list, an id or the name of a photo per line: the ids, a list of str. UserError if it has a fault."""
     if not path.exists():
         names = ", ".join(sorted(other.stem for other in path.parent.glob("*.txt"))) or "none"
-        raise UserError(f"{path}: no such split (there are: {names}): write one image id per line into it")
+        raise UserError(f"{path}: no such split (there are: {names}): rename one, or write it, {SPLITTING}")
     ids = {}
     for line in filter(None, _read_lines(path)):
         photo = PurePosixPath(line)
@@ -106,14 +123,19 @@ def read_classes(root):
     path = root / "classes.txt"
     if not path.exists():
         return CLASSES
-    names = _read_lines(path)
-    if not 2 <= len(names) <= VOID:
-        raise UserError(f"{path}: needs 2 to {VOID} different class names, one per line; it has {len(names)}")
-    for index, name in enumerate(names):
-        if not name or name.startswith("#") or name in names[:index]:
-            problem = f"line {index + 1} ({name!r}) is empty, a comment or a repetition"
+    return _check_classes(path, dict(enumerate(_read_lines(path), 1)))
+
+
+def _check_classes(path, names):
+    """The class names in a file, a dict from lines to names, as a tuple of str. UserError if they have a fault."""
+    classes = tuple(names.values())
+    for index, (line, name) in enumerate(names.items()):
+        if name in ("", "__ignore__", *classes[:index]) or name.startswith("#"):
+            problem = f"line {line} ({name!r}) is empty, a comment, void or a repetition"
             raise UserError(f"{path}: {problem}: name each class once, in the order of the values in the masks")
-    return tuple(names)
+    if not 2 <= len(classes) <= VOID:
+        raise UserError(f"{path}: needs 2 to {VOID} different class names, one per line; it has {len(classes)}")
+    return classes
 
 
 def read_mask(path, num_classes, root):
@@ -121,7 +143,7 @@ def read_mask(path, num_classes, root):
 
     Raises a UserError if the file is unreadable, is not a palette or greyscale PNG, or holds other values.
     """
-    convert = f"{command(root, '--from-colours colours.txt')} converts colours to class indices"
+    convert = f"{conversion(root)} converts colours to class indices"
     image = imaging.open_image(path)
     if image.format != "PNG":
         raise UserError(f"{path}: is {image.format}, not PNG, in spite of its name: export the mask as PNG")
@@ -150,33 +172,62 @@ def _is_reordered(image, values, num_classes):
     return all(colour in vocs for _, colour in colours) and any(vocs[colour] != value for value, colour in colours)
 
 
-def check_labels(split, counts, training):
-    """Raise a UserError if a Split cannot be trained on or scored. ``counts`` are the pixels of each class, [C]."""
+def class_counts(split):
+    """Count the pixels of each class over all masks of a Split, and the images that show it: two int64 arrays [C]."""
+
+    def count(index):
+        return np.bincount(split.mask(index).ravel(), minlength=VOID + 1)[: len(split.classes)]
+
+    counts = np.stack(map_images(count, range(len(split)), f"counting {split.name}"))
+    return counts.sum(0), (counts > 0).sum(0)
+
+
+def check_labels(split, counts, training, size=None):
+    """Raise a UserError if images cannot be trained on or scored. ``counts`` are the pixels of each class, [C].
+
+    They are counted at ``size``, (H, W), or without it at the size of the masks.
+    """
     present = np.flatnonzero(counts)
+    is_uniform = training and len(present) == 1 and (present[0] == 0 or background_label(split.classes) != 0)
+    if len(present) and not is_uniform:
+        return
+    full_counts = class_counts(split)[0] if size else counts
+    if lost := [name for name, before, left in zip(split.classes, full_counts, counts) if before and not left]:
+        problem = f"at {imaging.size_text(size)}, nothing is left of {', '.join(lost)} in the masks of {split.name}"
+        raise UserError(f"{split.root}: {problem}: raise size in the script, or cut the photos into tiles")
     if not len(present):
         raise UserError(f"{split.root}: no mask of the split {split.name} has a labelled pixel: all is void ({VOID})")
-    if training and len(present) == 1 and (present[0] == 0 or background_label(split.classes) != 0):
-        problem = f"the masks of {split.name} show only {split.classes[present[0]]} (value {present[0]}) and void"
-        advice = f"{VOID} is void, and an object needs the value of its class, such as 1"
-        advice += f": {command(split.root, '--from-colours colours.txt')} converts 0 and 255"
-        raise UserError(f"{split.root}: {problem}: {advice}{', or raise --limit' if split.limit else ''}")
+    problem = f"the masks of {split.name} show only {split.classes[present[0]]} (value {present[0]}) and void"
+    advice = f"{VOID} is void, and an object needs the value of its class, such as 1"
+    advice += f": {conversion(split.root)} converts 0 and 255" if (split.root / LISTS).is_dir() else ""
+    raise UserError(f"{split.root}: {problem}: {advice}{', or raise --limit' if split.limit else ''}")
 
 
-def warnings(splits, counts):
-    """What is suspicious in Splits, train first, and the pixels of their classes, [C] each: a list of messages."""
-    texts = []
-    absent = [name for name, count in zip(splits[0].classes, counts[0]) if not count]
-    if absent:
-        texts.append(f"train has no pixel of {len(absent)} of {len(counts[0])} classes: {', '.join(absent)}")
+def print_warnings(splits, counts, size=None):
+    """In the main process, print what is suspicious in Splits, train first, and the pixels of their classes, [C] each.
+
+    They are counted at ``size``, (H, W), or without it at the size of the masks.
+    """
+    texts, train = [], splits[0]
+    if train.classes is CLASSES:
+        text = f"{train.root} has no classes.txt: the class names are VOC's 21 ({', '.join(CLASSES[:4])}, ...)"
+        if found := ", ".join(path.name for path in sorted(train.root.glob("*.*")) if CLASS_FILE.search(path.name)):
+            text = f"warning: {text}; if {found} holds yours, copy it to classes.txt, one name per line, or convert "
+            text += f"masks in colours: {conversion(train.root)}"
+        texts.append(text)
+    at, has = (f"at {imaging.size_text(size)}, ", "shows") if size else ("", "has")
+    if absent := [name for name, count in zip(train.classes, counts[0]) if not count]:
+        text = f"{at}{train.name} {has} no pixel of {len(absent)} of {len(counts[0])} classes: {', '.join(absent)}"
+        texts.append(f"warning: {text}{'; if the masks have some, raise size in the script' if size else ''}")
     for split, pixels in zip(splits[1:], counts[1:]):
         present = [name for name, count in zip(split.classes, pixels) if count]
         if len(present) == 1:
-            texts.append(f"{split.name} shows no class but {present[0]}: its scores say little")
+            texts.append(f"warning: {at}{split.name} shows no class but {present[0]}: its scores say little")
     for first, second in itertools.combinations(splits, 2):
-        shared = {*first.ids} & {*second.ids}
-        if shared:
-            texts.append(f"{len(shared)} of the {len(second)} ids of {second.name} are in {first.name} too")
-    return texts
+        if shared := {*first.ids} & {*second.ids}:
+            texts.append(f"warning: {len(shared)} of the {len(second)} ids of {second.name} are in {first.name} too")
+    if texts and distributed.is_main():
+        print(*texts, sep="\n", flush=True)
 
 
 def map_images(function, items, name):
@@ -208,22 +259,24 @@ def report_faults(root, faults):
 
 
 def _read_colours(path):
-    """Read lines ``R G B name``, void included: the class names, and a dict from R * 65536 + G * 256 + B to values."""
-    names, values = [], {}
-    for line in filter(None, _read_lines(path)):
-        found = COLOUR.fullmatch(line)
+    """Read lines ``R G B name`` or those of a ``labelmap.txt``, void included.
+
+    Returns the class names, and a dict from R * 65536 + G * 256 + B to values.
+    """
+    names, values = {}, {}
+    lines = {number: line for number, line in enumerate(_read_lines(path), 1) if line and not line.startswith("#")}
+    for number, line in lines.items():
+        found = COLOUR.fullmatch(LABELMAP.sub(r"\2 \3 \4 \1", line))
         if not found or max(map(int, found.groups()[:3])) > 255:
             raise UserError(f"{path}: holds the line {line!r}: write R G B name, with R, G and B from 0 to 255")
         red, green, blue, name = *map(int, found.groups()[:3]), found[4]
         colour = red << 16 | green << 8 | blue
-        if colour in values or name in names:
-            raise UserError(f"{path}: repeats a colour or a name ({line}): write each once")
+        if colour in values:
+            raise UserError(f"{path}: repeats a colour ({line}): write each once")
         is_void = name.lower() == "void"
         values[colour] = VOID if is_void else len(names)
-        names += [] if is_void else [name]
-    if not 2 <= len(names) <= VOID:
-        raise UserError(f"{path}: needs 2 to {VOID} classes, one line R G B name for each; it has {len(names)}")
-    return names, values
+        names |= {} if is_void else {number: name}
+    return _check_classes(path, names), values
 
 
 def _read_coloured_mask(path, values, colours_path):
@@ -242,7 +295,8 @@ def from_colours(root, colours_path):
     """Convert the masks of a folder in VOC layout from colours to class indices, all of them or none.
 
     ``SegmentationClass`` gets palette PNGs, and ``SegmentationClass_colours`` the originals. Writes ``classes.txt``.
-    The file ``colours_path`` has a line ``R G B name`` for each class, and for void. Raises a UserError if it fails.
+    The file ``colours_path`` has a line ``R G B name`` for each class, and for void, or it is a ``labelmap.txt`` of
+    CVAT. Raises a UserError if it fails.
     """
     root = find_root(root)
     names, values = _read_colours(Path(colours_path))
@@ -253,7 +307,7 @@ def from_colours(root, colours_path):
     if originals.exists():
         advice = f"to convert them again, delete {masks} and rename this folder to {masks.name}"
         raise UserError(f"{originals}: exists, so the masks have been converted: {advice}")
-    if classes.exists() and read_classes(root) != tuple(names):
+    if classes.exists() and read_classes(root) != names:
         raise UserError(f"{classes}: names other classes than {colours_path}: correct one of them, or move it away")
 
     def convert(image_id):

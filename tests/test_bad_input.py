@@ -73,6 +73,14 @@ def binary(array):
     return np.where(array, 255, 0).astype(np.uint8)
 
 
+def thin(array, others=0):
+    """A person in a row that is left out at 32 rows, and nothing but ``others``."""
+    kept = (np.arange(32) + 0.5) * len(array) // 32
+    array = np.full_like(array, others)
+    array[min({*range(len(array))} - {*kept.astype(int)})] = 15
+    return array
+
+
 def jpeg_mask(folder):
     """A fault: a JPEG with the name of a PNG."""
     with Image.open(folder / MASK) as image:
@@ -154,8 +162,8 @@ FLAGS = [
 ]
 # faults of the data set, with which train.py then starts
 DATA = [
-    (moved(LISTS), "Tiny: no data in VOC layout"),
-    (moved(f"{LISTS}/val.txt"), "val.txt: no such split", "test, train"),
+    (moved(LISTS), "Tiny: no data in VOC layout", 'docs/DATA.md, "Split lists"'),
+    (moved(f"{LISTS}/val.txt"), "val.txt: no such split", "test, train", 'docs/DATA.md, "Split lists"'),
     (write(f"{LISTS}/train.txt", b""), "train.txt: the split is empty"),
     (write(f"{LISTS}/train.txt", b"000000\n000001\n000000\n"), "train.txt: lists an id more than once (000000"),
     (write(f"{LISTS}/train.txt", b"../../secret\n"), "train.txt: lists an invalid id ('../../secret')"),
@@ -171,7 +179,12 @@ DATA = [
     (write(PHOTO, b"<html>404</html>"), f"{FIRST}.jpg: cannot be read as an image"),
     (rotated_photo, f"{FIRST}.png: fits its photo only without the photo's EXIF orientation (30x20, but upright 20x30"),
     (moved(MASK), f"{FIRST}.png: no such file"),
-    (moved(MASK, f"{MASKS}/{FIRST}.jpg"), f"{MASKS}/{FIRST}.", "PNG"),
+    (
+        moved(MASK, f"{MASKS}/{FIRST}.npy"),
+        f"{MASK}: no such file (but SegmentationClass/{FIRST}.npy): put it there as PNG",
+    ),
+    (moved(MASK, f"{MASKS}/{FIRST}_mask.png"), f"{MASK}: no such file (but SegmentationClass/{FIRST}_mask.png): put"),
+    (moved(MASKS, f"{MASKS}PNG"), f"{MASK}: no such file (but SegmentationClassPNG/{FIRST}.png): put it there"),
     (jpeg_mask, f"{FIRST}.png: is JPEG, not PNG"),
     (write(MASK, truncate), f"{FIRST}.png: cannot be read as an image"),
     (mask(np.zeros((40, 40, 3), np.uint8)), f"{FIRST}.png: is an image in mode RGB", CONVERT),
@@ -181,14 +194,20 @@ DATA = [
     (all_masks("train", all_void), "no mask of the split train has a labelled pixel"),
     (all_masks("val", all_void), "no mask of the split val has a labelled pixel"),
     (all_masks("train", binary), "show only background (value 0) and void"),
+    (all_masks("train", thin), "at 32x32, nothing is left of person in the masks of train: raise size"),
+    (all_masks("val", lambda array: thin(array, util.VOID)), "at 32x32, nothing is left of person in the masks of val"),
     (write("Tiny/classes.txt", b"sky\nroad\n\ncar\n"), "classes.txt: line 3"),
     (write("Tiny/classes.txt", b"sky\nroad\nsky\ncar\n"), "classes.txt: line 3", "sky"),
     (write("Tiny/classes.txt", b"# id name\nsky\nroad\n"), "classes.txt: line 1"),
+    (write("Tiny/classes.txt", b"__ignore__\n_background_\ncar\n"), "classes.txt: line 1"),  # labelme's list of labels
     (write("Tiny/classes.txt", b"one\n"), "classes.txt: needs 2 to 255 different class names"),
 ]
 # contents of colours.txt, and parts of the message of voc.py --from-colours
 COLOURS = [
-    (b"0 0 0 sky\n", "colours.txt: needs 2 to 255 classes"),
+    (b"0 0 0 sky\n", "colours.txt: needs 2 to 255 different class names"),
+    (b"0 0 0 sky\n# a comment\n1 1 1 #road\n", "colours.txt: line 3 ('#road') is empty, a comment"),
+    (b"0 0 0 sky\n1 1 1 sky\n", "colours.txt: line 2 ('sky')", "a repetition"),
+    (b"sky:0,0,0::\nroad:1,256,1::\n", "colours.txt: holds the line 'road:1,256,1::'"),
     (b"0 0 0 sky\nroad\n", "colours.txt: ", "'road'"),
     (b"0 0 0 sky\n0 0 0 road\n", "colours.txt: ", "0 0 0 road"),
 ]

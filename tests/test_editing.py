@@ -7,12 +7,16 @@ import re
 import runpy
 import shutil
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TESTS, make_loaders, make_tiny, run_main, skip_drawing
+from PIL import Image
 from tiny_net import TinyNet
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -40,7 +44,7 @@ def edit(script, changes):
     lines = ""  # that go before the next assignment
     for statement in ast.parse(changes).body:
         code = ast.get_source_segment(changes, statement)
-        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.ImportFrom):
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.Import | ast.ImportFrom):
             script = script.replace("def main():", f"{code}\n\n\ndef main():")
         elif code.startswith("engine.fit(..., "):
             script = script.replace("scheduler=scheduler", f"scheduler=scheduler, {code[len('engine.fit(..., ') : -1]}")
@@ -198,7 +202,21 @@ EDITS = {
     "more varied photos": block("brightness="),
     "v2 augmentation": block("v2.Compose"),
     "input": block("size=(192, 256)"),
+    "data set": block("Pets(voc") + block("random_split"),
+    "fold": block("fold = 0"),
 }
+
+
+def write_pets(root):
+    """Write the images of train and val as torchvision's OxfordIIITPet: 1 is an object, 2 background, 3 void."""
+    folder, split = root / "oxford-iiit-pet", voc.Split(root, "train", ids=[f"{index:06d}" for index in range(9)])
+    shutil.copytree(root / "JPEGImages", folder / "images")
+    (folder / "annotations" / "trimaps").mkdir(parents=True)
+    for index, name in enumerate(split.ids):
+        mask = split.mask(index)
+        mask[:] = np.select([mask == 0, mask == util.VOID], [2, 3], 1)
+        Image.fromarray(mask).save(folder / "annotations" / "trimaps" / f"{name}.png")
+    (folder / "annotations" / "trainval.txt").write_text("".join(f"{name} 1 1 1\n" for name in split.ids))
 
 
 def test_every_block_of_the_document_is_run():
@@ -206,9 +224,11 @@ def test_every_block_of_the_document_is_run():
     assert all(text.count("\n") <= 14 for text in BLOCKS)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # OxfordIIITPet leaves files open
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_trains_and_resumes_to_the_same_result(project, monkeypatch, name):
     """With and without the sanity check, uninterrupted and resumed."""
+    write_pets(project / "Tiny")
     changes, base = EDITS[name], {"fine-tuning": "train_5_b", "averaged weights": "train_6"}.get(name)
     stem = f"train-mine{'_no_pretrained' if base else ''}"
     assert run(project, changes, "--out complete", base) == 0
@@ -309,6 +329,41 @@ def test_v2_augmentation_depends_only_on_seed_and_epoch(tiny):
     assert torch.equal(first, second) and not torch.equal(first, other) and (first - original).abs().max() > 0.1
 
 
+def splits_of(*blocks, fold="0", **names):
+    """The splits that the blocks pass to ``voc.loaders``."""
+    loaders = mock.Mock(return_value=3 * [None])
+    names |= {"voc": Namespace(**vars(voc) | {"loaders": loaders}), "torch": torch, "augment": None}
+    exec("\n".join(blocks).replace("fold = 0", f"fold = {fold}"), names)
+    return loaders.call_args.kwargs["splits"]
+
+
+def test_a_wrapped_dataset_shows_the_images_of_its_pairs(tiny):
+    write_pets(tiny)
+    args = Namespace(data=tiny, limit=None, batch_size=9, seed=0, device="cpu")
+    own = splits_of(block("Pets(voc"), block("random_split"), args=args)
+    assert [(split.name, len(split), split.dataset) for split in own] == [("train", 8, "Tiny"), ("val", 1, "Tiny")]
+    train, val, test = voc.loaders(args, size=32, splits=own)
+    assert test is None and train.classes == ("background", "pet") and not (tiny / ".cache").exists()
+    expected = voc.Loader(voc.Split(tiny, "all", ids=[f"{index:06d}" for index in range(9)]), 32, 9)
+    for loader, part in zip((train, val), (split.pairs for split in own)):
+        assert torch.equal(loader.images, expected.images[part.indices])
+        masks = expected.masks[part.indices]
+        assert torch.equal(loader.masks, masks.where((masks == 0) | (masks == util.VOID), torch.ones_like(masks)))
+    assert len(voc.loaders(Namespace(**vars(args) | {"limit": 3}), size=32, splits=own)[0].masks) == 3
+
+
+def test_each_image_is_in_val_of_one_fold_and_each_fold_has_a_cache_of_its_own(tiny):
+    ids, shown = [f"{index:06d}" for index in range(9)], []
+    everything = voc.Loader(voc.Split(tiny, "all", ids=ids), 16, 9).data
+    for fold in range(5):
+        train, val = splits_of(block("fold = 0"), fold=fold, args=Namespace(data=tiny))
+        assert sorted(train.ids + val.ids) == ids
+        for split in (train, val):
+            assert torch.equal(voc.Loader(split, 16, 9).data, everything[[*map(int, split.ids)]])
+        shown += val.ids
+    assert sorted(shown) == ids and len(list((tiny / ".cache").iterdir())) == 1 + 5 * 2
+
+
 NESTED_NET = "\nmodel = type('Nested', (torch.nn.Conv2d,), {'arguments': {}})(3, len(train.classes), 1)"
 V2 = "from torchvision.transforms import v2\naugment = "
 TIMES_VALUE, VALUE = "return self.layer(images * self.value)", "model = Net(len(train.classes), value=1.1)"
@@ -328,6 +383,7 @@ MISTAKES = {
     "loss that is not finite": (loss("return logits.sum() / 0"), "the loss of a batch of val is (nan|-?inf) before"),
     "another size": (f"{V2}v2.RandomCrop(16)", r"images of torch.uint8 \[16, 3, 16, 16\], not .*keep size"),
     "interpolated": (f"{V2}lambda image, mask: (image, mask // 255 * 100)", "masks the label 100, which is no class"),
+    "data loader": ("val = torch.utils.data.DataLoader(val.split)", "takes the loaders train, .* Dataset of your own"),
     "other order": ("train, val, test = voc.loaders(args, 32)[::-1]", "takes the loaders train, val and test in this"),
     "unknown interval": ('engine.fit(..., scheduler_interval="step")', "scheduler_interval is 'step'"),
 }
@@ -426,7 +482,7 @@ def test_what_may_be_meant_is_a_warning(project, capsys, name):
     changes, warning = WARNINGS[name]
     assert run(project, changes, "--epochs 1") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    found = [line for line in lines if not re.match("warning: (train has no pixel|on val|on test)", line)]
+    found = [line for line in lines if not re.match("warning: (at 32x32, train shows no pixel|on val|on test)", line)]
     assert len(found) == bool(warning), found
     assert warning is None or found[0].startswith(f"warning: {warning}")
 

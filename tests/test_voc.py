@@ -1,9 +1,12 @@
 """Data in VOC layout: palette, masks, class weights, batches and the cache. Bad input is in test_bad_input.py."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
 import struct
+import tempfile
 import zlib
 from pathlib import Path
 from unittest import mock
@@ -150,12 +153,55 @@ def test_suspicious_data_is_reported_in_one_line_for_each_kind(tiny, capsys):
     replace_masks(tiny, "val", lambda mask: np.where(mask > 0, util.VOID, 0))
     with open(tiny / "ImageSets" / "Segmentation" / "test.txt", "a") as file:
         file.write("000000\n000005\n")
+    advice = "; if the masks have some, raise size in the script"
     assert printed_warnings(capsys, tiny) == [
-        "warning: train has no pixel of 2 of 4 classes: b, c",
-        "warning: val shows no class but background: its scores say little",
+        f"warning: at 16x16, train shows no pixel of 2 of 4 classes: b, c{advice}",
+        "warning: at 16x16, val shows no class but background: its scores say little",
         "warning: 1 of the 5 ids of test are in train too",
         "warning: 1 of the 5 ids of test are in val too",
     ]
+    voc.check(tiny)
+    assert "warning: train has no pixel of 2 of 4 classes: b, c\nwarning: val shows no class" in capsys.readouterr().out
+
+
+def test_a_class_whose_objects_the_input_size_loses_is_missing_in_training_but_not_in_check(tiny, capsys):
+    def with_a_lost_row(mask):
+        kept = (np.arange(16) + 0.5) * len(mask) // 16
+        mask = np.where(mask == 0, 0, 1)
+        mask[min({*range(len(mask))} - {*kept.astype(int)})] = 2
+        return mask
+
+    for name in ("train", "val", "test"):
+        replace_masks(tiny, name, with_a_lost_row)
+    (tiny / "classes.txt").write_text("background\nobject\ndefect\n")
+    (warning,) = printed_warnings(capsys, tiny)
+    assert warning.startswith(
+        "warning: at 16x16, train shows no pixel of 1 of 3 classes: defect; if the masks have some"
+    )
+    voc.check(tiny)
+    assert capsys.readouterr().out.startswith(f"{tiny}: no faults")
+
+
+@pytest.mark.parametrize(
+    ("names", "advice"),
+    [
+        ([], None),
+        (["README.txt", "train.txt"], None),
+        (["class_names.txt"], "if class_names.txt holds yours, copy it to classes.txt"),  # of labelme
+        (["Classes.txt", "obj.names"], "if Classes.txt, obj.names holds yours, copy it"),
+        (["labelmap.txt"], "Tiny --from-colours {root}/labelmap.txt"),  # of CVAT
+        (["classes.txt"], ""),
+    ],
+)
+@pytest.mark.parametrize("start", [voc.check, lambda root: make_loaders(root, 2, 16)])
+def test_a_start_without_class_names_says_that_vocs_are_assumed(tiny, capsys, names, advice, start):
+    for name in names:
+        (tiny / name).write_text("".join(f"{name}\n" for name in voc.CLASSES))
+    start(tiny)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "has no classes.txt" in line]
+    assert len(lines) == (advice != "") and all("the class names are VOC's 21" in line for line in lines)
+    assert all(line.startswith("warning: ") == bool(advice) for line in lines)
+    assert (advice or "").format(root=tiny) in "".join(lines)
 
 
 def program_of_data_md(text):
@@ -187,6 +233,49 @@ def test_the_program_of_data_md_brings_camvid_into_voc_layout(tmp_path, monkeypa
     split = voc.Split("data/VOCdevkit/CamVid", "test")
     assert [split.ids, split.classes[0], split.classes[10]] == [["test_1"], "sky", "bicyclist"]
     assert (split.mask(0) == np.where(values == 11, util.VOID, values)).all()
+
+
+def test_the_program_of_data_md_turns_coco_into_masks(tmp_path, monkeypatch):
+    """Polygons, run lengths and a crowd; ids with gaps; a small object on a larger one that comes later."""
+    pytest.importorskip("pycocotools", reason="needs pycocotools: pip install pycocotools")
+    monkeypatch.chdir(tmp_path)
+
+    def annotation(category, left, top, right, bottom, **more):
+        corners = [left, top, right, top, right, bottom, left, bottom]
+        area = (right - left) * (bottom - top)
+        return {"category_id": category, "image_id": 7, "segmentation": [corners], "area": area, "iscrowd": 0} | more
+
+    columns = np.zeros((10, 12), int)
+    columns[:4, :5] = 1  # run lengths go down the columns, and begin with zeros
+    edges = np.flatnonzero(np.diff(columns.T.ravel(), prepend=0, append=0))
+    runs = {"size": [10, 12], "counts": np.diff(edges, prepend=0, append=120).tolist()}
+    annotations = [
+        annotation(90, 6, 3, 8, 5),
+        annotation(3, 5, 2, 11, 9),
+        annotation(3, 0, 0, 5, 4, segmentation=runs, iscrowd=1),
+        annotation(17, 1, 1, 3, 9),
+        annotation(17, 0, 0, 12, 10, segmentation=[]),
+    ]
+    names = {90: "dog", 3: "car", 17: "cat"}
+    content = {
+        "images": [{"id": 7, "file_name": "sub/a.b.jpg", "height": 10, "width": 12}],
+        "annotations": [each | {"id": number} for number, each in enumerate(annotations, 1)],
+        "categories": [{"id": number, "name": name} for number, name in names.items()],
+    }
+    Path("annotations.json").write_text(json.dumps(content))
+    exec(program_of_data_md("pycocotools"), {})
+    expected = np.zeros((10, 12), np.uint8)
+    for value, (left, top, right, bottom) in (
+        (255, (0, 0, 5, 4)),
+        (1, (5, 2, 11, 9)),
+        (2, (1, 1, 3, 9)),
+        (3, (6, 3, 8, 5)),
+    ):
+        expected[top:bottom, left:right] = value
+    assert voc_layout.read_classes(Path("MyData")) == ("background", "car", "cat", "dog")
+    assert np.array_equal(
+        voc_layout.read_mask(Path("MyData/SegmentationClass/sub/a.b.png"), 4, Path("MyData")), expected
+    )
 
 
 def test_loaders_show_each_image_of_their_split_once_normalised_with_void_kept(tiny):
@@ -370,6 +459,12 @@ def test_data_is_loaded_even_if_the_cache_cannot_be_written(tiny):
 
 COLOURS = [(0, 0, 0), (255, 0, 0), (0, 255, 0), (255, 255, 255)]
 COLOURS_TXT = "0 0 0 background\n255, 0, 0, red car\n\n0\t255\t0\ttree\n255,255,255 Void\n"
+LABELMAP_TXT = """# label:color_rgb:parts:actions
+background:0,0,0::
+red car:255,0,0:wheel,door:
+tree:0,255,0::
+void:255,255,255::
+"""  # as CVAT writes it
 CONVERT = "--data Tiny --from-colours colours.txt"
 
 
@@ -393,8 +488,10 @@ def coloured(tiny):
     return tiny, indices
 
 
-def test_masks_in_colours_are_converted_and_the_originals_kept(coloured, capsys):
+@pytest.mark.parametrize("text", [COLOURS_TXT, LABELMAP_TXT])
+def test_masks_in_colours_are_converted_and_the_originals_kept(coloured, capsys, text):
     root, indices = coloured
+    (root.parent / "colours.txt").write_text(text)
     before = {path.name: path.read_bytes() for path in (root / "SegmentationClass").iterdir()}
     assert run_main(root.parent, voc, CONVERT) == 0
     assert (root / "classes.txt").read_text() == "background\nred car\ntree\n"
@@ -407,6 +504,19 @@ def test_masks_in_colours_are_converted_and_the_originals_kept(coloured, capsys)
     assert run_main(root.parent, voc, CONVERT) == 2  # does not convert class indices
     assert "SegmentationClass_colours: exists" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in (root / "SegmentationClass_colours").iterdir()} == before
+
+
+def test_a_background_that_is_not_the_first_class_keeps_its_place(coloured):
+    root, indices = coloured
+    first, *others = LABELMAP_TXT.splitlines(True)[1:]
+    (root / "labelmap.txt").write_text("".join([*others, first]))
+    voc_layout.from_colours(root, root / "labelmap.txt")
+    train, _, _ = make_loaders(root, 2, 16)
+    assert train.classes == ("red car", "tree", "background")
+    expected = np.array([2, 0, 1] + 252 * [0] + [255])[indices["000000.png"]]
+    assert np.array_equal(train.split.mask(0), expected)
+    assert train.baseline.miou * 3 == pytest.approx((train.masks == 2).sum() / (train.masks < 255).sum())
+    assert imaging.class_colours(train.classes)[0].any()  # black is for the background
 
 
 def test_unknown_colours_are_named_and_nothing_is_changed(coloured, capsys):
@@ -446,3 +556,87 @@ def test_a_palette_that_an_image_editor_has_reordered_is_refused(tmp_path):
             assert voc_layout.read_mask(path, 21, tmp_path).tolist() == [values.tolist()]
     with pytest.raises(util.UserError, match="a.png: has VOC's colours in another order"):
         voc_layout.read_mask(path, 21, tmp_path)
+
+
+def test_a_split_larger_than_memory_is_named_with_what_it_needs(tiny, monkeypatch):
+    monkeypatch.setattr(np, "empty", mock.Mock(side_effect=MemoryError))
+    with pytest.raises(
+        UserError, match="Tiny: train needs 0.8 GB at 8000x5000: lower size in the script, or try --lim"
+    ):
+        voc.Loader(voc.Split(tiny, "train"), (5000, 8000), 2)
+
+
+def test_commands_are_quoted_for_the_systems_shell(monkeypatch):
+    commands = []
+    for system in ("posix", "nt"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "name", system)
+            commands.append(voc_layout.command(r"C:\my data", "--check"))
+    assert commands == [r"python voc.py --data 'C:\my data' --check", r'python voc.py --data "C:\my data" --check']
+
+
+class Pair(voc.LabelledImages):
+    """A photo of two pixels with a mask of ``shape``."""
+
+    def __init__(self, shape):
+        super().__init__("some/Pairs", "train", ["a", "b"], 1)
+        self.shape = shape
+
+    def photo(self, index):
+        return Image.new("RGB", (2, 1))
+
+    def mask(self, index):
+        return np.zeros(self.shape, np.uint8)
+
+
+def test_faults_of_other_images_than_a_split_get_no_advice_about_files():
+    for shape, message in (
+        ((1, 2), "Pairs: the masks of train show only a "),
+        ((2, 1), "train/0: is 1x2, but its photo"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            voc.Loader(Pair(shape), 16, 1, training=True)
+        assert "voc.py" not in str(caught.value)
+
+
+@contextlib.contextmanager
+def without_permission(path):
+    """Take all permissions from a file or folder, and root's right to do without them."""
+    mode, user = path.stat().st_mode, os.geteuid()
+    path.chmod(0)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield
+    finally:
+        os.seteuid(user)
+        path.chmod(mode)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs the permissions of POSIX")
+@pytest.mark.parametrize("start", [voc.check, lambda root: make_loaders(root, 2, 16)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "JPEGImages",
+        "JPEGImages/000001.jpg",
+        "SegmentationClass",
+        "SegmentationClass/000001.png",
+        "ImageSets/Segmentation",
+        "ImageSets/Segmentation/train.txt",
+        "classes.txt",
+    ],
+)
+def test_a_file_or_folder_without_permission_is_named(capsys, name, start):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own is for its user only
+        os.chmod(folder, 0o755)
+        root = make_tiny(Path(folder, "Tiny"))
+        (root / "classes.txt").write_text("".join(f"{name}\n" for name in voc.CLASSES))
+        with without_permission(root / name), pytest.raises((UserError, PermissionError)) as caught:
+            start(root)
+    if name.endswith(("jpg", "png")):
+        text = capsys.readouterr().out + str(caught.value)
+        assert text.count(f"{root / name}: permission denied: make it readable") == 1
+    else:
+        assert caught.value.filename.startswith(str(root / name))
