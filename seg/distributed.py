@@ -74,6 +74,27 @@ def all_reduce(tensor, device):
     return tensor
 
 
+def average_gradients(parameters):
+    """Average the gradients of parameters over all processes, which have to call this together.
+
+    One that only some processes have, such as of a layer that is left out at random, counts as 0 in the others. One
+    that none has stays None.
+    """
+    if world_size() == 1:
+        return
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+    counts = torch.tensor([float(each.grad is not None) for each in parameters], device=gradients[0].device)
+    # as a single vector, in the order of the memory: less to wait for, and nothing to rearrange
+    parts = [counts, *(gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients)]
+    flat = torch.cat(parts)
+    dist.all_reduce(flat)
+    for part, mean in zip(parts, flat.div_(world_size()).split([*map(len, parts)])):
+        part.copy_(mean)
+    for parameter, gradient, count in zip(parameters, gradients, counts.tolist()):
+        parameter.grad = gradient if count else None
+
+
 def broadcast_object(value, device):
     """The main process's ``value``, of plain types, in all processes."""
     values = [value]

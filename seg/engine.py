@@ -1,5 +1,6 @@
 """Evaluation and training, the same for all experiments."""
 
+import functools
 import math
 import time
 import zlib
@@ -7,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.nn import CrossEntropyLoss, functional
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import util
@@ -17,6 +17,10 @@ from seg.run import Run
 from util import VOID, Scores, UserError
 
 _calls = []  # of ``fit``: args and the run's name
+
+
+class Diverged(UserError):
+    """A loss or gradient is not finite, and would be again after ``--resume``."""
 
 
 def batch_loss(criterion, logits, masks):
@@ -95,19 +99,21 @@ def evaluate(model, loader, criterion, full_resolution=True):
 
 def backward(network, loss, weight):
     """Compute the gradients of a batch's loss and return their norm; loss and weight as from ``batch_loss``."""
-    # DistributedDataParallel averages the gradients: scaled like this, the average is that of the whole batch
+    # scaled like this, the average over the processes is the gradient of the whole batch
     scale = distributed.world_size() * weight / distributed.all_reduce(weight, loss.device).clamp(min=1e-12)
     (loss * scale).backward()
+    distributed.average_gradients(network.parameters())
     return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
-def training_step(network, images, masks, criterion, optimizer, index, count):
+def training_step(network, images, masks, criterion, optimizer, **position):
     """Take one optimizer step. A script may pass a function of its own with these parameters to ``fit``.
 
-    ``network`` is the model, compiled or wrapped in DistributedDataParallel if so asked, ``images`` are float32
-    [B, 3, H, W], ``masks`` int64 [B, H, W], ``index`` and ``count`` the position of the batch in its epoch, from 0, and
-    the number of batches. Returns loss and weight, see ``batch_loss``, and the gradient's norm, scalar tensors; and the
-    logits [B, C, H, W], for the metrics on train.
+    ``network`` is the model, compiled if so asked, ``images`` are float32 [B, 3, H, W], ``masks`` int64 [B, H, W].
+    ``position`` holds the ``index`` of the batch in its epoch, from 0, the ``count`` of batches, the ``epoch``, from 1,
+    and the number of ``epochs``. Returns loss and weight, see ``batch_loss``, and the gradient's norm, scalar tensors;
+    and for the metrics on train the logits [B, C, H, W], and if the masks that belong to them are not those that were
+    passed, a fifth value, int64 [B, H, W].
     """
     optimizer.zero_grad()
     network.zero_grad()  # also of what the optimizer does not hold: it would add up, and count in the norm
@@ -123,7 +129,8 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
 
     Returns Scores of the batches as the network saw them, with the weights of that moment, whose confusion matrix is of
     every fourth row and column; and the learning rates, a list per batch with the rate of each parameter group. Raises
-    a UserError if the loss or the gradient of a batch is not finite; the weights are unusable then.
+    a UserError if logits and masks of a batch differ in size, and Diverged if its loss or gradient is not finite; the
+    weights are unusable then.
     """
     network.train()
     if isinstance(criterion, torch.nn.Module):
@@ -134,7 +141,12 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
     bar = report.progress(loader.batches(epoch), len(loader), f"epoch {epoch}")
     for index, (images, masks, indices) in enumerate(bar):
         learning_rates.append([float(group["lr"]) for group in optimizer.param_groups])
-        *result, logits = training_step(network, images, masks, criterion, optimizer, index=index, count=len(loader))
+        position = {"index": index, "count": len(loader), "epoch": epoch}
+        values = training_step(network, images, masks, criterion, optimizer, **position)
+        *result, logits, masks = values if len(values) == 5 else (*values, masks)
+        if logits[:, 0].shape != masks.shape:
+            problem = f"training_step returned logits {list(logits.shape)}, but the masks are {list(masks.shape)}"
+            raise UserError(f"{problem}: return the masks that belong to the logits as a fifth value")
         results.append(torch.stack([value.detach() for value in result]))
         batch_indices.append(indices)
         labels = logits.detach()[:, :, ::4, ::4].max(1).indices  # a sample is enough for a curve, and takes little time
@@ -160,12 +172,12 @@ def _check_finite(losses, norms, batch_indices, ids, epoch):
     images = ", ".join(ids[index] for index in indices[:8]) + (", ..." if len(indices) > 8 else "")
     place = f"epoch {epoch}, batch {batch + 1} of {len(losses)} (images {images})"
     advice = f"lower the learning rate and start again if the loss grew from {losses[0]:.3g}, else check these images"
-    raise UserError(f"the {name} is {value} in {place}: {advice}")
+    raise Diverged(f"the {name} is {value} in {place}: {advice}")
 
 
 def fit(
     args, model, train, val, test, *, criterion, optimizer, scheduler, patience=10,
-    scheduler_interval="epoch", training_step=training_step, name=None,
+    scheduler_interval="epoch", training_step=training_step, after_epoch=None, name=None,
 ):  # fmt: skip
     """Train a model, save its best and last state, then evaluate the best on val and test, plot and print a summary.
 
@@ -181,13 +193,16 @@ def fit(
             after each epoch, with the val loss, or in mode "max" with the mean IoU on val.
         patience: stop after so many ``epochs_without_progress``, None: never; without effect with a scheduler.
         training_step: takes the place of ``engine.training_step``.
+        after_epoch: called in the main process with the row of each epoch, a dict from column to number, once its
+            checkpoints are written; such as for a logger.
         name: of the run's files, by default the script's. A script that calls ``fit`` several times names each.
 
     Raises a UserError for a fault that ``sanity.check`` finds, for a file that cannot be written, if another run's
     files are in the way, and if the loss is not finite.
     """
-    if scheduler_interval not in ("epoch", "batch"):
-        raise UserError(f"scheduler_interval is {scheduler_interval!r}: it has to be epoch or batch")
+    intervals = ["epoch"] if isinstance(scheduler, ReduceLROnPlateau) else ["epoch", "batch"]
+    if scheduler_interval not in intervals:
+        raise UserError(f"scheduler_interval is {scheduler_interval!r}: it has to be {' or '.join(intervals)}")
     parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
     loaders = [loader for loader in (train, val, test) if loader is not None]
     patience = patience if scheduler is None else None
@@ -196,7 +211,7 @@ def fit(
     if isinstance(criterion, torch.nn.Module):
         criterion.to(args.device)
     run = Run(args.out, name or args.experiment, args.seed)
-    if any(args is other and run.name == name for other, name in _calls):
+    if args.script.is_file() and any(args is other and run.name == name for other, name in _calls):
         raise UserError(f"engine.fit is called twice for {run.name}: pass a name= of its own to each call")
     _calls.append((args, run.name))
     with run.open(args, parts, loaders) as resuming:
@@ -208,7 +223,7 @@ def fit(
         reporter = report.Reporter(run, args, criterion, train, val, test)
         reporter.start(model, scheduler is not None, scheduler_interval, patience, warnings)
         try:
-            _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_interval, training_step)
+            _run_epochs(args, run, reporter, parts, loaders, patience, scheduler_interval, training_step, after_epoch)
             with distributed.main_process_first():  # it has written the file
                 best_model = checkpoint.load(run.best, args.device)
             scored = zip(("val", "test"), loaders[1:])
@@ -216,18 +231,23 @@ def fit(
             if distributed.is_main():
                 run.finish(scores)
             reporter.finish(best_model, scores)
-        except BaseException:
-            reporter.stop()
+        except BaseException as error:
+            reporter.stop(resumes=not isinstance(error, Diverged))
             raise
     model.train()  # as it was
     util.seed_epoch(args.seed, 0, zlib.crc32(run.name.encode()))  # what follows does not depend on --resume
 
 
-def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_interval, training_step):
+def _run_epochs(args, run, reporter, parts, loaders, patience, scheduler_interval, training_step, after_epoch):
     """Train, validate and record the epochs that are left, see ``fit``; stop early if ``patience`` says so."""
     model, criterion, optimizer, scheduler = (parts[name] for name in ("model", "criterion", "optimizer", "scheduler"))
-    network, parallel = _wrap(model, args)
-    training_step = sanity.check_first_step(training_step, model, optimizer)
+    train, val = loaders[:2]
+    if distributed.world_size() > 1 and args.device.type == "cuda":
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch norm over the whole batch
+    distributed.broadcast(parameter.detach() for parameter in model.parameters())  # the same in all processes
+    network = torch.compile(model) if args.compile else model
+    step = functools.partial(training_step, epochs=args.epochs)
+    step = sanity.check_first_step(step, model, optimizer, epoch=len(run.history) + 1)
     batch_scheduler = scheduler if scheduler_interval == "batch" else None
     modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
     is_rebuilt = False  # whether the round trip of a saved best checkpoint was tried
@@ -238,14 +258,12 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
         start = time.perf_counter()
         util.seed_epoch(args.seed, epoch, distributed.rank())
         with sanity.doing(f"training epoch {epoch}"):
-            train_scores, rates = train_epoch(
-                parallel, train, epoch, criterion, optimizer, training_step, batch_scheduler
-            )
+            train_scores, rates = train_epoch(network, train, epoch, criterion, optimizer, step, batch_scheduler)
             for module in modules:
                 distributed.broadcast(module.buffers())  # each process has its own, such as statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
             if not math.isfinite(scores.loss):
-                raise UserError(
+                raise Diverged(
                     f"the val loss is {scores.loss} in epoch {epoch}: start again with a lower learning rate"
                 )
             if isinstance(scheduler, ReduceLROnPlateau):
@@ -259,16 +277,8 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
             sanity.check_round_trip(checkpoint.read(run.best), model, sanity.val_batch(val)[0])
             is_rebuilt = True
         reporter.epoch()
-
-
-def _wrap(model, args):
-    """The model as it is evaluated, compiled if so asked, and as it is trained, in one or several processes."""
-    network = torch.compile(model) if args.compile else model
-    if distributed.world_size() == 1:
-        return network, network
-    if args.device.type == "cuda":
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch norm over the whole batch
-    return network, DistributedDataParallel(network)
+        if after_epoch and distributed.is_main():
+            after_epoch({name: value for name, value in row.items() if name != "batch_learning_rates"})
 
 
 def epochs_without_progress(history, baseline_miou):
