@@ -81,8 +81,7 @@ def matches(run, args):
         own = vars(cli.add_flags(cli.Parser(None), own).parse_args(args.own))
     except UserError:  # its script has no such flag
         return False
-    same_data = run.metrics["dataset"] == Path(args.data).resolve().name
-    return same_data and run.metrics["flags"] == defaults | shared | own
+    return (run.metrics["dataset"], run.metrics["flags"]) == (Path(args.data).resolve().name, defaults | shared | own)
 
 
 def collect(args):
