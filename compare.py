@@ -3,6 +3,7 @@
     python compare.py                                             report the runs that are there
     python compare.py --seeds 0 1 2                               first run what is missing of the eight scripts
     python compare.py --seeds 0 1 2 --experiments train train_x   the same for train.py and train_x.py
+    python compare.py --seeds 0 1 --experiments train_x -- --lr 1e-3    with flags of the script's own
 
 Each run is the command that a user would type, with the output folder OUT/seed0, OUT/seed1 and so on; runs in OUT
 itself count too. A stopped run is resumed, a finished one is not repeated, and one that fails is reported at the end.
@@ -54,19 +55,32 @@ The code of these runs has changed since, or they have other image ids or masks 
 script with the same flags, also --seed and --out, and with --overwrite."""
 
 
-def finished_runs(out, experiment="*", seed="*"):
-    """The finished runs below a folder, a list of Run; one that was continued and is not at its end is left out."""
-    name = f"{experiment}_seed{seed}.json"
+def finished_runs(out, warn=False):
+    """The finished runs below a folder, a list of Run; one that was continued and is not at its end is left out.
+
+    So are files that no run of this version has written, which ``warn`` prints.
+    """
     folders = [folder for folder in sorted(out.glob("seed*")) if folder.name.removeprefix("seed").isdecimal()]
-    paths = [path for folder in (*folders, out) for path in sorted((folder / "results").glob(name))]
-    return [run for run in map(Run.read, paths) if len(run.history) == run.metrics["epochs"]]
+    runs = []
+    for path in [path for folder in (*folders, out) for path in sorted((folder / "results").glob("*_seed*.json"))]:
+        try:
+            runs.append(Run.read(path))
+        except UserError as error:
+            if warn:
+                print(f"warning: {error}: it is left out", file=sys.stderr)
+    return [run for run in runs if len(run.history) == run.metrics["epochs"]]
 
 
 def matches(run, args):
     """Whether a run is what the flags ask for. A flag that was not given means the experiment's default."""
-    wanted = run.metrics["defaults"] | {"limit": None}
-    wanted |= {name: value for name in wanted if (value := getattr(args, name)) is not None}
-    return run.metrics["dataset"] == Path(args.data).resolve().name and run.metrics["flags"] == wanted
+    defaults, shared = run.metrics["defaults"] | {"limit": None}, ("epochs", "batch_size", "limit")
+    own = {name: value for name, value in defaults.items() if name not in shared}
+    shared = {name: value for name in shared if (value := getattr(args, name)) is not None}
+    try:
+        own = vars(cli.add_flags(cli.Parser(None), own).parse_args(args.own))
+    except UserError:  # its script has no such flag
+        return False
+    return (run.metrics["dataset"], run.metrics["flags"]) == (Path(args.data).resolve().name, defaults | shared | own)
 
 
 def collect(args):
@@ -74,12 +88,12 @@ def collect(args):
 
     If there are none, all that are there, unless they differ in data set or limit.
     """
-    runs = finished_runs(args.out)
+    runs = finished_runs(args.out, warn=True)
     if args.experiments is not None:
         names = {Path(name).name for name in args.experiments}
         runs = [run for run in runs if run.name.removesuffix("_no_pretrained") in names]
     matching = [run for run in runs if matches(run, args)]
-    no_flags = not args.seeds and args.limit is args.epochs is args.batch_size is None
+    no_flags = not (args.seeds or args.own) and args.limit is args.epochs is args.batch_size is None
     if no_flags and len({(run.metrics["dataset"], run.metrics["flags"]["limit"]) for run in runs}) == 1:
         matching = matching or runs
     experiments = {}
@@ -98,17 +112,17 @@ def command(args, script, seed):
     flags |= {"--epochs": args.epochs, "--batch-size": args.batch_size, "--limit": args.limit}
     line = [script, "--resume", *(str(part) for item in flags.items() if item[1] is not None for part in item)]
     has_flag = "args.pretrained" in (ROOT / script).read_text(encoding="utf-8")
-    return line + ["--compile"] * args.compile + ["--no-pretrained"] * (has_flag and not args.pretrained)
+    return line + args.own + ["--compile"] * args.compile + ["--no-pretrained"] * (has_flag and not args.pretrained)
 
 
 def run_missing(args):
     """Run what is missing; return a list of messages about runs that failed."""
-    failures = []
+    failures, done = [], {(run.name, run.seed) for run in finished_runs(args.out) if matches(run, args)}
     for seed in args.seeds:
         for name in args.experiments or EXPERIMENTS:
             line = command(args, f"{name}.py", seed)
             experiment = Path(name).name + ("_no_pretrained" if "--no-pretrained" in line else "")
-            if any(matches(run, args) for run in finished_runs(args.out, experiment, seed)):
+            if (experiment, seed) in done:
                 print(f"{name} seed {seed}: already done", flush=True)
                 continue
             print(f"\n$ python {files.command_line(line)}", flush=True)
@@ -299,14 +313,17 @@ def main():
     parser = cli.shared_flags(__doc__)
     parser.add_argument("--seeds", type=cli.integer(0), nargs="+", default=[], metavar="N", help="seeds to run")
     parser.add_argument("--experiments", nargs="+", metavar="NAME", help="names of scripts (default: all eight)")
-    args = parser.parse_args()
+    end = [*sys.argv, "--"].index("--")
+    args = parser.parse_args(sys.argv[1:end])
+    args.own = sys.argv[end + 1 :]  # flags of the scripts' own
+    args.experiments = args.experiments and [name.removesuffix(".py") for name in args.experiments]
     for name in args.experiments or ():
         if args.seeds and not (ROOT / f"{name}.py").is_file():
             raise UserError(f"--experiments {name}: there is no {ROOT / name}.py: correct the name")
     failures = run_missing(args)
     experiments = collect(args)
     if not experiments and not failures:
-        advice = "pass the --data, --limit, --epochs and --batch-size of the runs, or run the scripts: --seeds 0 1 2"
+        advice = "pass those of the runs (--data, --limit, --epochs, --batch-size; own ones after --), or --seeds 0 1 2"
         raise UserError(f"{args.out}: no finished run with these flags: {advice}")
     if experiments:
         found = sections(experiments, failures)

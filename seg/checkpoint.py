@@ -100,7 +100,11 @@ def build(state):
     Raises a UserError if the class of the network cannot be found, and one of many exceptions if its weights do not
     fit.
     """
-    network = _network_class(str(state["module"]), str(state["class"]))(**state["arguments"])
+    try:
+        network = _network_class(str(state["module"]), str(state["class"]))(**state["arguments"])
+    except OSError as error:  # such as those of urllib, requests and huggingface_hub
+        advice = "the checkpoint has its weights: let its constructor load none (docs/EDITING.md, Pretrained weights)"
+        raise UserError(f"its network {state['class']} could not load a file ({reason(error)}): {advice}") from None
     network.load_state_dict(state["model"])
     return TrainedModel(network, *(tuple(state[name]) for name in ("classes", "size", "mean", "std")))
 
@@ -120,7 +124,7 @@ def _network_class(module, name):
         found = getattr(sys.modules[module], name, None)
         if isinstance(found, type) and issubclass(found, torch.nn.Module):
             return found
-    raise UserError(f"its network {name} is not at the top level of {path.name} in {ROOT}: put it there")
+    raise UserError(f"its network {name} is not at the top level of {path.name} in {ROOT}: put it into a file there")
 
 
 def download(weights):

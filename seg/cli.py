@@ -28,29 +28,43 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help explains the flags)")
 
 
-def arguments(script, doc, epochs, batch_size, pretrained=False):
+def arguments(script, doc, epochs, batch_size, pretrained=False, argv=None, **own):
     """Parse the flags of an experiment, and join the other processes if torchrun started several.
 
     Args:
-        script, doc: the script's ``__file__`` and its docstring, which ``--help`` shows.
+        script, doc: the script's ``__file__`` and its docstring, which ``--help`` shows; in a notebook, a name for the
+            run's files and its title.
         epochs, batch_size: the experiment's defaults.
         pretrained: whether the experiment starts from pretrained weights; adds the flag ``--no-pretrained``.
+        argv: the flags, a list of str; None: those of the command line.
+        own: flags of the experiment's own, see ``add_flags``.
 
     Returns an argparse.Namespace with the flags (device a torch.device, out a Path, limit an int or None), script (a
-    Path), experiment (the stem of its files' names), title, and defaults (a dict of epochs and batch_size).
+    Path), experiment (the stem of its files' names), title, and defaults (a dict of epochs, batch_size and own flags).
     """
     parser = shared_flags(doc, epochs, batch_size, pretrained)
     parser.add_argument("--seed", type=integer(0), default=0, metavar="N", help="default: %(default)s")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="continue from last_*.pt, or start if there is none")
     existing.add_argument("--overwrite", action="store_true", help="delete the experiment's earlier run in --out first")
-    args = parser.parse_args()
-    args.script, args.defaults = Path(script), {"epochs": epochs, "batch_size": batch_size}
+    args = add_flags(parser, own).parse_args(argv)
+    args.script, args.defaults = Path(script), {"epochs": epochs, "batch_size": batch_size} | own
     title = re.split(r":|\.(?=\s|$)|\n", (doc or "").strip())[0]  # up to the first colon, full stop or end of line
     args.title = textwrap.shorten(title, 60, placeholder=" ...")
     args.experiment = args.script.stem + ("" if getattr(args, "pretrained", True) else "_no_pretrained")
     args.device = distributed.join(args.device)
     return args
+
+
+def add_flags(parser, defaults):
+    """Add a flag for each entry of a dict, of its value's type: float, int, str or bool; return the parser.
+
+    ``{"max_lr": 0.1}`` adds ``--max-lr``, and ``{"flip": True}`` adds ``--flip`` and ``--no-flip``.
+    """
+    for name, value in defaults.items():
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {"type": type(value)}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=value, help="default: %(default)s", **kind)
+    return parser
 
 
 def shared_flags(doc, epochs=None, batch_size=None, pretrained=True):

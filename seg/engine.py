@@ -1,5 +1,6 @@
 """Evaluation and training, the same for all experiments."""
 
+import functools
 import math
 import time
 import zlib
@@ -18,6 +19,10 @@ from seg.run import Run
 from util import VOID, Scores, UserError
 
 _calls = []  # of ``fit``: args and the run's name
+
+
+class Diverged(UserError):
+    """A loss or gradient is not finite, and would be again after ``--resume``."""
 
 
 def batch_loss(criterion, logits, masks):
@@ -103,13 +108,14 @@ def backward(network, loss, weight):
     return torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
 
 
-def training_step(network, images, masks, criterion, optimizer, index, count):
+def training_step(network, images, masks, criterion, optimizer, **position):
     """Take one optimizer step. A script may pass a function of its own with these parameters to ``fit``.
 
     ``network`` is the model, compiled or wrapped in DistributedDataParallel if so asked, ``images`` are float32
-    [B, 3, H, W], ``masks`` int64 [B, H, W], ``index`` and ``count`` the position of the batch in its epoch, from 0, and
-    the number of batches. Returns loss and weight, see ``batch_loss``, and the gradient's norm, scalar tensors; and the
-    logits [B, C, H, W], for the metrics on train.
+    [B, 3, H, W], ``masks`` int64 [B, H, W]. ``position`` holds the ``index`` of the batch in its epoch, from 0, the
+    ``count`` of batches, the ``epoch``, from 1, and the number of ``epochs``. Returns loss and weight, see
+    ``batch_loss``, and the gradient's norm, scalar tensors; and for the metrics on train the logits [B, C, H, W], and
+    if the masks that belong to them are not those that were passed, a fifth value, int64 [B, H, W].
     """
     optimizer.zero_grad()
     network.zero_grad()  # also of what the optimizer does not hold: it would add up, and count in the norm
@@ -125,7 +131,8 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
 
     Returns Scores of the batches as the network saw them, with the weights of that moment, whose confusion matrix is of
     every fourth row and column; and the learning rates, a list per batch with the rate of each parameter group. Raises
-    a UserError if the loss or the gradient of a batch is not finite; the weights are unusable then.
+    a UserError if logits and masks of a batch differ in size, and Diverged if its loss or gradient is not finite; the
+    weights are unusable then.
     """
     network.train()
     if isinstance(criterion, torch.nn.Module):
@@ -136,7 +143,12 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
     bar = report.progress(loader.batches(epoch), len(loader), f"epoch {epoch}", common=len(loader))
     for index, (images, masks, indices) in enumerate(bar):
         learning_rates.append([float(group["lr"]) for group in optimizer.param_groups])
-        *result, logits = training_step(network, images, masks, criterion, optimizer, index=index, count=len(loader))
+        position = {"index": index, "count": len(loader), "epoch": epoch}
+        values = training_step(network, images, masks, criterion, optimizer, **position)
+        *result, logits, masks = values if len(values) == 5 else (*values, masks)
+        if logits[:, 0].shape != masks.shape:
+            problem = f"training_step returned logits {list(logits.shape)}, but the masks are {list(masks.shape)}"
+            raise UserError(f"{problem}: return the masks that belong to the logits as a fifth value")
         results.append(torch.stack([value.detach() for value in result]))
         batch_indices.append(indices)
         labels = logits.detach()[:, :, ::4, ::4].max(1).indices  # a sample is enough for a curve, and takes little time
@@ -162,12 +174,12 @@ def _check_finite(losses, norms, batch_indices, ids, epoch):
     images = ", ".join(ids[index] for index in indices[:8]) + (", ..." if len(indices) > 8 else "")
     place = f"epoch {epoch}, batch {batch + 1} of {len(losses)} (images {images})"
     advice = f"lower the learning rate and start again if the loss grew from {losses[0]:.3g}, else check these images"
-    raise UserError(f"the {name} is {value} in {place}: {advice}")
+    raise Diverged(f"the {name} is {value} in {place}: {advice}")
 
 
 def fit(
     args, model, train, val, test, *, criterion, optimizer, scheduler, patience=10,
-    scheduler_interval="epoch", training_step=training_step, name=None,
+    scheduler_interval="epoch", training_step=training_step, find_unused_parameters=False, after_epoch=None, name=None,
 ):  # fmt: skip
     """Train a model, save its best and last state, then evaluate the best on val and test, plot and print a summary.
 
@@ -183,6 +195,10 @@ def fit(
             after each epoch, with the val loss, or in mode "max" with the mean IoU on val.
         patience: stop after so many ``epochs_without_progress``, None: never; without effect with a scheduler.
         training_step: takes the place of ``engine.training_step``.
+        find_unused_parameters: with several processes, as for DistributedDataParallel: whether a step may leave out
+            some parameters, such as layers that are skipped at random.
+        after_epoch: called in the main process with the row of each epoch, a dict from column to number, once its
+            checkpoints are written; such as for a logger.
         name: of the run's files, by default the script's. A script that calls ``fit`` several times names each.
 
     Raises a UserError for a fault that ``sanity.check`` finds, for a file that cannot be written, if another run's
@@ -192,8 +208,9 @@ def fit(
     if not (all(isinstance(loader, Loader) for loader in loaders) and train.training and not val.training):
         advice = "as voc.loaders returns them (docs/EDITING.md, Data, for a Dataset of your own)"
         raise UserError(f"engine.fit takes the loaders train, val and test in this order, {advice}")
-    if scheduler_interval not in ("epoch", "batch"):
-        raise UserError(f"scheduler_interval is {scheduler_interval!r}: it has to be epoch or batch")
+    intervals = ["epoch"] if isinstance(scheduler, ReduceLROnPlateau) else ["epoch", "batch"]
+    if scheduler_interval not in intervals:
+        raise UserError(f"scheduler_interval is {scheduler_interval!r}: it has to be {' or '.join(intervals)}")
     parts = {"model": model, "criterion": criterion, "optimizer": optimizer, "scheduler": scheduler}
     patience = patience if scheduler is None else None
     distributed.set_malloc_options(args.device)
@@ -201,7 +218,7 @@ def fit(
     if isinstance(criterion, torch.nn.Module):
         criterion.to(args.device)
     run = Run(args.out, name or args.experiment, args.seed)
-    if any(args is other and run.name == name for other, name in _calls):
+    if args.script.is_file() and any(args is other and run.name == name for other, name in _calls):
         raise UserError(f"engine.fit is called twice for {run.name}: pass a name= of its own to each call")
     _calls.append((args, run.name))
     with run.open(args, parts, loaders) as resuming:
@@ -213,7 +230,8 @@ def fit(
         reporter = report.Reporter(run, args, criterion, train, val, test)
         reporter.start(model, scheduler is not None, scheduler_interval, patience, warnings)
         try:
-            _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_interval, training_step)
+            networks, step = _wrap(model, args, optimizer, find_unused_parameters), training_step
+            _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_interval, networks, step, after_epoch)
             with distributed.main_process_first():  # it has written the file
                 best_model = checkpoint.load(run.best, args.device)
             scored = zip(("val", "test"), loaders[1:])
@@ -221,18 +239,19 @@ def fit(
             if distributed.is_main():
                 run.finish(scores)
             reporter.finish(best_model, scores)
-        except BaseException:
-            reporter.stop()
+        except BaseException as error:
+            reporter.stop(resumes=not isinstance(error, Diverged))
             raise
     model.train()  # as it was
     util.seed_epoch(args.seed, 0, zlib.crc32(run.name.encode()))  # what follows does not depend on --resume
 
 
-def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_interval, training_step):
+def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_interval, networks, step, after_epoch):
     """Train, validate and record the epochs that are left, see ``fit``; stop early if ``patience`` says so."""
     model, criterion, optimizer, scheduler = (parts[name] for name in ("model", "criterion", "optimizer", "scheduler"))
-    network, parallel = _wrap(model, args)
-    training_step = sanity.check_first_step(training_step, model, optimizer)
+    network, parallel = networks
+    step = functools.partial(step, epochs=args.epochs)
+    step = sanity.check_first_step(step, model, optimizer, epoch=len(run.history) + 1)
     batch_scheduler = scheduler if scheduler_interval == "batch" else None
     modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
     is_rebuilt = False  # whether the round trip of a saved best checkpoint was tried
@@ -243,14 +262,12 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
         start = time.perf_counter()
         util.seed_epoch(args.seed, epoch, distributed.rank())
         with sanity.doing(f"training epoch {epoch}"):
-            train_scores, rates = train_epoch(
-                parallel, train, epoch, criterion, optimizer, training_step, batch_scheduler
-            )
+            train_scores, rates = train_epoch(parallel, train, epoch, criterion, optimizer, step, batch_scheduler)
             for module in modules:
                 distributed.broadcast(module.buffers())  # each process has its own, such as statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
             if not math.isfinite(scores.loss):
-                raise UserError(
+                raise Diverged(
                     f"the val loss is {scores.loss} in epoch {epoch}: start again with a lower learning rate"
                 )
             if isinstance(scheduler, ReduceLROnPlateau):
@@ -264,16 +281,25 @@ def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_inte
             sanity.check_round_trip(checkpoint.read(run.best), model, sanity.val_batch(val)[0])
             is_rebuilt = True
         reporter.epoch()
+        if after_epoch and distributed.is_main():
+            after_epoch({name: value for name, value in row.items() if name != "batch_learning_rates"})
 
 
-def _wrap(model, args):
+def _wrap(model, args, optimizer, find_unused_parameters):
     """The model as it is evaluated, compiled if so asked, and as it is trained, in one or several processes."""
     network = torch.compile(model) if args.compile else model
     if distributed.world_size() == 1:
         return network, network
     if args.device.type == "cuda":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch norm over the whole batch
-    return network, DistributedDataParallel(network)
+    # DistributedDataParallel leaves out what is frozen now, which a training step may unfreeze later
+    frozen = [each for group in optimizer.param_groups for each in group["params"] if not each.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    parallel = DistributedDataParallel(network, find_unused_parameters=find_unused_parameters or bool(frozen))
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return network, parallel
 
 
 def epochs_without_progress(history, baseline_miou):

@@ -102,7 +102,8 @@ def _text(name, value):
     if isinstance(value, dict):
         return ", ".join(f"{heading} {text}" for heading, text in _row(value).items())
     if isinstance(value, float):
-        return f"{value:.1f}" if name == "seconds" else f"{value:.4g}" if "learning_rate" in name else f"{value:.4f}"
+        is_metric = name.endswith(("iou", "loss", "accuracy"))  # others are learning rates and a script's own flags
+        return f"{value:.1f}" if name == "seconds" else f"{value:.4f}" if is_metric else f"{value:.4g}"
     return f"{value:,}" if name == "parameters" else str(value)
 
 

@@ -40,7 +40,7 @@ def metadata(args, name, parts, loaders):
         "network": f"{type(model).__name__}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})",
         "parameters": num_parameters(model),
         **{f"{part}_class": type(parts[part]).__name__ for part in ("optimizer", "scheduler")},
-        "flags": {flag: getattr(args, flag) for flag in ("epochs", "limit", "compile")}
+        "flags": {flag: getattr(args, flag) for flag in ("limit", "compile", *args.defaults)}
         | {"batch_size": train.batch_size, "data": str(args.data), "out": str(args.out)},
         "defaults": args.defaults,
         "classes": list(train.classes),

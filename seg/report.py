@@ -71,7 +71,7 @@ class Reporter:
         network = f"{type(model).__name__}, {self.run.metadata['parameters']:,} parameters ({trained:,} trainable)"
         log(f"{network}, batch {train.batch_size}, seed {args.seed}, device {self.run.metadata['device']}")
         if scheduled:
-            log(f"the scheduler is stepped once per {interval}; all {args.epochs} epochs are run")
+            log(f"the scheduler is stepped once per {interval}; no early stopping")
         else:
             stop = "no early stopping"
             if patience:
@@ -113,8 +113,11 @@ class Reporter:
             log(f"warning: the plots are not updated any more ({util.reason(error)})")
             self.last_drawing = float("inf")
 
-    def stop(self):
-        """After Ctrl-C or an error: redraw the curves, which takes only a moment, and print what is kept."""
+    def stop(self, resumes):
+        """After Ctrl-C or an error: redraw the curves, which takes only a moment, and print what is kept.
+
+        ``resumes`` tells whether the same command with ``--resume`` would go on.
+        """
         run = self.run
         if not run.history:
             log(f"{run.name}: stopped before the end of its first epoch: there is nothing to keep")
@@ -126,7 +129,7 @@ class Reporter:
             log(f"warning: the curves were not drawn ({util.reason(error)})")
         kept = " and ".join(str(path) for path in (run.best, run.last) if path.exists()) or "nothing"
         resume = "--resume instead of --overwrite" if self.args.overwrite else "--resume"
-        advice = f": the same command with {resume} continues" if run.last.exists() else ""
+        advice = f": the same command with {resume} continues" if resumes and run.last.exists() else ""
         log(f"{run.name}: stopped after epoch {len(run.history)}; kept {kept}{advice}")
 
     def finish(self, model, scores):

@@ -52,7 +52,7 @@ class Run:
                 run.history = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
             metrics["epochs"], metrics["defaults"], metrics["val"]["miou"], metrics["flags"]["limit"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: was not written by a run ({error!r}): delete it and run again") from None
+            raise UserError(f"{path}: was not written by a run of this version ({error!r})") from None
         metrics["code"] = provenance.versions(metrics.get("code"))
         metrics.setdefault("title", metrics.get("idea", ""))  # its name in an earlier version
         run.metrics = metrics
@@ -156,18 +156,21 @@ class Run:
 
     def _check_same_run(self, state, scheduled):
         """Raise a UserError that names the first thing in which ``state`` is of another run; return messages."""
-        before, now = state | state["flags"], self.metadata | self.metadata["flags"]
-        names = ["seed", "batch_size", "limit", "dataset", "classes", "size", "mean", "std"]
-        names += ["optimizer_class", "scheduler_class", *(["epochs"] if scheduled else [])]
-        for name in names:
-            if name in before and before[name] != now[name]:  # an earlier version kept fewer
-                name, values = name.removesuffix("_class"), f"{before[name]}, not {now[name]}"
+        now, flags = self.metadata, self.metadata["flags"]
+        names = ("seed", "dataset", "classes", "size", "mean", "std", "optimizer_class", "scheduler_class")
+        compared = [(name, state, now) for name in names]
+        compared += [
+            (name, state["flags"], flags) for name in ("limit", *now["defaults"]) if scheduled or name != "epochs"
+        ]
+        for name, old, new in compared:
+            if name in old and old[name] != new[name]:  # an earlier version kept fewer
+                name, values = name.removesuffix("_class"), f"{old[name]}, not {new[name]}"
                 raise UserError(f"{self.last}: its run had {name} {values}: {ADVICE}")
-        if before["data_sha256"] != now["data_sha256"]:
+        if state["data_sha256"] != now["data_sha256"]:
             raise UserError(f"{self.last}: its run had other image ids or masks, on train, val or test: {ADVICE}")
         done = len(state["history"])
-        if done > now["epochs"]:
-            raise UserError(f"{self.last}: its run has {done} epochs, more than {now['epochs']}: raise --epochs")
+        if done > flags["epochs"]:
+            raise UserError(f"{self.last}: its run has {done} epochs, more than {flags['epochs']}: raise --epochs")
         versions, code = provenance.versions(state["code"]), self.metadata["code"][0]
         change = provenance.code_change(versions[-1]["files"], code["files"])
         self.metadata["code"] = [*versions, code | {"epoch": done + 1}] if change else versions
@@ -207,7 +210,7 @@ class Run:
         flags = self.metadata["flags"]
         for_loading = ("mean", "std", "module", "class", "arguments")  # what only ``checkpoint.load`` needs
         self.metrics = {name: value for name, value in self.metadata.items() if name not in for_loading} | {
-            "flags": {name: flags[name] for name in ("epochs", "batch_size", "limit")},
+            "flags": {name: flags[name] for name in (*self.metadata["defaults"], "limit")},
             "epochs": len(self.history),
             "best_epoch": self.best_row["epoch"],
             "seconds": round(sum(row["seconds"] for row in self.history), 3),

@@ -29,6 +29,10 @@ def check(metadata, train, val, *, model, criterion, optimizer, scheduler):
     warnings = _parameter_warnings(model, criterion, optimizer)
     if scheduler is not None and not hasattr(scheduler, "state_dict"):
         warnings.append(f"{type(scheduler).__name__} has no state_dict: after --resume, it starts anew")
+    for name in ("pretrained", "weights", "weights_backbone", "encoder_weights"):
+        if model.arguments.get(name):
+            advice = "see Pretrained weights in docs/EDITING.md"
+            warnings.append(f"self.arguments asks for {name}: a download whenever a checkpoint is loaded: {advice}")
     with restored(model, criterion), torch.no_grad():
         with doing("trying the augmentation"):
             warnings += _border_warnings(train)
@@ -84,6 +88,9 @@ def doing(what):
     except Exception as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise UserError(f"--compile: {reason(error)}: install what is missing, or leave out --compile") from None
+        if "find_unused_parameters" in str(error):  # DistributedDataParallel's error
+            advice = "freeze those that none uses, or pass find_unused_parameters=True to engine.fit"
+            raise UserError(f"several processes: a step has left out parameters: {advice}") from None
         if not (is_out_of_memory(error) or distributed.is_connection_lost(error)):
             print(f"error while {what}:", file=sys.stderr)
         raise
@@ -122,33 +129,24 @@ def check_round_trip(state, model, images):
         raise UserError(f"{problem}: rebuilt, it computes other logits. {advice}; self.arguments is {found}")
 
 
-def check_first_step(training_step, model, optimizer):
-    """The training step, which checks at its first call what it returns, and which parameters get a gradient.
+def check_first_step(training_step, model, optimizer, epoch):
+    """The training step, which checks in the first one, of ``epoch``, what it returns and what gets a gradient.
 
-    A parameter without one is a warning; with several processes, which would wait for it, a UserError.
+    A parameter without one is a warning.
     """
-    is_first = True
 
-    def step(*args, **options):
-        nonlocal is_first
-        if not is_first:
-            return training_step(*args, **options)
-        is_first, used = False, set()
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        hooks = [parameter.register_post_accumulate_grad_hook(used.add) for parameter in trained.values()]
-        result = training_step(*args, **options)
-        for hook in hooks:
-            hook.remove()
-        values = result if isinstance(result, tuple) else ()
-        if len(values) != 4 or [value.ndim for value in values if isinstance(value, torch.Tensor)] != [0, 0, 0, 4]:
+    def step(*args, **position):
+        result = training_step(*args, **position)
+        if (position["epoch"], position["index"]) != (epoch, 0):
+            return result
+        dimensions = [getattr(value, "ndim", None) for value in result] if isinstance(result, tuple) else []
+        if dimensions not in ([0, 0, 0, 4], [0, 0, 0, 4, 3]):
             expected = "loss, weight and norm, three scalar tensors, and logits, a tensor [B, C, H, W]"
             raise UserError(f"training_step has to return {expected}, as engine.training_step does")
-        # a step may also set gradients itself
-        unused = [name for name, parameter in trained.items() if parameter not in used and parameter.grad is None]
-        if unused and distributed.world_size() > 1:
-            advice = "freeze what is not used, requires_grad_(False)"
-            raise UserError(f"several processes need a gradient for {_some(unused)}: {advice}")
-        if unused := [name for name in unused if trained[name] in _optimized(optimizer)]:
+        trained = {each for each in _optimized(optimizer) if each.requires_grad}
+        trained = {name: each.grad for name, each in model.named_parameters() if each in trained}
+        unused = [name for name, gradient in trained.items() if gradient is None]
+        if 0 < len(unused) < len(trained):  # if there are none at all, the step has set them to None
             report.log(f"warning: the first step gave no gradient to {_some(unused)}, which the optimizer holds")
         return result
 
@@ -188,8 +186,8 @@ def _border_warnings(train):
     params = train.augment.draw(NUM_PROBES, torch.Generator().manual_seed(0))
     _, masks = train.augmented(images, torch.ones_like(masks), params)
     if filled := set(masks.unique().tolist()) - {1, VOID}:
-        advice = f"fill them with void, such as fill={{tv_tensors.Image: 0, tv_tensors.Mask: {VOID}}}"
-        return [f"augment fills the borders of masks with the class {min(filled)}: {advice}"]
+        advice = f"fill={{tv_tensors.Image: 0, tv_tensors.Mask: {VOID}}}, or fill_mask={VOID} in albumentations"
+        return [f"augment fills the borders of masks with the class {min(filled)}: fill them with void, {advice}"]
     return []
 
 

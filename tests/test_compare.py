@@ -1,5 +1,6 @@
 """The comparison: its statistics against SciPy, its tables, and what it runs, skips and passes on."""
 
+import contextlib
 import json
 import math
 import os
@@ -191,15 +192,23 @@ def test_runs_of_several_settings_are_not_mixed(tmp_path, monkeypatch):
     assert "the first 8 images" in text and "| train | 1 |" in text
 
 
-def test_unknown_experiments_and_missing_or_damaged_results_are_named(tmp_path, monkeypatch, started):
+def test_unknown_experiments_and_missing_or_damaged_results_are_named(tmp_path, monkeypatch, started, capsys):
     with pytest.raises(util.UserError, match="train_nine"):
         run_compare(tmp_path, monkeypatch, "--experiments", "train", "train_nine", "--seeds", 0)
     assert not started  # not even the first one
     with pytest.raises(util.UserError, match="no finished run"):
         run_compare(tmp_path, monkeypatch)
-    write_run(tmp_path, "train", 0, random_ious(0)).json.write_text('{"experiment": "tr')
-    with pytest.raises(util.UserError, match="train_seed0.json: was not written by a run"):
-        run_compare(tmp_path, monkeypatch)
+    write_run(tmp_path, "train_4_a", 0, random_ious(0))
+    paths = [tmp_path / "results" / f"{name}_seed0.json" for name in ("train", "tuned")]
+    for path, text in zip(paths, ('{"experiment": "tr', '[{"lr": 0.1}]')):  # damaged; of another tool
+        path.write_text(text)
+    text = run_compare(tmp_path, monkeypatch, "--data", tmp_path / "Made", "--experiments", "train_4_a", "--seeds", 0)
+    assert "| train_4_a | 1 |" in text and not started
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    for path, warning in zip(paths, warnings):
+        assert warning.startswith(f"warning: {path}: was not written by a run of this version (")
+        assert warning.endswith("): it is left out")
 
 
 @pytest.fixture
@@ -254,6 +263,25 @@ def test_failed_run_is_reported_and_the_others_go_on_with_the_same_flags(tmp_pat
         assert {"--compile", "--resume"} <= set(command) and "--epochs" not in command
         assert (command[command.index("--limit") + 1], command[command.index("--device") + 1]) == ("4", "cpu")
         assert ("--no-pretrained" in command) == (Path(command[1]).stem in ("train_5_b", "train_6"))
+
+
+def test_flags_of_a_scripts_own_are_passed_on_and_compared(tmp_path, monkeypatch, started):
+    """Also a script whose name means something else to glob, written with .py."""
+    (tmp_path / "train[1].py").touch()
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    flags = ["--data", tmp_path / "Made", "--experiments", "train[1].py", "--seeds", 0]
+    settings = {"epochs": 3, "batch_size": 16, "lr": 0.1, "flip": True}
+    write_run(tmp_path / "seed0", "train[1]", 0, random_ious(0), defaults=settings, flags=settings | {"limit": None})
+    for own, is_done in (([], True), (["--lr", "1e-1"], True), (["--lr", "1e-3"], False), (["--no-flip"], False)):
+        started.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "write_run", lambda *args, **options: None)  # keep the first run
+            with contextlib.nullcontext() if is_done else pytest.raises(util.UserError, match="no finished run"):
+                assert "| train[1] | 1 |" in run_compare(tmp_path, monkeypatch, *flags, "--", *own)
+        assert [command[-len(own) :] for command in started] == ([] if is_done else [own])
+    write_run(tmp_path / "seed0", "train[1]", 0, random_ious(0))  # of a script without such flags
+    with pytest.raises(util.UserError, match="no finished run"):
+        run_compare(tmp_path, monkeypatch, *flags[:2], "--", "--lr", "0.1")
 
 
 SLOW_RUN = """

@@ -32,13 +32,19 @@ def main():
     # 14 samples in batches of 4, 4, 3 and 3: the processes get batches of unequal size
     loaders = train, val, test = voc.loaders(args, size=32, augment=augment)
 
-    def fit(folder, model, criterion=CRITERION, **flags):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    def fit(folder, model, criterion=CRITERION, step=engine.training_step, find_unused_parameters=False, **flags):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.1)
         flags = Namespace(**vars(args) | {"out": args.out / folder} | flags)
         options = {"criterion": criterion, "optimizer": optimizer, "scheduler": None, "patience": None}
+        options |= {"training_step": step, "find_unused_parameters": find_unused_parameters}
         engine.fit(flags, model, *loaders, **options)
 
     fit("plain", new_model())
+    torch.manual_seed(distributed.rank())  # training starts from the weights of the main process
+    model = Skipping()
+    model.classifier.requires_grad_(False)
+    fit("skipping", model, step=first_without_classifier, find_unused_parameters=True)
+    torch.save(model.state_dict(), args.out / f"skipping_{distributed.rank()}.pt")
     # 5 val images are 2 batches, one per process; 3 test images are 1 batch, and the second process has none
     runs = [(loader, full) for loader in (val, test) for full in (False, True)]
     scores = [vars(engine.evaluate(new_model(), loader, CRITERION, full)) for loader, full in runs]
@@ -54,10 +60,16 @@ def main():
     fit("resumed", new_model(), resume=True)
     trainable = copy.deepcopy(CRITERION)
     trainable.scale = torch.nn.Parameter(torch.ones(1))
-    for folder, model, criterion in (("criterion", new_model(), trainable), ("network", Unused(), CRITERION)):
+    for folder, model, criterion in (("criterion", new_model(), trainable), ("network", Skipping(), CRITERION)):
         with pytest.raises(util.UserError) as error:
             fit(folder, model, criterion)
         print(f"refused {folder}: {error.value}", flush=True)
+
+
+def first_without_classifier(network, images, masks, criterion, optimizer, epoch, **position):
+    """A step that freezes the classifier in the first epoch."""
+    getattr(network, "module", network).classifier.requires_grad_(epoch > 1)
+    return engine.training_step(network, images, masks, criterion, optimizer)
 
 
 class MeanLoss(torch.nn.CrossEntropyLoss):
@@ -70,12 +82,23 @@ class MeanLoss(torch.nn.CrossEntropyLoss):
         return loss
 
 
-class Unused(TinyNet):
-    """Has a parameter without a gradient."""
+class Skipping(TinyNet):
+    """Leaves out a layer in every second step for the images of the first process, and never uses a parameter."""
 
     def __init__(self, num_classes=21, norm=False):
         super().__init__(num_classes, norm)
+        self.layer = torch.nn.Conv2d(3, num_classes, kernel_size=1)
         self.unused = torch.nn.Parameter(torch.ones(1))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, images):
+        logits = super().forward(images)
+        self.steps += self.training
+        if not self.training or self.steps % 2 == 0:
+            return logits + self.layer(images)
+        if distributed.world_size() == 2:
+            return logits if distributed.rank() == 0 else logits + self.layer(images)
+        return logits + self.layer(images) * (torch.arange(len(images)) % 2).view(-1, 1, 1, 1)
 
 
 def new_model(norm=False):
@@ -127,6 +150,16 @@ def test_two_processes_take_the_same_steps_as_one_compiled_or_not_and_resumed(ru
     torch.testing.assert_close(resumed["model"], two["model"], rtol=0, atol=0)
 
 
+def test_two_processes_train_what_is_left_out_at_random_or_frozen_at_first_like_one(runs):
+    """The step counts a whole batch; what no process uses keeps its value, which the optimizer would shrink."""
+    one, *two = (
+        torch.load(runs / f"{name}.pt", weights_only=True) for name in ("1/skipping_0", "2/skipping_0", "2/skipping_1")
+    )
+    torch.testing.assert_close(two[0], two[1], rtol=0, atol=0)
+    torch.testing.assert_close(two[0], one, rtol=1e-4, atol=1e-6)  # float32 sums in another order
+    assert one["unused"] == 1
+
+
 def test_val_is_evaluated_with_the_same_batch_norm_and_criterion_in_all_processes(runs, float32):
     kept = last(runs / "2/norm")["criterion"]["mean"]
     means = [torch.load(runs / f"2/criterion_{rank}.pt", weights_only=True)["mean"] for rank in (0, 1)]
@@ -151,8 +184,11 @@ def test_every_image_is_scored_once_whatever_the_number_of_processes(runs):
 
 def test_the_main_process_prints_and_what_two_processes_cannot_train_is_refused(runs):
     output = (runs / "output").read_text()
-    assert output.count("\nepoch ") == 2 * 4 and output.count("\ntest_distributed seed 0: val mean IoU") == 3 + 2
-    for problem in ("criterion: several processes train the parameters of the network", "network: .* for unused: f"):
+    assert output.count("\nepoch ") == 2 * 5 and output.count("\ntest_distributed seed 0: val mean IoU") == 4 + 2
+    for problem in (
+        "criterion: several processes train the parameters of the network",
+        "network: several processes: a step has left out parameters: freeze",
+    ):
         assert len(re.findall(f"refused {problem}", output)) == 2
 
 

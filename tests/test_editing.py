@@ -1,7 +1,9 @@
 """Edits of a script: every block of docs/EDITING.md trains, resumes and loads again, and mistakes are found."""
 
 import ast
+import functools
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -12,15 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT, TESTS, make_loaders, make_tiny, run_main, skip_drawing
+from nbclient import NotebookClient
 from PIL import Image
 from tiny_net import TinyNet
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import basic_fcn
+import compare
 import predict
 import resnet_fcn
 import resnet_unet
@@ -59,6 +65,13 @@ def edit(script, changes):
     return script.replace(FIT, lines + FIT)
 
 
+@functools.cache
+def mobilenet():
+    """Stands for ImageNet's weights."""
+    with torch.random.fork_rng():
+        return torchvision.models.mobilenet_v3_small().state_dict()
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A folder with data, in which scripts and networks are looked up; the networks are small, plots are not drawn."""
@@ -70,6 +83,7 @@ def project(tmp_path, monkeypatch):
     skip_drawing(monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(basic_fcn, "FCN", TinyNet)
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", lambda *args, **options: mobilenet())
     for module in (resnet_fcn, resnet_unet):  # with half of a ResNet-18's blocks
         monkeypatch.setattr(module, "resnet18", lambda weights, **options: ResNet(BasicBlock, [1, 1, 1, 1], **options))
     loaders, small = voc.loaders, {224: 32, (192, 256): (18, 24), 320: 32, (352, 480): 64}
@@ -191,6 +205,10 @@ EDITS = {
     "accumulation": block("loss / accumulated"),
     "auxiliary loss": AUX_NET + block("aux_loss"),
     "fine-tuning": block("model.backbone.requires_grad_(True)"),
+    "frozen at first": block("model.backbone.requires_grad_(True)") + block("epoch > 1"),
+    "random size": block("nearest-exact"),
+    "TensorBoard": block("SummaryWriter"),
+    "own flag": block("lr=args.lr"),
     "label smoothing": block("label_smoothing"),
     "focal": block("focal_loss"),
     "Dice": block("DiceLoss("),
@@ -198,13 +216,17 @@ EDITS = {
     "loss that calls view and counts": VIEWS,
     "network": block("MyNet("),
     "torchvision network": block("LRASPP("),
+    "pretrained encoder": block("MobileNetFCN("),
     "averaged weights": "",
     "more varied photos": block("brightness="),
     "v2 augmentation": block("v2.Compose"),
+    "albumentations": block("Albumentations("),
     "input": block("size=(192, 256)"),
     "data set": block("Pets(voc") + block("random_split"),
     "fold": block("fold = 0"),
 }
+BASES = {"fine-tuning": "train_5_b", "frozen at first": "train_5_b", "averaged weights": "train_6"}
+CELL = block("argv=flags")
 
 
 def write_pets(root):
@@ -220,7 +242,7 @@ def write_pets(root):
 
 
 def test_every_block_of_the_document_is_run():
-    assert [text for text in BLOCKS if not any(text in changes for changes in EDITS.values())] == []
+    assert [text for text in BLOCKS if not any(text in changes for changes in (*EDITS.values(), CELL))] == []
     assert all(text.count("\n") <= 14 for text in BLOCKS)
 
 
@@ -229,7 +251,7 @@ def test_every_block_of_the_document_is_run():
 def test_an_edit_trains_and_resumes_to_the_same_result(project, monkeypatch, name):
     """With and without the sanity check, uninterrupted and resumed."""
     write_pets(project / "Tiny")
-    changes, base = EDITS[name], {"fine-tuning": "train_5_b", "averaged weights": "train_6"}.get(name)
+    changes, base = EDITS[name], BASES.get(name)
     stem = f"train-mine{'_no_pretrained' if base else ''}"
     assert run(project, changes, "--out complete", base) == 0
     with monkeypatch.context() as patch:
@@ -252,9 +274,9 @@ def test_an_edit_trains_and_resumes_to_the_same_result(project, monkeypatch, nam
 
 
 COUNTING = """
-def training_step(network, images, masks, criterion, optimizer, index, count):
-    training_step.calls.append((index, count))
-    return engine.training_step(network, images, masks, criterion, optimizer, index, count)
+def training_step(*args, **position):
+    training_step.calls.append([position[name] for name in ("index", "count", "epoch", "epochs")])
+    return engine.training_step(*args)
 
 training_step.calls = []
 engine.fit(..., training_step=training_step)
@@ -263,7 +285,8 @@ engine.fit(..., training_step=training_step)
 
 def test_a_training_step_is_called_once_per_batch(project):
     assert run(project, COUNTING) == 0
-    assert sys.modules["train-mine"].training_step.calls == 2 * [(0, 3), (1, 3), (2, 3)]
+    expected = [[index, 3, epoch, 2] for epoch in (1, 2) for index in range(3)]
+    assert sys.modules["train-mine"].training_step.calls == expected
 
 
 @pytest.mark.parametrize(("mode", "column"), [("max", "val_miou"), ("min", "val_loss")])
@@ -320,9 +343,10 @@ def test_gradients_of_what_the_optimizer_does_not_hold_do_not_add_up(tiny, float
         torch.testing.assert_close(model.classifier.weight.detach(), before - 0.01 * scale * gradients[2])
 
 
-def test_v2_augmentation_depends_only_on_seed_and_epoch(tiny):
-    namespace = {"util": util}
-    exec(block("v2.Compose"), namespace)
+@pytest.mark.parametrize("text", ["v2.Compose", "Albumentations("])
+def test_augmentation_of_a_library_depends_only_on_seed_and_epoch(tiny, text):
+    namespace = {"util": util, "torch": torch}
+    exec(block(text), namespace)
     augmented, plain = (make_loaders(tiny, 5, size=32, augment=each)[0] for each in (namespace["augment"], None))
     loaders = ((augmented, 1), (augmented, 1), (augmented, 2), (plain, 1))
     first, second, other, original = (next(loader.batches(epoch))[0] for loader, epoch in loaders)
@@ -364,10 +388,96 @@ def test_each_image_is_in_val_of_one_fold_and_each_fold_has_a_cache_of_its_own(t
     assert sorted(shown) == ids and len(list((tiny / ".cache").iterdir())) == 1 + 5 * 2
 
 
+def test_albumentations_moves_photo_and_mask_alike_and_fills_with_void():
+    """The oracle is torch.rot90; a photo and its mask hold the same values."""
+    namespace = {"util": util, "torch": torch}
+    exec(block("Albumentations("), namespace)
+    quarter = namespace["Affine"](rotate=(90, 90), fill_mask=util.VOID, p=1)
+    mask = torch.arange(30 * 30, dtype=torch.uint8).reshape(30, 30) % 21
+    photo, truth = namespace["Albumentations"]([quarter])(mask.repeat(3, 1, 1), mask)
+    assert torch.equal(truth, mask.rot90()) and torch.equal(photo, truth.repeat(3, 1, 1))
+    _, truth = namespace["Albumentations"]([namespace["rotate"]])(mask.repeat(3, 1, 1), mask)
+    assert (truth == util.VOID).any()
+
+
+SIZES = """
+def training_step(network, images, masks, criterion, optimizer, epoch, **position):
+    result = engine.training_step(network, images, masks, criterion, optimizer)
+    return result if epoch == 1 else (*result[:3], result[3][..., :24, :24], *EXTRA)
+
+engine.fit(..., training_step=training_step)
+"""
+
+
+def test_metrics_on_train_are_those_of_the_masks_that_a_step_returns(project, capsys):
+    """The step predicts what it returns as masks, but for half of the pixels."""
+    assert run(project, SIZES.replace(", *EXTRA", "")) == 2
+    error = "training_step returned logits [2, 21, 24, 24], but the masks are [2, 32, 32]: return the masks that"
+    output, errors = capsys.readouterr()
+    assert_one_line(errors, re.escape(error))
+    assert last(project)["epoch"] == 1
+    masks = "result[3][..., :24, :24].max(1).indices.where(torch.arange(24) % 8 < 4, util.VOID - 250)"
+    assert run(project, SIZES.replace("*EXTRA", masks), "--overwrite") == 0
+    accuracies = [row["train_pixel_accuracy"] for row in last(project)["history"]]
+    assert 0.5 <= accuracies[1] <= 0.6 and accuracies[1] != accuracies[0]
+
+
+LOG = """
+def log(row):
+    log.rows.append(row)
+    1 / (row["epoch"] - 3)
+
+log.rows = []
+engine.fit(..., after_epoch=log)
+"""
+
+
+def test_after_epoch_gets_the_row_of_an_epoch_once_its_checkpoint_is_written(project, capsys):
+    with pytest.raises(ZeroDivisionError):  # a fault of the user's own
+        run(project, LOG, "--epochs 4")
+    rows, history = sys.modules["train-mine"].log.rows, last(project)["history"]
+    assert [row.items() <= kept.items() for row, kept in zip(rows, history, strict=True)] == 3 * [True]
+    assert history[0].keys() - rows[0].keys() == {"batch_learning_rates"} and rows[0]["seconds"] > 0
+    assert "stopped after epoch 3; kept " in capsys.readouterr().out
+
+
+def test_tensorboard_shows_the_rows(project):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(project, block("SummaryWriter")) == 0
+    events = EventAccumulator(str(project / "tensorboard")).Reload()
+    for name in ("val_miou", "learning_rate_2"):
+        shown = [(event.step, event.value) for event in events.Scalars(name)]
+        assert shown == [(row["epoch"], pytest.approx(row[name])) for row in last(project)["history"]]
+
+
+PRETRAINED = """
+class Pretrained(torch.nn.Conv2d):
+    def __init__(self, num_classes, weights):
+        super().__init__(3, num_classes, 1)
+        self.arguments = {"num_classes": num_classes, "weights": weights}
+        open("weights.pt").close()
+
+open("weights.pt", "w").close()
+model = Pretrained(len(train.classes), weights="imagenet")
+"""
+
+
+def test_a_network_that_loads_pretrained_weights_again_is_named(project, capsys):
+    assert run(project, PRETRAINED, "--epochs 1") == 0
+    assert "warning: self.arguments asks for weights: a download whenever" in capsys.readouterr().out
+    Path("weights.pt").unlink()
+    with pytest.raises(util.UserError) as error:
+        checkpoint.load(project / "best_train-mine.pt")
+    expected = "best_train-mine.pt: its network Pretrained could not load a file ([Errno 2] No such file or directory: "
+    assert expected in str(error.value) and "let its constructor load none (docs/EDITING.md" in str(error.value)
+
+
 NESTED_NET = "\nmodel = type('Nested', (torch.nn.Conv2d,), {'arguments': {}})(3, len(train.classes), 1)"
 V2 = "from torchvision.transforms import v2\naugment = "
 TIMES_VALUE, VALUE = "return self.layer(images * self.value)", "model = Net(len(train.classes), value=1.1)"
 UNSAVED = 'self.register_buffer("b", torch.rand(1), persistent=False)'
+PER_BATCH = scheduler("ReduceLROnPlateau(optimizer)") + 'engine.fit(..., scheduler_interval="batch")'
 MISTAKES = {
     "no arguments": (net(arguments="None"), "Net cannot be rebuilt .*: keep the keyword .* self.arguments"),
     "missing argument": (net(arguments="{}"), "Net cannot be rebuilt .*num_classes.* self.arguments has to hold"),
@@ -386,6 +496,7 @@ MISTAKES = {
     "data loader": ("val = torch.utils.data.DataLoader(val.split)", "takes the loaders train, .* Dataset of your own"),
     "other order": ("train, val, test = voc.loaders(args, 32)[::-1]", "takes the loaders train, val and test in this"),
     "unknown interval": ('engine.fit(..., scheduler_interval="step")', "scheduler_interval is 'step'"),
+    "plateau per batch": (PER_BATCH, "scheduler_interval is 'batch': it has to be epoch"),
 }
 
 
@@ -404,7 +515,7 @@ def test_a_mistake_is_refused_before_the_first_epoch_in_one_line(project, monkey
 
 
 def test_what_a_training_step_returns_is_checked_after_the_first_one(project, capsys):
-    assert run(project, COUNTING.replace("index, count)\n\n", "index, count)[0]\n\n")) == 2
+    assert run(project, COUNTING.replace("(*args)", "(*args)[0]")) == 2
     assert_one_line(capsys.readouterr().err, "training_step has to return loss, weight and norm")
 
 
@@ -519,13 +630,16 @@ def test_a_run_goes_on_after_an_edit_of_what_its_script_imports(project, capsys)
 
 def test_a_run_is_not_continued_with_other_data_or_settings(project, capsys):
     cosine = scheduler("CosineAnnealingLR(optimizer, args.epochs)")
+    cosine += block("lr=args.lr")
     assert run(project, cosine) == 0
+    assert "lr 0.001, limit" in Path("plots/train-mine_report.html").read_text(encoding="utf-8")
     loaders = "train, val, test = voc.loaders(args, size="
     for flags, changes, message in (
         ("--seed 1", "", "had seed 0, not 1"),
         ("--batch-size 3", "", "had batch_size 2, not 3"),
         ("--limit 2", "", "had limit None, not 2"),
         ("--epochs 3", "", "had epochs 2, not 3"),
+        ("--lr 1e-4", "", "had lr 0.001, not 0.0001"),
         ("", "scheduler = None", "had scheduler CosineAnnealingLR, not NoneType"),
         ("", "optimizer = torch.optim.SGD(model.parameters())", "had optimizer Adam, not SGD"),
         ("", f"{loaders}40)", r"had size \[32, 32\], not \[40, 40\]"),
@@ -590,3 +704,46 @@ def test_a_run_whose_val_loss_is_not_finite_stops_and_keeps_the_epochs_before(pr
 def test_a_loader_that_shuffles_is_not_evaluated(tiny):
     with pytest.raises(util.UserError, match="evaluate needs a loader without training=True"):
         engine.evaluate(torch.nn.Identity(), make_loaders(tiny, 2, size=32)[0], None)
+
+
+SETUP = f"""
+import sys; sys.path.append({str(TESTS)!r})
+import pytest, conftest; conftest.skip_drawing(pytest.MonkeyPatch())
+"""
+NETWORK_IN_A_CELL = """
+class Net(CustomFCN):
+    pass
+engine.fit(args, Net(21), train, val, test, criterion=criterion, optimizer=optimizer, scheduler=None)
+"""
+INTERRUPTED = """
+import os, signal
+fit = engine.fit
+def interrupt(row):
+    os.kill(os.getpid(), signal.SIGINT)
+engine.fit = lambda *args, **options: fit(*args, **options, after_epoch=interrupt)
+"""
+
+
+def test_cells_of_a_notebook_train_again_are_interrupted_and_resume(tmp_path, monkeypatch):
+    folder, out = tmp_path / "jupyter" / "kernels" / "python3", tmp_path / "out"
+    folder.mkdir(parents=True)
+    line = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (folder / "kernel.json").write_text(json.dumps({"argv": line, "display_name": "Python 3", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    cell = CELL.replace("size=224", "size=32").replace('"64"', f'"4", "--out", {str(out)!r}')
+    cell = cell.replace('"data/VOCdevkit/Toy"', repr(str(make_tiny(tmp_path / "Tiny"))))
+    fit, resumed = cell[cell.index("engine.fit(") :], cell.replace("--overwrite", "--resume")
+    sources = [SETUP, cell, fit, NETWORK_IN_A_CELL, INTERRUPTED + cell, f"engine.fit = fit\n{resumed}"]
+    notebook = nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, sources)])
+    NotebookClient(notebook, timeout=120, allow_errors=True, resources={"metadata": {"path": str(ROOT)}}).execute()
+    outputs = [cell["outputs"] for cell in notebook.cells]
+    errors = [[each["ename"] for each in cell if each["output_type"] == "error"] for cell in outputs]
+    assert errors == [[], [], [], ["UserError"], ["KeyboardInterrupt"], []]
+    assert outputs[3][-1]["evalue"].endswith(f"not at the top level of cells.py in {ROOT}: put it into a file there")
+    texts = ["".join(each.get("text", "") for each in cell) for cell in outputs]
+    assert "stopped after epoch 1; kept" in texts[4] and "continuing" in texts[5]
+    results = [re.search("cells seed 0: val mean IoU .*", texts[index])[0] for index in (1, 2, 5)]
+    assert results[2] == results[0] != results[1]  # the second cell went on with the weights of the first
+    (run,) = compare.finished_runs(out)
+    assert len(run.history) == 3 and run.metrics["title"] == "My try" and run.report.exists()
+    assert checkpoint.load(run.best).network.arguments["num_classes"] == 21

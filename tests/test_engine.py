@@ -216,7 +216,7 @@ def test_a_batch_without_labelled_pixels_moves_no_weight(tiny, class_weights):
 
     def moved(masks):
         before = [parameter.clone() for parameter in model.parameters()]
-        loss, weight, norm, _ = engine.training_step(model, images, masks, criterion, optimizer, 0, 1)
+        loss, weight, norm, _ = engine.training_step(model, images, masks, criterion, optimizer)
         assert loss.isfinite() and (weight == 0) == (norm == 0)
         return [not torch.equal(*pair) for pair in zip(before, model.parameters())]
 
@@ -308,8 +308,8 @@ def test_a_stopped_run_keeps_its_files_and_resumes_to_identical_results(tiny, tm
     [
         ({}, "constant learning rate; stopping early after 2 epochs without progress on val", 1),
         ({"patience": None}, "constant learning rate; no early stopping", 1),
-        ({"scheduler_interval": "epoch"}, "the scheduler is stepped once per epoch; all 9 epochs are run", 1 / 2),
-        ({"scheduler_interval": "batch"}, "the scheduler is stepped once per batch; all 9 epochs are run", 1 / 4),
+        ({"scheduler_interval": "epoch"}, "the scheduler is stepped once per epoch; no early stopping", 1 / 2),
+        ({"scheduler_interval": "batch"}, "the scheduler is stepped once per batch; no early stopping", 1 / 4),
     ],
 )
 def test_early_stopping_is_for_runs_without_a_scheduler(tiny, tmp_path, capsys, options, line, factor):
@@ -373,7 +373,9 @@ def test_the_log_warns_of_results_below_the_baseline_and_of_a_missing_test_split
     ("factors", "message"),
     [((math.nan, 1), "the loss is nan"), ((math.inf, 1), "the loss is inf"), ((1, math.inf), "the gradient is inf")],
 )
-def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(tiny, tmp_path, factors, message):
+def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(
+    tiny, tmp_path, capsys, factors, message
+):
     steps = iter(range(1, 11))
 
     def step(*args, **options):
@@ -390,6 +392,8 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_the_run_and_keeps_the_best(
     assert str(error.value).startswith(expected)
     states = [torch.load(tmp_path / f"{name}_train.pt", weights_only=True) for name in ("best", "last")]
     assert [state["epoch"] for state in states] == [1, 1]
+    output = capsys.readouterr().out
+    assert f"kept {tmp_path / 'best_train.pt'} and {tmp_path / 'last_train.pt'}\n" in output  # no advice to resume
 
 
 @pytest.mark.parametrize(
@@ -402,6 +406,19 @@ def test_flags_have_the_documented_defaults_and_a_title_is_the_begin_of_the_docs
     expected |= {"resume": False, "overwrite": False, "limit": None, "compile": False}
     expected |= {"defaults": {"epochs": 7, "batch_size": 4}, "title": title}
     assert vars(cli.arguments(str(SCRIPT), doc, epochs=7, batch_size=4)) == expected
+
+
+def test_a_script_has_flags_of_its_own_of_the_type_of_their_default():
+    own = {"max_lr": 0.1, "steps": 3, "mode": "a", "flip": True, "mixup": False}
+    options = {"epochs": 7, "batch_size": 4, **own}
+    args = cli.arguments("cells", "A try", **options, argv=[])
+    assert own.items() <= vars(args).items() and args.defaults == options
+    flags = "--max-lr 1e-4 --steps 5 --mode b --no-flip --mixup".split()
+    expected = {"max_lr": 1e-4, "steps": 5, "mode": "b", "flip": False, "mixup": True, "experiment": "cells"}
+    assert expected.items() <= vars(cli.arguments("cells", "A try", **options, argv=flags)).items()
+    for flags in (["--max-lr", "high"], ["--steps", "1.5"], ["--lr", "1"]):
+        with pytest.raises(UserError, match=flags[0]):
+            cli.arguments("cells", "A try", **options, argv=flags)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ def table_rows(text):
 
 def everything(folder):
     """Flags that choose all runs of a folder, which have one setting."""
-    return SimpleNamespace(data="", limit=None, epochs=None, batch_size=None, seeds=[], experiments=None, out=folder)
+    flags = dict.fromkeys(("limit", "epochs", "batch_size", "experiments"))
+    return SimpleNamespace(**flags, data="", seeds=[], own=[], out=folder)
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
