@@ -195,8 +195,7 @@ def fit(
             after each epoch, with the val loss, or in mode "max" with the mean IoU on val.
         patience: stop after so many ``epochs_without_progress``, None: never; without effect with a scheduler.
         training_step: takes the place of ``engine.training_step``.
-        find_unused_parameters: with several processes, as for DistributedDataParallel: whether a step may leave out
-            some parameters, such as layers that are skipped at random.
+        find_unused_parameters: as for DistributedDataParallel, for layers that are skipped at random.
         after_epoch: called in the main process with the row of each epoch, a dict from column to number, once its
             checkpoints are written; such as for a logger.
         name: of the run's files, by default the script's. A script that calls ``fit`` several times names each.
@@ -227,11 +226,13 @@ def fit(
         warnings += sanity.check(run.metadata, train, val, **parts)
         if args.overwrite:
             run.delete()
+        step = functools.partial(training_step, epochs=args.epochs)
+        step = sanity.check_first_step(step, model, optimizer, epoch=len(run.history) + 1)
         reporter = report.Reporter(run, args, criterion, train, val, test)
         reporter.start(model, scheduler is not None, scheduler_interval, patience, warnings)
         try:
-            networks, step = _wrap(model, args, optimizer, find_unused_parameters), training_step
-            _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_interval, networks, step, after_epoch)
+            networks = _wrap(model, args, optimizer, find_unused_parameters)
+            _run_epochs(args, run, reporter, parts, loaders, patience, scheduler_interval, networks, step, after_epoch)
             with distributed.main_process_first():  # it has written the file
                 best_model = checkpoint.load(run.best, args.device)
             scored = zip(("val", "test"), loaders[1:])
@@ -246,12 +247,10 @@ def fit(
     util.seed_epoch(args.seed, 0, zlib.crc32(run.name.encode()))  # what follows does not depend on --resume
 
 
-def _run_epochs(args, run, reporter, parts, train, val, patience, scheduler_interval, networks, step, after_epoch):
+def _run_epochs(args, run, reporter, parts, loaders, patience, scheduler_interval, networks, step, after_epoch):
     """Train, validate and record the epochs that are left, see ``fit``; stop early if ``patience`` says so."""
     model, criterion, optimizer, scheduler = (parts[name] for name in ("model", "criterion", "optimizer", "scheduler"))
-    network, parallel = networks
-    step = functools.partial(step, epochs=args.epochs)
-    step = sanity.check_first_step(step, model, optimizer, epoch=len(run.history) + 1)
+    (train, val, *_), (network, parallel) = loaders, networks
     batch_scheduler = scheduler if scheduler_interval == "batch" else None
     modules = [module for module in (model, criterion) if isinstance(module, torch.nn.Module)]
     is_rebuilt = False  # whether the round trip of a saved best checkpoint was tried
