@@ -151,8 +151,7 @@ def set_malloc_options(device):
     if device.type != "cpu":
         return
     no_trimming, no_mapping = (-1, -1), (-4, 0)  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
-    with contextlib.suppress(AttributeError, OSError, TypeError):
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another system, without mallopt
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "gnu_get_libc_version"):
-            libc.mallopt(*no_trimming)
-            libc.mallopt(*no_mapping)
+        libc.mallopt(*no_trimming)
+        libc.mallopt(*no_mapping)

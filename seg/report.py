@@ -1,5 +1,6 @@
 """What a run prints and draws: its description, a line per epoch, tables, plots and the HTML report."""
 
+import math
 import sys
 import time
 
@@ -57,26 +58,21 @@ class Reporter:
         self.is_weighted = util.criterion_weights(criterion) is not None
         title, limit = run.metadata["title"], f" (first {args.limit} images)" if args.limit else ""
         self.title = f"{run.name}{title and ': '}{title}, {val.split.dataset}{limit}"
-        self.last_drawing = None  # during the run: when it was; infinity after one that failed
+        self.last_drawing = -math.inf  # when it was; infinity after one that failed
 
     def start(self, model, scheduled, interval, patience, warnings):
         """Print what is about to run. The parameters are those of ``fit`` or say what holds."""
         args, train, val, test = self.args, self.train, self.val, self.test
         images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
-        if train.repeats > 1:
-            images += f" (an epoch shows each train image {train.repeats} times)"
-        images += f" images at {size_text(train.size)}"
+        repeats = f" (an epoch shows each train image {train.repeats} times)" if train.repeats > 1 else ""
+        images += f"{repeats} images at {size_text(train.size)}"
         log(f"{self.run.name}: {train.split.dataset}, {images}, {len(train.classes)} classes")
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         network = f"{type(model).__name__}, {self.run.metadata['parameters']:,} parameters ({trained:,} trainable)"
         log(f"{network}, batch {train.batch_size}, seed {args.seed}, device {self.run.metadata['device']}")
-        if scheduled:
-            log(f"the scheduler is stepped once per {interval}; no early stopping")
-        else:
-            stop = "no early stopping"
-            if patience:
-                stop = f"stopping early after {patience} epochs without progress on val"
-            log(f"constant learning rate; {stop}")
+        schedule = f"the scheduler is stepped once per {interval}" if scheduled else "constant learning rate"
+        stop = f"stopping early after {patience} epochs without progress on val" if patience else "no early stopping"
+        log(f"{schedule}; {stop}")
         name, baseline = util.baseline_name(val.classes), val.baseline
         log(f"{name} on val: pixel accuracy {baseline.pixel_accuracy:.4f}, mean IoU {baseline.miou:.4f}")
         log(f"val is evaluated at {size_text(val.size)} after each epoch, and at full resolution at the end")
@@ -102,8 +98,7 @@ class Reporter:
             f"mean IoU {row['val_miou']:.4f} (best {best['val_miou']:.4f}, epoch {best['epoch']})  "
             f"{row['seconds']:.1f} s{warning}"
         )
-        is_due = self.last_drawing is None or time.perf_counter() - self.last_drawing >= DRAWING_INTERVAL
-        if not (is_due and distributed.is_main()):
+        if time.perf_counter() - self.last_drawing < DRAWING_INTERVAL or not distributed.is_main():
             return
         try:
             self._draw_curves()
@@ -111,7 +106,7 @@ class Reporter:
             self.last_drawing = time.perf_counter()
         except Exception as error:  # such as a full disk: training may go on
             log(f"warning: the plots are not updated any more ({util.reason(error)})")
-            self.last_drawing = float("inf")
+            self.last_drawing = math.inf
 
     def stop(self, resumes):
         """After Ctrl-C or an error: redraw the curves, which takes only a moment, and print what is kept.
@@ -160,7 +155,7 @@ class Reporter:
         for index in progress(indices, len(indices), description, "photo"):
             photo, mask = self.plotting.thumbnail(split.photo(index), split.mask(index))
             name = ", ".join(filter(None, (split.ids[index], ranks.get(index))))
-            iou = float("nan") if image_ious is None else image_ious[index].item()
+            iou = math.nan if image_ious is None else image_ious[index].item()
             yield name, iou, photo, mask, inference.predict_index(model, self.val, index, mask.shape)
 
     def _draw_all(self, model, scores):

@@ -158,10 +158,8 @@ class Run:
         """Raise a UserError that names the first thing in which ``state`` is of another run; return messages."""
         now, flags = self.metadata, self.metadata["flags"]
         names = ("seed", "dataset", "classes", "size", "mean", "std", "optimizer_class", "scheduler_class")
-        compared = [(name, state, now) for name in names]
-        compared += [
-            (name, state["flags"], flags) for name in ("limit", *now["defaults"]) if scheduled or name != "epochs"
-        ]
+        compared_flags = [name for name in ("limit", *now["defaults"]) if scheduled or name != "epochs"]
+        compared = [(name, state, now) for name in names] + [(name, state["flags"], flags) for name in compared_flags]
         for name, old, new in compared:
             if name in old and old[name] != new[name]:  # an earlier version kept fewer
                 name, values = name.removesuffix("_class"), f"{old[name]}, not {new[name]}"
