@@ -129,8 +129,7 @@ def read_rows(path, header, overwrite):
 
 def write_rows(path, header, rows):
     """Write a table to ``path``, whose folder need not exist yet."""
-    with files.writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     files.write(path, text.getvalue().encode("utf-8", "surrogateescape"))  # a name may hold bytes that are not UTF-8
