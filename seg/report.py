@@ -128,7 +128,10 @@ class Reporter:
         log(f"{run.name}: stopped after epoch {len(run.history)}; kept {kept}{advice}")
 
     def finish(self, model, scores):
-        """At the end: print tables and paths, draw the plots and write the HTML report; see ``_draw_all``."""
+        """At the end: print tables and paths, draw the plots and write the HTML report.
+
+        ``model`` is that of the best epoch, ``scores`` maps val and, if there is one, test to its Scores.
+        """
         if not distributed.is_main():
             return
         from seg import html  # only here: most of a run does without Jinja2
@@ -138,7 +141,15 @@ class Reporter:
         for name, result in scores.items():
             if not result.miou > result.baseline.miou:
                 log(f"warning: on {name} the mean IoU is not above the {util.baseline_name(self.val.classes)}")
-        self._draw_all(model, scores)
+        title, classes, train = f"{self.title}, epoch {run.best_row['epoch']}", self.val.classes, self.train
+        self._draw_curves()
+        self.plotting.class_iou(run.plot("iou"), title, classes, scores)
+        self.plotting.confusion(run.plot("confusion"), f"{title}, val", classes, scores["val"].matrix)
+        self._draw_predictions(model, image_ious)
+        if train.augment is not None:
+            images, masks = train.augmented_samples(16)
+            images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
+            self.plotting.samples(run.plot("augmentation"), f"{self.title} train", classes, images, masks)
         html.write_run(run, self.title, self._samples(model, NUM_PAGED, image_ious, "writing the report"))
         log(f"\nreport      {run.report}\nplots       {run.plot('*')}\ncheckpoint  {run.best}")
         log(f"metrics     {run.json}, {run.csv}")
@@ -157,19 +168,6 @@ class Reporter:
             name = ", ".join(filter(None, (split.ids[index], ranks.get(index))))
             iou = math.nan if image_ious is None else image_ious[index].item()
             yield name, iou, photo, mask, inference.predict_index(model, self.val, index, mask.shape)
-
-    def _draw_all(self, model, scores):
-        """Draw all plots. ``model`` is that of the best epoch, ``scores`` maps splits to its Scores, val first."""
-        name, val_scores = next(iter(scores.items()))
-        title, classes, train = f"{self.title}, epoch {self.run.best_row['epoch']}", self.val.classes, self.train
-        self._draw_curves()
-        self.plotting.class_iou(self.run.plot("iou"), title, classes, scores)
-        self.plotting.confusion(self.run.plot("confusion"), f"{title}, {name}", classes, val_scores.matrix)
-        self._draw_predictions(model, val_scores.image_ious)
-        if train.augment is not None:
-            images, masks = train.augmented_samples(16)
-            images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
-            self.plotting.samples(self.run.plot("augmentation"), f"{self.title} train", classes, images, masks)
 
     def _draw_curves(self):
         title, path = f"{self.title}, at {size_text(self.val.size)}", self.run.plot("curves")
