@@ -102,8 +102,7 @@ def collect(args):
             problem = f"{run.json}: differs from {matching[0].json} in the names of the classes or the splits"
             raise UserError(f"{problem}: repeat one of the runs with --overwrite, or compare with another --out")
         experiments.setdefault(run.name, {}).setdefault(run.seed, run)
-    names = [name for name in EXPERIMENTS if name in experiments] + sorted(experiments.keys() - EXPERIMENTS.keys())
-    return {name: experiments[name] for name in names}
+    return {name: experiments[name] for name in (*EXPERIMENTS, *sorted(experiments)) if name in experiments}
 
 
 def command(args, script, seed):
@@ -223,9 +222,8 @@ def changes_since(runs):
     for run in runs:
         hashes.setdefault(str(run.metrics.get("size")), []).append(run.metrics.get("data_sha256"))
     for run in runs:
-        usual = statistics.mode(hashes[str(run.metrics.get("size"))])
-        other_data = run.metrics.get("data_sha256") != usual
-        changes = [run.code_change(), "other image ids or masks" if other_data else None]
+        is_usual = run.metrics.get("data_sha256") == statistics.mode(hashes[str(run.metrics.get("size"))])
+        changes = [run.code_change(), None if is_usual else "other image ids or masks"]
         if any(changes):
             rows.setdefault((run.name, "; ".join(filter(None, changes))), []).append(str(run.seed))
     return [{"experiment": name, "seeds": ", ".join(seeds), "change": change} for (name, change), seeds in rows.items()]
@@ -296,8 +294,7 @@ def draw_plots(out, experiments):
     runs = {full_name(name, seeds.values()): list(seeds.values()) for name, seeds in experiments.items()}
     run = next(iter(runs.values()))[0]
     split, plots, limit = run.splits[-1], out / "plots", run.metrics["flags"]["limit"]
-    with files.writing(plots):
-        plots.mkdir(parents=True, exist_ok=True)
+    files.make_folder(plots)
     dataset = run.metrics["dataset"] + (f" (first {limit} images)" if limit else "")
     baselines = {name: (baseline_name(run.classes), run.metrics[name]["background"]["miou"]) for name in run.splits}
     mious = {name: [run.score(split, "miou") for run in seeds] for name, seeds in runs.items()}

@@ -53,8 +53,7 @@ def main():
     if not (find_spec("onnx") and find_spec("onnxscript")):
         raise UserError("export.py needs more packages: pip install onnx onnxscript")
     model, state = checkpoint.load(args.checkpoint), checkpoint.read(args.checkpoint, "size")
-    with files.writing(paths[0].parent):
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(paths[0].parent)
 
     metadata = {name: state.get(name) for name in ("classes", "size", "experiment", "dataset", "epoch", "val_miou")}
     metadata |= {"palette": imaging.PALETTE.tolist(), "overlay_colours": imaging.DISTINCT_COLOURS.tolist()}

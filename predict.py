@@ -84,13 +84,11 @@ def parse_size(text):
     return height, width
 
 
-@torch.inference_mode()
 def segment(model, photo, device="cpu"):
     """The classes in a photo, a PIL image in RGB, by a model from ``checkpoint.load``: uint8 array [H, W]."""
     image = torch.tensor(imaging.resize(photo, model.size)).permute(2, 0, 1)[None]
     images = imaging.normalise(image, device, model.mean, model.std)
-    logits = inference.forward(model, images, full_precision=True)["out"][0]
-    return inference.predict_mask(logits, (photo.height, photo.width)).cpu().numpy()
+    return inference.predict_image(model, images, (photo.height, photo.width))
 
 
 def overlay(photo, mask, classes):
@@ -131,8 +129,7 @@ def read_rows(path, header, overwrite):
 
 def write_rows(path, header, rows):
     """Write a table to ``path``, whose folder need not exist yet."""
-    with files.writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(path.parent)
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     files.write(path, text.getvalue().encode("utf-8", "surrogateescape"))  # a name may hold bytes that are not UTF-8
@@ -154,7 +151,7 @@ def predict_photos(model, args):
     if not args.masks_only:
         plotting.overlay_legend(legend, model.classes)
 
-    done, errors = 0, []
+    done, errors = len(photos) - len(jobs), []
     try:
         for path, mask_path, overlay_path in report.progress(jobs, len(jobs), "predicting", "photo"):
             try:
@@ -174,7 +171,6 @@ def predict_photos(model, args):
             report.log(f"{path}: {', '.join(by_share)}")
     finally:  # also after Ctrl-C or an error
         write_rows(table, header, rows.values())
-        done += len(photos) - len(jobs)
         report.log(f"masks of {done} of {len(photos)} photos are in {args.out}, the share of each class in {table}")
     if errors:
         raise UserError("\nerror: ".join(errors))

@@ -36,9 +36,8 @@ class ResNetUNet(nn.Module):
 
         resnet = resnet18(weights=weights)
         stem = nn.Sequential(resnet.conv1, resnet.bn1, resnet.relu)
-        self.backbone = nn.ModuleList(
-            [stem, nn.Sequential(resnet.maxpool, resnet.layer1), resnet.layer2, resnet.layer3, resnet.layer4]
-        )
+        layer1 = nn.Sequential(resnet.maxpool, resnet.layer1)
+        self.backbone = nn.ModuleList([stem, layer1, resnet.layer2, resnet.layer3, resnet.layer4])
         inputs = (512, *widths)
         self.decoder = nn.ModuleList(
             double_convolution(coarse + skip, outputs)

@@ -55,9 +55,7 @@ def check(root):
     for name in voc_layout.split_names(root):
         if split := voc_layout.attempt(faults, Split, root, name):
             splits.append(split)
-            voc_layout.map_images(
-                lambda index: voc_layout.attempt(faults, split.resized, index, (1, 1)), range(len(split)), name
-            )
+            voc_layout.map_images(lambda index: split.resized(index, (1, 1)), range(len(split)), name, faults)
     if not faults:
         counts = [class_counts(split)[0] for split in splits]
         for split, pixels in zip(splits, counts):

@@ -12,15 +12,13 @@ from torch import distributed as dist
 from seg import signals
 from util import UserError
 
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # which torchrun sets
-
 
 def join(device):
     """Join the process group if torchrun started several processes; return this one's torch.device."""
     world_size = os.environ.get("WORLD_SIZE", "")
     if not world_size.isdecimal() or int(world_size) < 2:
         return device
-    if missing := [name for name in VARIABLES if not os.environ.get(name)]:
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
         problem = f"WORLD_SIZE is {world_size}, but not set: {', '.join(missing)}"
         print(f"warning: {problem}: this process runs alone (torchrun sets all of them)", file=sys.stderr)
         return device
@@ -151,8 +149,7 @@ def set_malloc_options(device):
     if device.type != "cpu":
         return
     no_trimming, no_mapping = (-1, -1), (-4, 0)  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
-    with contextlib.suppress(AttributeError, OSError, TypeError):
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another system, without mallopt
         libc = ctypes.CDLL(None)
-        if hasattr(libc, "gnu_get_libc_version"):
-            libc.mallopt(*no_trimming)
-            libc.mallopt(*no_mapping)
+        libc.mallopt(*no_trimming)
+        libc.mallopt(*no_mapping)

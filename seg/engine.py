@@ -32,12 +32,12 @@ def batch_loss(criterion, logits, masks):
     for a batch without labelled pixels, whose loss is finite but means nothing.
     """
     class_weights = util.criterion_weights(criterion)
-    if class_weights is not None:
-        weight = functional.pad(class_weights, (0, VOID + 1 - len(class_weights)))[masks].sum()  # 0 for void
+    if class_weights is None:
+        weight, label = (masks != VOID).sum().float(), 0
     else:
-        weight = (masks != VOID).sum().float()
+        weight = functional.pad(class_weights, (0, VOID + 1 - len(class_weights)))[masks].sum()  # 0 for void
+        label = class_weights.argmax()
     masks = masks.clone()
-    label = 0 if class_weights is None else class_weights.argmax()
     masks[0, 0, 0] = torch.where(weight > 0, masks[0, 0, 0], label)  # a mean over no pixels would be NaN
     logits = logits.float()
     if type(criterion) is CrossEntropyLoss and logits.device.type == "cpu":
@@ -266,9 +266,8 @@ def _run_epochs(args, run, reporter, parts, loaders, patience, scheduler_interva
                 distributed.broadcast(module.buffers())  # each process has its own, such as statistics of batch norm
             scores = evaluate(network, val, criterion, full_resolution=False)
             if not math.isfinite(scores.loss):
-                raise Diverged(
-                    f"the val loss is {scores.loss} in epoch {epoch}: start again with a lower learning rate"
-                )
+                problem = f"the val loss is {scores.loss} in epoch {epoch}"
+                raise Diverged(f"{problem}: start again with a lower learning rate")
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(scores.miou if scheduler.mode == "max" else scores.loss)
             elif scheduler is not None and batch_scheduler is None:

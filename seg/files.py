@@ -34,6 +34,12 @@ def writing(path):
         raise UserError(f"{path}: cannot be written ({error.strerror or error}): {advice}") from None
 
 
+def make_folder(path):
+    """Create a folder, with those above it, unless it exists; UserError if that fails."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Yield a binary file, ``<path>.<process id>.unfinished``, that replaces ``path`` when the block ends.

@@ -68,9 +68,7 @@ def _data_uri(picture):
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-# read here, so that a run without this file ends before its training rather than after it
-_loader = jinja2.FileSystemLoader(Path(__file__).resolve().with_name("templates"))
-_environment = jinja2.Environment(loader=_loader, autoescape=True, trim_blocks=True)
+_environment = jinja2.Environment(loader=jinja2.PackageLoader("seg"), autoescape=True, trim_blocks=True)
 _environment.filters |= {"paragraphs": _paragraphs, "data_uri": _data_uri}
 TEMPLATE = _environment.get_template("report.html")
 

@@ -62,20 +62,20 @@ def predict_strips(logits, shape):
         start = stop
 
 
-def predict_mask(logits, shape):
-    """The prediction of ``predict_strips`` for logits [C, h, w] in any memory format: uint8 [H, W]."""
-    mask = torch.empty(shape, dtype=torch.uint8, device=logits.device)
-    for columns, prediction in predict_strips(logits.contiguous(), shape):
-        mask[:, columns] = prediction
-    return mask
-
-
 @torch.inference_mode()
+def predict_image(model, images, shape):
+    """The prediction for one normalised image, float32 [1, 3, h, w], at ``shape`` [H, W]: uint8 array [H, W]."""
+    mask = torch.empty(shape, dtype=torch.uint8, device=images.device)
+    logits = forward(model, images, full_precision=True)["out"][0].contiguous()
+    for columns, prediction in predict_strips(logits, shape):
+        mask[:, columns] = prediction
+    return mask.cpu().numpy()
+
+
 def predict_index(model, loader, index, shape):
-    """The prediction for one image of a loader at ``shape`` [H, W]: uint8 array [H, W]; see ``check_loader``."""
+    """``predict_image`` for one image of a loader; see ``check_loader``."""
     check_loader(model, loader)
-    logits = forward(model, loader.normalise(loader.images[index : index + 1]), full_precision=True)["out"][0]
-    return predict_mask(logits, shape).cpu().numpy()
+    return predict_image(model, loader.normalise(loader.images[index : index + 1]), shape)
 
 
 def check_loader(model, loader):

@@ -132,8 +132,7 @@ def _plot_epochs(axis, histories, name, **style):
 
 
 def _epoch_axis(axis):
-    axis.set_xlabel("epoch")
-    axis.set_xlim(left=0)
+    axis.set(xlabel="epoch", xlim=(0, None))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
 
@@ -175,11 +174,9 @@ def _plot_learning_rates(axis, history):
         index = min(index, 7)
         axis.stairs(group, ends, baseline=None, label=name, color=(*COLOURS, GREY)[index], linestyle=STYLES[index % 4])
     _epoch_axis(axis)
-    axis.set_title("learning rate")
-    axis.set_ylim(bottom=0)
-    if len(groups) > 1 and groups.max(1).min() > 0:
-        axis.set_yscale("log")  # groups often differ by orders of magnitude
-        axis.set_ylim(groups.max(1).min() / 100, 1.5 * groups.max())  # annealing may end near zero
+    axis.set(title="learning rate", ylim=(0, None))
+    if len(groups) > 1 and groups.max(1).min() > 0:  # groups often differ by orders of magnitude
+        axis.set(yscale="log", ylim=(groups.max(1).min() / 100, 1.5 * groups.max()))  # annealing may end near zero
 
 
 def class_iou(path, title, classes, scores):
@@ -273,7 +270,6 @@ def samples(path, title, classes, images, masks):
 
 def comparison(path, title, scores, baseline):
     """Draw the mean IoU of experiments. ``scores`` maps each to a list with one mean IoU per seed."""
-    scores = {name: values for name, values in scores.items() if values}
     with _figure(path, 8, 0.5 * len(scores) + 1.4, title) as figure:
         axis = figure.subplots()
         axis.axvline(baseline[1], color=GREY, linestyle=":", label=f"{baseline[0]}: {baseline[1]:.4f}")

@@ -78,10 +78,8 @@ def _data_sha256(loaders):
 def _commit(folder):
     """The git commit of a folder, with "-dirty" if files have changed since; None if there is none."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
+    with contextlib.suppress(OSError):  # git is not installed
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # git is not installed
-        return None
 
 
 def read_code(script):

@@ -1,5 +1,6 @@
 """What a run prints and draws: its description, a line per epoch, tables, plots and the HTML report."""
 
+import math
 import sys
 import time
 
@@ -57,26 +58,21 @@ class Reporter:
         self.is_weighted = util.criterion_weights(criterion) is not None
         title, limit = run.metadata["title"], f" (first {args.limit} images)" if args.limit else ""
         self.title = f"{run.name}{title and ': '}{title}, {val.split.dataset}{limit}"
-        self.last_drawing = None  # during the run: when it was; infinity after one that failed
+        self.last_drawing = -math.inf  # when it was; infinity after one that failed
 
     def start(self, model, scheduled, interval, patience, warnings):
         """Print what is about to run. The parameters are those of ``fit`` or say what holds."""
         args, train, val, test = self.args, self.train, self.val, self.test
         images = ", ".join(f"{len(loader.split)} {loader.split.name}" for loader in (train, val, test) if loader)
-        if train.repeats > 1:
-            images += f" (an epoch shows each train image {train.repeats} times)"
-        images += f" images at {size_text(train.size)}"
+        repeats = f" (an epoch shows each train image {train.repeats} times)" if train.repeats > 1 else ""
+        images += f"{repeats} images at {size_text(train.size)}"
         log(f"{self.run.name}: {train.split.dataset}, {images}, {len(train.classes)} classes")
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         network = f"{type(model).__name__}, {self.run.metadata['parameters']:,} parameters ({trained:,} trainable)"
         log(f"{network}, batch {train.batch_size}, seed {args.seed}, device {self.run.metadata['device']}")
-        if scheduled:
-            log(f"the scheduler is stepped once per {interval}; no early stopping")
-        else:
-            stop = "no early stopping"
-            if patience:
-                stop = f"stopping early after {patience} epochs without progress on val"
-            log(f"constant learning rate; {stop}")
+        schedule = f"the scheduler is stepped once per {interval}" if scheduled else "constant learning rate"
+        stop = f"stopping early after {patience} epochs without progress on val" if patience else "no early stopping"
+        log(f"{schedule}; {stop}")
         name, baseline = util.baseline_name(val.classes), val.baseline
         log(f"{name} on val: pixel accuracy {baseline.pixel_accuracy:.4f}, mean IoU {baseline.miou:.4f}")
         log(f"val is evaluated at {size_text(val.size)} after each epoch, and at full resolution at the end")
@@ -102,8 +98,7 @@ class Reporter:
             f"mean IoU {row['val_miou']:.4f} (best {best['val_miou']:.4f}, epoch {best['epoch']})  "
             f"{row['seconds']:.1f} s{warning}"
         )
-        is_due = self.last_drawing is None or time.perf_counter() - self.last_drawing >= DRAWING_INTERVAL
-        if not (is_due and distributed.is_main()):
+        if time.perf_counter() - self.last_drawing < DRAWING_INTERVAL or not distributed.is_main():
             return
         try:
             self._draw_curves()
@@ -111,7 +106,7 @@ class Reporter:
             self.last_drawing = time.perf_counter()
         except Exception as error:  # such as a full disk: training may go on
             log(f"warning: the plots are not updated any more ({util.reason(error)})")
-            self.last_drawing = float("inf")
+            self.last_drawing = math.inf
 
     def stop(self, resumes):
         """After Ctrl-C or an error: redraw the curves, which takes only a moment, and print what is kept.
@@ -133,7 +128,10 @@ class Reporter:
         log(f"{run.name}: stopped after epoch {len(run.history)}; kept {kept}{advice}")
 
     def finish(self, model, scores):
-        """At the end: print tables and paths, draw the plots and write the HTML report; see ``_draw_all``."""
+        """At the end: print tables and paths, draw the plots and write the HTML report.
+
+        ``model`` is that of the best epoch, ``scores`` maps val and, if there is one, test to its Scores.
+        """
         if not distributed.is_main():
             return
         from seg import html  # only here: most of a run does without Jinja2
@@ -143,7 +141,15 @@ class Reporter:
         for name, result in scores.items():
             if not result.miou > result.baseline.miou:
                 log(f"warning: on {name} the mean IoU is not above the {util.baseline_name(self.val.classes)}")
-        self._draw_all(model, scores)
+        title, classes, train = f"{self.title}, epoch {run.best_row['epoch']}", self.val.classes, self.train
+        self._draw_curves()
+        self.plotting.class_iou(run.plot("iou"), title, classes, scores)
+        self.plotting.confusion(run.plot("confusion"), f"{title}, val", classes, scores["val"].matrix)
+        self._draw_predictions(model, image_ious)
+        if train.augment is not None:
+            images, masks = train.augmented_samples(16)
+            images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
+            self.plotting.samples(run.plot("augmentation"), f"{self.title} train", classes, images, masks)
         html.write_run(run, self.title, self._samples(model, NUM_PAGED, image_ious, "writing the report"))
         log(f"\nreport      {run.report}\nplots       {run.plot('*')}\ncheckpoint  {run.best}")
         log(f"metrics     {run.json}, {run.csv}")
@@ -160,21 +166,8 @@ class Reporter:
         for index in progress(indices, len(indices), description, "photo"):
             photo, mask = self.plotting.thumbnail(split.photo(index), split.mask(index))
             name = ", ".join(filter(None, (split.ids[index], ranks.get(index))))
-            iou = float("nan") if image_ious is None else image_ious[index].item()
+            iou = math.nan if image_ious is None else image_ious[index].item()
             yield name, iou, photo, mask, inference.predict_index(model, self.val, index, mask.shape)
-
-    def _draw_all(self, model, scores):
-        """Draw all plots. ``model`` is that of the best epoch, ``scores`` maps splits to its Scores, val first."""
-        name, val_scores = next(iter(scores.items()))
-        title, classes, train = f"{self.title}, epoch {self.run.best_row['epoch']}", self.val.classes, self.train
-        self._draw_curves()
-        self.plotting.class_iou(self.run.plot("iou"), title, classes, scores)
-        self.plotting.confusion(self.run.plot("confusion"), f"{title}, {name}", classes, val_scores.matrix)
-        self._draw_predictions(model, val_scores.image_ious)
-        if train.augment is not None:
-            images, masks = train.augmented_samples(16)
-            images, masks = images.permute(0, 2, 3, 1).cpu().numpy(), masks.cpu().numpy()
-            self.plotting.samples(self.run.plot("augmentation"), f"{self.title} train", classes, images, masks)
 
     def _draw_curves(self):
         title, path = f"{self.title}, at {size_text(self.val.size)}", self.run.plot("curves")

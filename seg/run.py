@@ -105,8 +105,7 @@ class Run:
             if distributed.is_main():
                 try:
                     for folder in (self.plots, self.results):
-                        with files.writing(folder):
-                            folder.mkdir(parents=True, exist_ok=True)
+                        files.make_folder(folder)
                     stack.enter_context(self._locked())
                     resuming = args.resume and self.last.exists()
                     if not (resuming or args.overwrite):
@@ -127,17 +126,15 @@ class Run:
         another run than ``metadata`` describes.
         """
         state = checkpoint.read(self.last, "history")
+        messages = self._check_same_run(state, scheduled)
         try:
-            messages = self._check_same_run(state, scheduled)
             for name, part in parts.items():
                 if hasattr(part, "load_state_dict"):
                     part.load_state_dict(state[name])
-            self.history = list(state["history"])
-        except UserError:
-            raise
         except Exception as error:  # a missing or wrong entry raises one of many types
             problem = f"does not fit the model or optimizer ({reason(error)})"
             raise UserError(f"{self.last}: {problem}: {ADVICE}") from None
+        self.history = list(state["history"])
         self._complete(state)
         return messages
 
@@ -158,10 +155,8 @@ class Run:
         """Raise a UserError that names the first thing in which ``state`` is of another run; return messages."""
         now, flags = self.metadata, self.metadata["flags"]
         names = ("seed", "dataset", "classes", "size", "mean", "std", "optimizer_class", "scheduler_class")
-        compared = [(name, state, now) for name in names]
-        compared += [
-            (name, state["flags"], flags) for name in ("limit", *now["defaults"]) if scheduled or name != "epochs"
-        ]
+        compared_flags = [name for name in ("limit", *now["defaults"]) if scheduled or name != "epochs"]
+        compared = [(name, state, now) for name in names] + [(name, state["flags"], flags) for name in compared_flags]
         for name, old, new in compared:
             if name in old and old[name] != new[name]:  # an earlier version kept fewer
                 name, values = name.removesuffix("_class"), f"{old[name]}, not {new[name]}"

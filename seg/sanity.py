@@ -1,16 +1,13 @@
-"""A check before the first epoch, which trains nothing and restores modes and random numbers."""
+"""A check before the first epoch, which trains nothing. Modes and random numbers are set anew in every epoch."""
 
 import contextlib
 import copy
-import random
 import sys
 
-import numpy as np
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 
-import util
 from seg import checkpoint, distributed, report
 from seg.inference import forward
 from util import VOID, UserError, is_out_of_memory, reason
@@ -21,7 +18,7 @@ TOLERANCE = 1e-3  # of rebuilt logits, relative to how much they vary: only the 
 
 
 def check(metadata, train, val, *, model, criterion, optimizer, scheduler):
-    """Try augmentation, network, criterion, metrics and checkpoint on some images of train and val, without gradients.
+    """Try augmentation, network, criterion and checkpoint on some images of train and val, without gradients.
 
     ``metadata`` is that of the run, the others are as for ``engine.fit``. Returns a list of warnings; raises a
     UserError for what cannot work at all, and whatever a user's own code raises.
@@ -33,7 +30,7 @@ def check(metadata, train, val, *, model, criterion, optimizer, scheduler):
         if model.arguments.get(name):
             advice = "see Pretrained weights in docs/EDITING.md"
             warnings.append(f"self.arguments asks for {name}: a download whenever a checkpoint is loaded: {advice}")
-    with restored(model, criterion), torch.no_grad():
+    with torch.no_grad():
         with doing("trying the augmentation"):
             warnings += _border_warnings(train)
             images, masks = (part[:NUM_IMAGES] for part in next(train.batches())[:2])
@@ -46,7 +43,6 @@ def check(metadata, train, val, *, model, criterion, optimizer, scheduler):
             _check_logits(logits, images, val.classes)
         with doing(f"trying the criterion, with {VOID} for void"):
             warnings += _check_criterion(copy.deepcopy(criterion), logits.contiguous(), masks)
-        util.confusion_matrix(masks, logits.argmax(1), len(val.classes))
         check_round_trip(metadata | {"model": model.state_dict()}, model, images)
     return warnings
 
@@ -60,22 +56,6 @@ def val_batch(val):
     images, masks = val.normalise(images), masks.long()
     masks[0, : masks.shape[1] // 4], masks[0, -1] = VOID, 0
     return images, masks
-
-
-@contextlib.contextmanager
-def restored(*modules):
-    """Restore the modes of modules and the random state of Python, NumPy and PyTorch after the block."""
-    parts = [part for module in modules if isinstance(module, torch.nn.Module) for part in module.modules()]
-    modes = [(part, part.training) for part in parts]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            for part, mode in modes:
-                part.training = mode
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
 
 
 @contextlib.contextmanager
@@ -116,7 +96,7 @@ def check_round_trip(state, model, images):
         raise UserError(f"{problem} ({reason(error)}): {advice}; it is {found}") from None
     rebuilt.to(images.device, memory_format=distributed.memory_format(images.device))
     logits = []
-    with restored(model), torch.no_grad():
+    with torch.no_grad():
         for network in (model, rebuilt):
             torch.manual_seed(0)  # some networks draw random numbers in eval mode, too
             logits.append(forward(network.eval(), images, full_precision=True)["out"])
@@ -167,12 +147,10 @@ def _parameter_warnings(model, criterion, optimizer):
         warnings.append(f"{count} trainable parameters are not in the optimizer: {_some(left_out)}")
     averages = [module for module in model.modules() if isinstance(module, AveragedModel)]
     averaged = {layer for average in averages for layer in average.modules()}  # not what is trained
-    with restored(model):
-        layers = {name: layer for name, layer in model.train().named_modules() if isinstance(layer, _BatchNorm)}
-        layers = {name: layer for name, layer in layers.items() if layer.training and layer.track_running_stats}
-    drifting = [name for name, layer in layers.items() if layer.affine and not layer.weight.requires_grad]
-    drifting = [name for name in drifting if layers[name] not in averaged]
-    if drifting:
+    layers = {name: layer for name, layer in model.train().named_modules() if isinstance(layer, _BatchNorm)}
+    frozen = [name for name, layer in layers.items() if layer.affine and not layer.weight.requires_grad]
+    updated = {layer for layer in layers.values() if layer.training and layer.track_running_stats} - averaged
+    if drifting := [name for name in frozen if layers[name] in updated]:
         advice = "unless that is intended, use torchvision's FrozenBatchNorm2d or override train() in the network"
         warnings.append(f"frozen batch norm still updates its running statistics ({_some(drifting)}): {advice}")
     return warnings

@@ -230,12 +230,15 @@ def print_warnings(splits, counts, size=None):
         print(*texts, sep="\n", flush=True)
 
 
-def map_images(function, items, name):
-    """Call a function for each item, in up to 8 threads, with a progress bar of this name: a list of the results."""
+def map_images(function, items, name, faults=None):
+    """Call a function for each item, in up to 8 threads, with a progress bar of this name: a list of the results.
+
+    With ``faults``, see ``attempt``, it goes on after a UserError.
+    """
 
     def call(item):
         signals.check()  # here, as a pool starts all calls before it ends
-        return function(item)
+        return function(item) if faults is None else attempt(faults, function, item)
 
     with ThreadPoolExecutor(min(os.cpu_count(), 8)) as pool:  # a photo of 24 million pixels takes 300 MB
         hidden = None if distributed.is_main() else True  # None shows it in a terminal only
@@ -252,8 +255,7 @@ def attempt(faults, function, *args):
 
 def report_faults(root, faults):
     """Print messages, each once, and raise a UserError with their number if there are any."""
-    faults = sorted({*faults})
-    if faults:
+    if faults := sorted({*faults}):
         print(*faults, sep="\n")
         raise UserError(f"{root}: {len(faults)} fault{'s' if len(faults) > 1 else ''}, listed above")
 
@@ -316,7 +318,7 @@ def from_colours(root, colours_path):
         imaging.palette_image(mask).save(target)
 
     with files.writing(masks), files.atomic_folder(masks) as unfinished:
-        map_images(lambda image_id: attempt(faults, convert, image_id), list(images), "converting")
+        map_images(convert, list(images), "converting", faults)
         report_faults(root, faults)
         files.write(classes, "".join(f"{name}\n" for name in names).encode())
         masks.rename(originals)
