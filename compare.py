@@ -116,7 +116,9 @@ def command(args, script, seed):
 
 def run_missing(args):
     """Run what is missing; return a list of messages about runs that failed."""
-    failures, done = [], {(run.name, run.seed) for run in finished_runs(args.out) if matches(run, args)}
+    failures, runs = [], [run for run in finished_runs(args.out) if matches(run, args)]
+    # a run without a report was stopped while it drew, and is resumed if its last checkpoint is there
+    done = {(run.name, run.seed) for run in runs if run.report.exists() or not run.last.exists()}
     for seed in args.seeds:
         for name in args.experiments or EXPERIMENTS:
             line = command(args, f"{name}.py", seed)

@@ -1,19 +1,27 @@
-"""Kill training runs at random moments and resume them: the result must equal that of an uninterrupted run.
+"""Stop commands at random moments and start them again: the result must equal that of an uninterrupted run.
 
-    python benchmarks/kill.py --data data/VOCdevkit/Toy                  60 kills of train.py
-    python benchmarks/kill.py --data data/VOCdevkit/Toy --kills 10 --processes 2
+    python benchmarks/kill.py --data data/VOCdevkit/Toy                       60 times SIGKILL for train.py
+    python benchmarks/kill.py --data data/VOCdevkit/Toy --count 10 --processes 2
+    python benchmarks/kill.py --data data/VOCdevkit/CamVid --signal TERM --command train_6
 
-A run of a few epochs is killed with SIGKILL, together with all processes it has started, and started again with
---resume, until it ends by itself. Metrics and weights are compared byte for byte with those of a run that was never
-killed. After each kill, every checkpoint must be readable; a file that was still being written, ``*.unfinished``, does
-not count. No kill comes in the first third of a run, which imports PyTorch. Exit code 1 on any failure. Needs Linux.
+A command gets the signal after a random time in which its own code runs, and is started again, with --resume, until it
+ends by itself. Then metrics, weights, plots and tables must be, byte for byte, those of a run without signals. After
+each signal, every checkpoint must be readable; a file that was still being written, ``*.unfinished``, does not count.
+
+SIGKILL goes to all processes that the command has started; SIGTERM and SIGINT to the command alone, with several
+processes to torchrun. It must then end within 30 seconds with the signal's exit code, unless its work was done, and
+without a traceback (torchrun prints one). A line per signal says what it took and what the command had printed last.
+Exit code 1 on any failure. Needs Linux.
 """
 
 import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,72 +33,155 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from seg import cli
+from seg import cli, signals
+
+COMMANDS = {
+    "train": "train.py --resume --epochs 6 --limit 4 --batch-size 2",
+    "train_6": "train_6.py --resume --epochs 3 --limit 16 --no-pretrained",
+    "compare": "compare.py --seeds 0 1 --experiments train --epochs 2 --limit 8 --batch-size 4",
+    "predict": "predict.py --resume ../best_train.pt",  # and NUM_PHOTOS photos
+}
+NUM_PHOTOS = 33
+LIMIT = 30  # seconds after which schedulers of clusters send SIGKILL
 
 
-def run(args, out, timeout=None):
-    """Start or resume a run and return its seconds, or None if it was killed after ``timeout`` seconds."""
-    start = time.monotonic()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
-    flags = f"--epochs 6 --limit 4 --batch-size 2 --device cpu --resume --data {args.data} --out {out}"
-    command = [sys.executable, *(torchrun if args.processes > 1 else []), str(ROOT / "train.py"), *flags.split()]
+def start(args, out, flags):
+    """Start a script in the folder ``out`` and return its process as soon as the script's own code runs."""
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {args.processes}"
+    command = [sys.executable, *(torchrun.split() if args.processes > 1 else []), ROOT / flags[0], *flags[1:]]
+    out.mkdir(exist_ok=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun sets it: sums depend on the number of threads
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        for pid in with_descendants(process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.communicate()
-        return None
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{output}")
-    return time.monotonic() - start
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    process = subprocess.Popen([*command, "--device", "cpu"], cwd=out, **options)
+    while process.poll() is None and sum(map(is_running, with_descendants(process.pid))) < args.processes:
+        time.sleep(0.01)
+    return process
 
 
 def with_descendants(pid):
     """The ids of a process and of all processes below it."""
-    children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
+    children = []
+    with contextlib.suppress(OSError):  # one has just ended
+        children = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")).split()
     return [pid, *(descendant for child in children for descendant in with_descendants(int(child)))]
 
 
+def is_running(pid):
+    """Whether a process is a script that handles SIGTERM by now; torchrun's launcher is not."""
+    with contextlib.suppress(OSError):
+        command, status = (Path(f"/proc/{pid}/{name}").read_text() for name in ("cmdline", "status"))
+        caught = int(status.split("SigCgt:")[1].split()[0], 16)
+        return caught >> signal.SIGTERM - 1 & 1 and "torch.distributed.run" not in command
+    return False
+
+
+def send(process, number):
+    """Send a signal to a process, and SIGKILL to all below it too."""
+    for pid in with_descendants(process.pid) if number == signal.SIGKILL else [process.pid]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+def run(args, out, delay=None):
+    """Start or resume the command in the folder ``out``, and send it the signal after ``delay`` seconds.
+
+    Returns whether it got it, the seconds that it ran, from the signal on if it got it, its exit code and its output.
+    """
+    flags = COMMANDS[args.command].split()
+    if args.command == "predict":
+        flags += sorted(map(str, Path(args.data, "JPEGImages").iterdir()))[:NUM_PHOTOS]
+    else:
+        flags += ["--data", args.data]
+    process, begin = start(args, out, flags), time.monotonic()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        output, _ = process.communicate(timeout=delay)
+        if process.returncode:
+            sys.exit(f"{' '.join(flags)} failed:\n{output}")
+        return False, time.monotonic() - begin, 0, output
+    begin = time.monotonic()
+    send(process, signal.Signals[f"SIG{args.signal}"])
+    try:
+        output, _ = process.communicate(timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        send(process, signal.SIGKILL)
+        sys.exit(f"{' '.join(flags)} ran for {LIMIT} s after the signal:\n{process.communicate()[0]}")
+    return True, time.monotonic() - begin, process.returncode, output
+
+
 def read_results(out):
-    """The metrics and weights of a finished run as a dict from name to value, without the time it took."""
-    metrics = json.loads((out / "results" / "train_seed0.json").read_text())
-    del metrics["seconds"], metrics["epoch_seconds"]
-    results = {"JSON": metrics, "CSV": (out / "results" / "train_seed0.csv").read_bytes()}
-    for kind in ("best", "last"):
-        state = torch.load(out / f"{kind}_train.pt", weights_only=True)
-        results |= {f"{kind} {name}": value.numpy().tobytes() for name, value in state["model"].items()}
-    for parameter, values in state["optimizer"]["state"].items():
-        results |= {f"optimizer {parameter} {name}": value.numpy().tobytes() for name, value in values.items()}
+    """What a command has written, as a dict from name to value, without the time it took."""
+    results = {}
+    for path in out.rglob("*.*"):
+        name = str(path.relative_to(out))
+        if path.suffix == ".json":
+            results[name] = json.loads(path.read_text()) | {"seconds": 0, "epoch_seconds": 0}
+        elif path.suffix == ".pt":
+            state = torch.load(path, weights_only=True)  # raises an error if the file is damaged
+            results |= {f"{name} {key}": to_bytes(state[key]) for key in ("model", "optimizer") if key in state}
+        elif path.suffix in (".csv", ".md", ".png"):
+            results[name] = path.read_bytes()
     return results
+
+
+def to_bytes(state):
+    """A state with bytes for its tensors."""
+    if isinstance(state, dict):
+        return {key: to_bytes(value) for key, value in state.items()}
+    return state.numpy().tobytes() if isinstance(state, torch.Tensor) else state
+
+
+def differences(out, expected):
+    """The names of the results in ``out`` that are not those of the uninterrupted run."""
+    results = read_results(out)
+    return [name for name in results.keys() | expected.keys() if results.get(name) != expected.get(name)]
+
+
+def faults(args, out, code, output, expected):
+    """What is wrong after a signal, a list of str."""
+    unequal = differences(out, expected)
+    if args.signal == "KILL":
+        return []
+    several = args.processes > 1  # torchrun has an exit code of its own
+    found = [text for text in ("Exception ignored", *["Traceback"] * (not several)) if text in output]
+    ended = code == (1 if several else 128 + signal.Signals[f"SIG{args.signal}"])
+    return found if ended or not unequal else [*found, f"exit code {code}"]
 
 
 def main():
     parser = cli.Parser(__doc__)
-    parser.add_argument("--data", default="data/VOCdevkit/Toy")
-    parser.add_argument("--kills", type=cli.integer(1), default=60)
-    parser.add_argument("--processes", type=cli.integer(1), default=1)
+    parser.add_argument("--data", type=Path, default="data/VOCdevkit/Toy")
+    parser.add_argument("--command", choices=COMMANDS, default="train", help="default: %(default)s")
+    parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL", help="default: %(default)s")
+    parser.add_argument("--count", type=cli.integer(1), default=60, help="number of signals (default: %(default)s)")
+    parser.add_argument("--processes", type=cli.integer(1), default=1, help="more than 1: under torchrun")
     args = parser.parse_args()
-    num_kills, num_runs, num_resumed, mismatches = 0, 0, 0, []
+    args.data = str(args.data.resolve())
+    taken, phases, problems, num_runs = [], [], [], 0
     with tempfile.TemporaryDirectory() as folder:
-        seconds = run(args, Path(folder) / "uninterrupted")
-        expected = read_results(Path(folder) / "uninterrupted")
-        while num_kills < args.kills:
+        folder = Path(folder)
+        if args.command == "predict":
+            start(args, folder, [*COMMANDS["train"].split(), "--data", args.data]).communicate()
+        _, duration, _, _ = run(args, folder / "uninterrupted")
+        expected = read_results(folder / "uninterrupted")
+        while len(taken) < args.count:
             num_runs += 1
-            out = Path(folder) / str(num_runs)
-            while not run(args, out, random.uniform(seconds / 3, seconds) if num_kills < args.kills else None):
-                num_kills += 1
-                num_resumed += (out / "last_train.pt").exists()
-                for path in out.glob("*.pt"):
-                    torch.load(path, weights_only=True)  # raises an error if the file is damaged
-            results = read_results(out)
-            mismatches += [f"run {num_runs}: {name}" for name in expected if results.get(name) != expected[name]]
-    print(f"{num_kills} kills of {args.processes} process(es) in {num_runs} runs, {num_resumed} resumed:")
-    print(f"all checkpoints readable, {len(mismatches)} mismatches in {num_runs * len(expected)} comparisons")
-    sys.exit("\n".join(mismatches) or 0)
+            out, stopped = folder / str(num_runs), True
+            while stopped:
+                signals.check()
+                delay = random.uniform(0, duration) if len(taken) < args.count else None
+                stopped, seconds, code, output = run(args, out, delay)
+                if stopped:
+                    taken.append(seconds)
+                    before = re.split(r"\n(?:stopping;|W\d{4} )", output)[0].strip()  # the second is torchrun's
+                    phases.append(before.split("\n")[-1])
+                    problems += [f"signal {len(taken)}: {text}" for text in faults(args, out, code, output, expected)]
+                    print(f"{len(taken)}: exit code {code} after {seconds:.1f} s, in: {phases[-1]}", flush=True)
+            problems += [f"run {num_runs}: {name} differs" for name in differences(out, expected)]
+            shutil.rmtree(out)
+    print(f"{args.count} x SIG{args.signal} for {args.command} in {num_runs} runs: {len(problems)} faults in all")
+    slowest = phases[taken.index(max(taken))]
+    print(f"seconds until it ended: median {statistics.median(taken):.1f}, largest {max(taken):.1f}, in: {slowest}")
+    sys.exit("\n".join(problems) or 0)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ def _fonts(text):
 def _shorten(name):
     """A name, without its middle if it is too long for a plot: long names often differ at their ends."""
     half = MAX_LETTERS // 2
-    return name if len(name) <= MAX_LETTERS else f"{name[: half - 1]}…{name[-half:]}"
+    name = name if len(name) <= MAX_LETTERS else f"{name[: half - 1]}…{name[-half:]}"
+    return name.replace("$", r"\$")  # not the begin of a formula
 
 
 def _class_name(classes, label):
@@ -122,7 +123,8 @@ def _plot_epochs(axis, histories, name, **style):
     for history in histories:
         for split, colour, line in (("train", ORANGE, "--"), ("val", BLUE, "-")):
             values = [row[f"{split}_{name}"] for row in history]
-            axis.plot([row["epoch"] for row in history], values, line, color=colour, label=split, **style)
+            style |= {"color": colour, "label": split, "clip_on": False}  # points at 0 are drawn whole
+            axis.plot([row["epoch"] for row in history], values, line, **style)
     values = [value for line in axis.lines for value in line.get_ydata()]
     if name == "loss" and min(values) > 0 and max(values) > 20 * np.median(values):
         axis.set_yscale("log")  # a single epoch would flatten the others
@@ -146,10 +148,10 @@ def curves(path, title, history, best_epoch, baseline, weighted):
         axes = figure.subplots(2, 2).ravel()
         titles = ("loss, weighted by class" if weighted else "loss", "pixel accuracy", "mean IoU")
         for axis, name, text in zip(axes, ("loss", "pixel_accuracy", "miou"), titles):
-            _plot_epochs(axis, [history], name, marker="o" if len(history) <= 60 else None, markersize=3)
-            if name != "loss":
+            if name != "loss":  # first, so that the axis shows it
                 label = f"{util.baseline_name(baseline.classes)} on val"
                 axis.axhline(getattr(baseline, name), color=GREY, linestyle=":", label=label)
+            _plot_epochs(axis, [history], name, marker="o" if len(history) <= 60 else None, markersize=3)
             axis.axvline(best_epoch, color=GREY, linewidth=0.8, label=f"best epoch: {best_epoch}")
             axis.set_title(text)
         _plot_learning_rates(axes[3], history)
@@ -308,15 +310,15 @@ def histories(path, title, runs, losses, baseline):
         for (loss, miou), (name, seeds) in zip(axes, runs.items()):
             style = {"linewidth": 1, "marker": "." if len(seeds[0]) == 1 else None}
             _plot_epochs(loss, seeds, "loss", **style)
+            line = miou.axhline(baseline[1], color=GREY, linestyle=":", label=baseline[0])
             _plot_epochs(miou, seeds, "miou", **style)
-            miou.axhline(baseline[1], color=GREY, linestyle=":", label=baseline[0])
             loss.set_title(losses[name], fontsize=9)
             loss.set_ylabel(_experiment(name), fontsize=9)
             miou.set_title("mean IoU", fontsize=9)
         highest = max(miou.get_ylim()[1] for _, miou in axes)
         for _, miou in axes:
             miou.set_ylim(0, highest)
-        _legend(figure, [*loss.lines[:2], miou.lines[-1]], columns=3)
+        _legend(figure, [*loss.lines[:2], line], columns=3)
 
 
 def overlay_legend(path, classes):

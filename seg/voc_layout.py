@@ -51,11 +51,11 @@ def find_root(root):
     for folder in (*sorted(root.glob("*")), *sorted(root.glob("*/*")), *root.parents):
         if os.path.isdir(folder / LISTS):
             raise UserError(f"{root} is not in VOC layout, but {folder} is: use --data {folder}")
+    problem = f"no data in VOC layout (JPEGImages, SegmentationClass, {LISTS.as_posix()})"
     raise UserError(
-        f"{root}: no data in VOC layout (JPEGImages, SegmentationClass, ImageSets/Segmentation): "
-        "python download.py fetches VOC2007 (from archives on disk with --tar FILE --tar FILE), and "
-        "python download.py --toy renders a toy set without network, for --data data/VOCdevkit/Toy; "
-        "docs/DATA.md says how to bring your own data into this layout"
+        f"{root}: {problem if root.exists() else 'no such folder'}: docs/DATA.md says how to bring your own data into "
+        "this layout, python download.py fetches VOC2007 (from archives on disk with --tar FILE --tar FILE), and "
+        "python download.py --toy renders a toy set without network, for --data data/VOCdevkit/Toy"
     )
 
 
@@ -130,8 +130,8 @@ def _check_classes(path, names):
     """The class names in a file, a dict from lines to names, as a tuple of str. UserError if they have a fault."""
     classes = tuple(names.values())
     for index, (line, name) in enumerate(names.items()):
-        if name in ("", "__ignore__", *classes[:index]) or name.startswith("#"):
-            problem = f"line {line} ({name!r}) is empty, a comment, void or a repetition"
+        if name in ("", "__ignore__", *classes[:index]) or re.match(r"#|\d+\s*[:,;]", name):
+            problem = f"line {line} ({name!r}) is empty, a comment, numbered, void or a repetition"
             raise UserError(f"{path}: {problem}: name each class once, in the order of the values in the masks")
     if not 2 <= len(classes) <= VOID:
         raise UserError(f"{path}: needs 2 to {VOID} different class names, one per line; it has {len(classes)}")
@@ -147,12 +147,12 @@ def read_mask(path, num_classes, root):
     image = imaging.open_image(path)
     if image.format != "PNG":
         raise UserError(f"{path}: is {image.format}, not PNG, in spite of its name: export the mask as PNG")
-    if image.mode not in ("P", "L", "1"):
-        problem = f"is an image in mode {image.mode}, not a mask of class indices (palette or 8-bit greyscale)"
+    if image.mode not in ("P", "L", "1", "I;16"):
+        problem = f"is an image in mode {image.mode}, not a mask of class indices (palette or greyscale)"
         raise UserError(f"{path}: {problem}: {convert}")
-    mask = np.asarray(image).astype(np.uint8)
+    mask = np.asarray(image, np.uint16 if image.mode == "I;16" else np.uint8)
     if image.mode == "L":  # undo that Pillow scales 2 and 4 bits to 0..255; the PNG's byte 24 is the number of bits
-        mask //= 255 // (2 ** path.read_bytes()[24] - 1)
+        mask = mask // (255 // (2 ** path.read_bytes()[24] - 1))
     values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
     if image.mode == "P" and _is_reordered(image, values, num_classes):
         raise UserError(f"{path}: has VOC's colours in another order, as image editors save them: {convert}")
@@ -161,7 +161,7 @@ def read_mask(path, num_classes, root):
         known = f"a class (0 .. {num_classes - 1}) nor void ({VOID})"
         advice = f"correct the mask or {root / 'classes.txt'}; {convert}"
         raise UserError(f"{path}: holds the value {invalid[0]}, which is neither {known}: {advice}")
-    return mask
+    return mask.astype(np.uint8)
 
 
 def _is_reordered(image, values, num_classes):
@@ -200,7 +200,7 @@ def check_labels(split, counts, training, size=None):
     problem = f"the masks of {split.name} show only {split.classes[present[0]]} (value {present[0]}) and void"
     advice = f"{VOID} is void, and an object needs the value of its class, such as 1"
     advice += f": {conversion(split.root)} converts 0 and 255" if (split.root / LISTS).is_dir() else ""
-    raise UserError(f"{split.root}: {problem}: {advice}{', or raise --limit' if split.limit else ''}")
+    raise UserError(f"{split.root}: {problem}: {'raise --limit, or ' if split.limit else ''}{advice}")
 
 
 def print_warnings(splits, counts, size=None):
@@ -218,7 +218,9 @@ def print_warnings(splits, counts, size=None):
     at, has = (f"at {imaging.size_text(size)}, ", "shows") if size else ("", "has")
     if absent := [name for name, count in zip(train.classes, counts[0]) if not count]:
         text = f"{at}{train.name} {has} no pixel of {len(absent)} of {len(counts[0])} classes: {', '.join(absent)}"
-        texts.append(f"warning: {text}{'; if the masks have some, raise size in the script' if size else ''}")
+        text += "; if the masks have some, raise size in the script" if size else ""
+        text += "" if counts[0][0] else "; if their labels begin at 1, put background first in classes.txt"
+        texts.append(f"warning: {text}")
     for split, pixels in zip(splits[1:], counts[1:]):
         present = [name for name, count in zip(split.classes, pixels) if count]
         if len(present) == 1:
@@ -283,7 +285,10 @@ def _read_colours(path):
 
 def _read_coloured_mask(path, values, colours_path):
     """A mask in colours as a uint8 array [H, W] of class indices and VOID; ``values`` is from ``_read_colours``."""
-    red, green, blue = np.moveaxis(np.asarray(imaging.to_rgb(imaging.open_image(path)), np.int32), 2, 0)
+    image = imaging.open_image(path)
+    if image.mode.startswith("I"):
+        raise UserError(f"{path}: has more than 8 bits per pixel: save it with 8 bits, class indices as they are")
+    red, green, blue = np.moveaxis(np.asarray(imaging.to_rgb(image), np.int32), 2, 0)
     packed = red << 16 | green << 8 | blue
     colours, inverse = np.unique(packed.ravel(), return_inverse=True)
     unknown = [f"{colour >> 16} {colour >> 8 & 255} {colour & 255}" for colour in colours if colour not in values]

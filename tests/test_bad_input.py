@@ -139,7 +139,7 @@ FLAGS = [
     (train, "--no-pretrained", "--no-pretrained"),  # has no pretrained weights
     (train, "--resume --overwrite", "--overwrite", "not allowed with"),
     (train, "--out afile --data Tiny", "afile/plots", "cannot be written"),
-    (train, "--data none", "none: no data in VOC layout", "python download.py", "--tar", "--toy"),
+    (train, "--data none", "none: no such folder: docs/DATA.md", "python download.py", "--tar", "--toy"),
     (train, "--data .", "use --data Tiny"),
     (train, f"--data {PHOTOS}", "use --data Tiny"),
     (compare, "--seeds x", "--seeds"),
@@ -147,10 +147,10 @@ FLAGS = [
     (download, "--tar none.tar", "none.tar"),
     (download, "--tar afile", "afile", "MD5"),
     (download, "--mirror ftp://a", "--mirror"),
-    (download, "--verify --out none", "none/VOCdevkit/VOC2007: no data in VOC layout"),
+    (download, "--verify --out none", "none/VOCdevkit/VOC2007: no such folder"),
     (voc, "--data Tiny --split none", "none.txt: no such split", "test, train, val"),
     (voc, "--data Tiny --from-colours none.txt", "none.txt: cannot be read"),
-    (voc, "--data none --check", "none: no data in VOC layout"),
+    (voc, "--data none --check", "none: no such folder"),
     (predict, "", "checkpoint"),
     (predict, "none.pt Tiny/JPEGImages", "none.pt: no such file"),
     (predict, "Tiny Tiny/JPEGImages", "Tiny"),
@@ -200,6 +200,8 @@ DATA = [
     (write("Tiny/classes.txt", b"sky\nroad\nsky\ncar\n"), "classes.txt: line 3", "sky"),
     (write("Tiny/classes.txt", b"# id name\nsky\nroad\n"), "classes.txt: line 1"),
     (write("Tiny/classes.txt", b"__ignore__\n_background_\ncar\n"), "classes.txt: line 1"),  # labelme's list of labels
+    (write("Tiny/classes.txt", b"Pixel Value, Class\n0, sky\n1, car\n"), "classes.txt: line 2", "numbered"),  # Roboflow's
+    (mask(np.full((40, 50), 300, np.uint16)), f"{FIRST}.png: holds the value 300, which is neither a class (0 .. 20)"),
     (write("Tiny/classes.txt", b"one\n"), "classes.txt: needs 2 to 255 different class names"),
 ]
 # contents of colours.txt, and parts of the message of voc.py --from-colours

@@ -250,6 +250,9 @@ def test_only_missing_runs_are_started(tmp_path, monkeypatch, started):
     run.csv.write_text(run.csv.read_text() + "3,1.5,1.2,0.3,0.3\n")  # was continued, and stopped
     run_compare(tmp_path, monkeypatch, *flags, "--seeds", 1)
     assert len(started) == 6
+    run.last.touch()  # was stopped while it drew its plots: there is no report
+    run_compare(tmp_path, monkeypatch, *flags, "--seeds", 1)
+    assert len(started) == 7
 
 
 def test_failed_run_is_reported_and_the_others_go_on_with_the_same_flags(tmp_path, monkeypatch, started):

@@ -18,7 +18,7 @@ from tiny_net import TinyNet
 
 import util
 import voc
-from seg import checkpoint, cli, distributed, engine, transforms
+from seg import checkpoint, cli, distributed, engine, signals, transforms
 from seg.run import Run
 
 CRITERION = torch.nn.CrossEntropyLoss(torch.linspace(0.5, 2, 21), ignore_index=util.VOID)
@@ -209,6 +209,26 @@ def test_a_signal_to_one_process_stops_all_after_the_same_batch(runs, tmp_path):
         output, errors = launcher.communicate(timeout=30)
     assert sorted(re.findall(r"exit \d: \d+", output)) == ["exit 0: 143", "exit 1: 143"]
     assert "another process is gone" not in errors and "stopped after epoch" in output
+
+
+def test_a_signal_during_the_reduction_waits_for_the_next_which_tells_the_others(monkeypatch):
+    received = []
+
+    def all_reduce(tensor, device):
+        received.append(tensor.item())
+        os.kill(os.getpid(), signal.SIGTERM)
+        return tensor
+
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "get_backend", lambda: "gloo")
+    items = distributed.stoppable(range(3), common=3)
+    with signals.handled():
+        assert next(items) == 0
+        monkeypatch.setattr(os, "kill", lambda *args: None)  # a second one would end this process
+        with pytest.raises(SystemExit, match="143"):
+            next(items)
+    assert received == [0, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "2", "RANK": "1"}])

@@ -136,6 +136,12 @@ def test_a_signal_that_arrives_in_a_destructor_is_not_lost():
     assert (stop.value.code, items) == (143, [0])
 
 
+def test_python_ends_without_a_search_for_garbage():
+    """It takes a second with PyTorch's modules."""
+    code = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); from seg import cli; "
+    assert subprocess.check_output([sys.executable, "-c", f"{code} cli.run(lambda: None)"], cwd=ROOT) == b"True\n"
+
+
 @pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 2), (">&-", 0), ("2>&-", 0), (">&- 2>&-", 0)])
 def test_a_full_or_missing_output_loses_no_file(folder, redirection, code):
     line = f"exec {sys.executable} {ROOT}/train.py {FLAGS} --epochs 1 --out new {redirection}"

@@ -318,10 +318,10 @@ def test_a_class_is_drawn_with_a_font_that_has_its_letters_or_by_its_number(tmp_
         fontManager.addfont(tmp_path / f"{name}.ttf")
     (tmp_path / "A font that is gone.ttf").unlink()
     monkeypatch.setattr(plotting, "_fonts", plotting._fonts.__wrapped__)
-    classes = ("\u00fc\u03a9", "\u0e23\u0e16 x", "\u0938\u0921\u0e23", "\u6c7d\u8f66", "class\u200d")
+    classes = ("$\u00fc$\u03a9$", "\u0e23\u0e16 x", "\u0938\u0921\u0e23", "\u6c7d\u8f66", "class\u200d")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Matplotlib's, of a letter that the font lacks
         plotting.overlay_legend(tmp_path / "a.png", classes)
         plotting.confusion(tmp_path / "a.png", classes[1], classes, torch.eye(5, dtype=torch.int64))
-    shown = [*classes[:3], "class 3", classes[4]]
+    shown = ["\\$\u00fc\\$\u03a9\\$", *classes[1:3], "class 3", classes[4]]  # no formula between the dollars
     assert labels(figures[0]) == texts(figures[1].axes[0].get_yticklabels()) == shown

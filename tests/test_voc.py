@@ -77,6 +77,15 @@ def test_16_bit_greyscale_photos_are_scaled_to_8_bits(tmp_path, name):
     assert np.array_equal(imaging.open_photo(tmp_path / name), np.stack([grey // 256] * 3, -1))
 
 
+def test_masks_of_16_bits_are_not_converted(tiny, capsys):
+    """Scaled to 8 bits as photos are, all their values would become 0."""
+    Image.fromarray(np.ones((30, 40), np.uint16)).save(tiny / "SegmentationClass" / "000000.png")
+    (tiny / "colours.txt").write_text("0 0 0 sky\n1 1 1 road\n")
+    with pytest.raises(UserError):
+        voc_layout.from_colours(tiny, tiny / "colours.txt")
+    assert "000000.png: has more than 8 bits per pixel: save it with 8 bits" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_greyscale_masks_of_few_bits_hold_class_indices(tiny, bits):
     """As PNG optimisers write them. Pillow scales 2 and 4 bits to 0..255."""
@@ -88,6 +97,8 @@ def test_greyscale_masks_of_few_bits_hold_class_indices(tiny, bits):
     for chunk in (b"IHDR" + header, b"IDAT" + rows, b"IEND"):
         content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     (tiny / "SegmentationClass" / "000000.png").write_bytes(content)
+    assert np.array_equal(voc.Split(tiny, "train").mask(0), values)
+    Image.fromarray(values.astype(np.uint16)).save(tiny / "SegmentationClass" / "000000.png")
     assert np.array_equal(voc.Split(tiny, "train").mask(0), values)
 
 
@@ -180,6 +191,10 @@ def test_a_class_whose_objects_the_input_size_loses_is_missing_in_training_but_n
     )
     voc.check(tiny)
     assert capsys.readouterr().out.startswith(f"{tiny}: no faults")
+    for name in ("train", "val", "test"):
+        replace_masks(tiny, name, lambda mask: np.where(mask == 0, 1, 2))
+    (warning,) = printed_warnings(capsys, tiny)
+    assert warning.endswith("; if their labels begin at 1, put background first in classes.txt")
 
 
 @pytest.mark.parametrize(
