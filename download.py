@@ -26,6 +26,7 @@ from tqdm import tqdm
 import voc
 from seg import cli, imaging, report, signals, toy
 from seg.files import atomic_folder, writing
+from seg.voc_layout import LISTS
 from util import UserError, reason
 
 # Tried in this order, after those of --mirror. SBD's address is torchvision's.
@@ -49,7 +50,6 @@ ARCHIVES = {
 }
 
 SPLITS = {2007: ("train", "val", "test"), 2012: ("train", "val")}
-LISTS = "ImageSets/Segmentation"
 TIMEOUT = 30  # seconds without data after which a connection counts as broken
 
 
@@ -160,7 +160,7 @@ def get_voc(year, out, mirrors, on_disk):
         print(f"{root} exists already: nothing to do (--verify checks it)")
         return
     if root.exists():
-        raise UserError(f"{root}: exists, but without {LISTS}/{missing[0]}.txt: move it away and start again")
+        raise UserError(f"{root}: exists, but without {LISTS / missing[0]}.txt: move it away and start again")
     archives = find_archives(year, out, mirrors, on_disk)
     unpack(archives, root)
     print(f"{root} is ready. No longer needed: {', '.join(map(str, archives))}")

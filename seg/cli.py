@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        raise UserError(f"{message} (--help explains the flags)")
+        hint = "in a notebook, pass argv=[...]" if "ipykernel" in sys.modules else "--help explains the flags"
+        raise UserError(f"{message} ({hint})")
 
 
 def arguments(script, doc, epochs, batch_size, pretrained=False, argv=None, **own):

@@ -199,8 +199,9 @@ class Loader:
         with distributed.main_process_first():
             self.data = load_resized(split, self.size)
         counts = sum(torch.bincount(mask.flatten(), minlength=VOID + 1) for mask in self.data[..., 3])
-        if counts[len(self.classes) : VOID].any():
-            raise ValueError(f"{type(split).__name__}.mask returns values without a class in split.classes")
+        if len(invalid := counts[len(self.classes) : VOID].nonzero()):
+            value = invalid[0].item() + len(self.classes)
+            raise UserError(f"{type(split).__name__}.mask returns {value}, which is neither a class nor void ({VOID})")
         self.counts = counts[: len(self.classes)]
         voc_layout.check_labels(split, self.counts.numpy(), training, self.size)
         smallest, world_size = len(split) * self.repeats // len(self), distributed.world_size()

@@ -19,8 +19,7 @@ def join(device):
     if not world_size.isdecimal() or int(world_size) < 2:
         return device
     if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
-        problem = f"WORLD_SIZE is {world_size}, but not set: {', '.join(missing)}"
-        print(f"warning: {problem}: this process runs alone (torchrun sets all of them)", file=sys.stderr)
+        print(f"warning: WORLD_SIZE is {world_size} without {', '.join(missing)}: running alone", file=sys.stderr)
         return device
     if device.type == "cuda":
         if device.index is not None:

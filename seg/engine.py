@@ -157,6 +157,8 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
             scheduler.step()
         if index % 10 == 0:  # not after each batch: .item() synchronises with a GPU
             bar.set_postfix_str(f"loss {results[-1][0].item():.4f}", refresh=False)
+    if len({len(rates) for rates in learning_rates}) > 1:
+        raise UserError(f"a step of epoch {epoch} added parameter groups: add them before engine.fit, frozen at first")
     losses, weights, norms = torch.stack(results).T.cpu()  # only here: .cpu() synchronises with a GPU
     _check_finite(losses, norms, batch_indices, loader.split.ids, epoch)
     loss = _mean_loss(torch.stack((losses, weights), 1), device)
@@ -223,7 +225,7 @@ def fit(
     with run.open(args, parts, loaders) as resuming:
         scheduled = not (scheduler is None or isinstance(scheduler, ReduceLROnPlateau))
         warnings = run.restore(parts, scheduled) if resuming else []
-        warnings += sanity.check(run.metadata, train, val, **parts)
+        warnings += sanity.check(run.metadata, train, val, **parts, scheduler_interval=scheduler_interval)
         if args.overwrite:
             run.delete()
         step = functools.partial(training_step, epochs=args.epochs)

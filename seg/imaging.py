@@ -111,8 +111,8 @@ def resize(image, size, resampling=Image.Resampling.BILINEAR):
 
 
 def resize_mask(mask, size):
-    """Resize a mask, uint8 [H, W], to ``size``, (height, width), to the nearest pixel: it keeps its values."""
-    return resize(Image.fromarray(mask), size, Image.Resampling.NEAREST)
+    """Resize a mask [H, W] with values 0 .. 255 to ``size``, (height, width), to the nearest pixel: uint8."""
+    return resize(Image.fromarray(mask.astype(np.uint8, copy=False)), size, Image.Resampling.NEAREST)
 
 
 def size_text(size):

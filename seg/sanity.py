@@ -17,7 +17,7 @@ NUM_PROBES = 16  # images on which the borders of an augmentation are looked at
 TOLERANCE = 1e-3  # of rebuilt logits, relative to how much they vary: only the order of sums may differ
 
 
-def check(metadata, train, val, *, model, criterion, optimizer, scheduler):
+def check(metadata, train, val, *, model, criterion, optimizer, scheduler, scheduler_interval):
     """Try augmentation, network, criterion and checkpoint on some images of train and val, without gradients.
 
     ``metadata`` is that of the run, the others are as for ``engine.fit``. Returns a list of warnings; raises a
@@ -26,6 +26,10 @@ def check(metadata, train, val, *, model, criterion, optimizer, scheduler):
     warnings = _parameter_warnings(model, criterion, optimizer)
     if scheduler is not None and not hasattr(scheduler, "state_dict"):
         warnings.append(f"{type(scheduler).__name__} has no state_dict: after --resume, it starts anew")
+    steps = metadata["flags"]["epochs"] * (len(train) if scheduler_interval == "batch" else 1)
+    length = getattr(scheduler, "total_steps", getattr(scheduler, "T_max", steps))
+    if length != steps:
+        warnings.append(f"the scheduler is for {length} steps, but takes {steps}, one per {scheduler_interval}")
     for name in ("pretrained", "weights", "weights_backbone", "encoder_weights"):
         if model.arguments.get(name):
             advice = "see Pretrained weights in docs/EDITING.md"

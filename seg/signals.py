@@ -11,7 +11,6 @@ import sys
 import time
 
 received = None  # the number of the signal
-PATIENCE = 10  # seconds in which a run that Ctrl-C has reached should have ended
 
 
 @contextlib.contextmanager
@@ -48,11 +47,11 @@ def check(elsewhere=False):
 
 def wait(process):
     """Wait for a subprocess.Popen. A signal is passed on to it; Ctrl-C only late, as a terminal sends it to both."""
-    patience = PATIENCE
+    patience = 10  # seconds in which a run that Ctrl-C has reached should have ended
     while process.poll() is None and patience > 0:
         time.sleep(0.1)
         if received is not None:
-            patience -= 0.1 if received == signal.SIGINT else PATIENCE
+            patience -= 0.1 if received == signal.SIGINT else patience
     if process.poll() is None:
         process.terminate()
         process.wait()

@@ -200,7 +200,7 @@ DATA = [
     (write("Tiny/classes.txt", b"sky\nroad\nsky\ncar\n"), "classes.txt: line 3", "sky"),
     (write("Tiny/classes.txt", b"# id name\nsky\nroad\n"), "classes.txt: line 1"),
     (write("Tiny/classes.txt", b"__ignore__\n_background_\ncar\n"), "classes.txt: line 1"),  # labelme's list of labels
-    (write("Tiny/classes.txt", b"Pixel Value, Class\n0, sky\n1, car\n"), "classes.txt: line 2", "numbered"),  # Roboflow's
+    (write("Tiny/classes.txt", b"Pixel Value, Class\n0, sky\n1, car\n"), "classes.txt: line 2", "numbered"),
     (mask(np.full((40, 50), 300, np.uint16)), f"{FIRST}.png: holds the value 300, which is neither a class (0 .. 20)"),
     (write("Tiny/classes.txt", b"one\n"), "classes.txt: needs 2 to 255 different class names"),
 ]

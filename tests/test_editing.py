@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, TESTS, make_loaders, make_tiny, run_main, skip_drawing
+from conftest import ROOT, TESTS, make_loaders, make_tiny, run_main, save_model, skip_drawing
 from nbclient import NotebookClient
 from PIL import Image
 from tiny_net import TinyNet
@@ -206,6 +206,7 @@ EDITS = {
     "auxiliary loss": AUX_NET + block("aux_loss"),
     "fine-tuning": block("model.backbone.requires_grad_(True)"),
     "frozen at first": block("model.backbone.requires_grad_(True)") + block("epoch > 1"),
+    "other weights": block("fitting"),
     "random size": block("nearest-exact"),
     "TensorBoard": block("SummaryWriter"),
     "own flag": block("lr=args.lr"),
@@ -225,7 +226,12 @@ EDITS = {
     "data set": block("Pets(voc") + block("random_split"),
     "fold": block("fold = 0"),
 }
-BASES = {"fine-tuning": "train_5_b", "frozen at first": "train_5_b", "averaged weights": "train_6"}
+BASES = {
+    "fine-tuning": "train_5_b",
+    "frozen at first": "train_5_b",
+    "other weights": "train_5_b",
+    "averaged weights": "train_6",
+}
 CELL = block("argv=flags")
 
 
@@ -251,6 +257,7 @@ def test_every_block_of_the_document_is_run():
 def test_an_edit_trains_and_resumes_to_the_same_result(project, monkeypatch, name):
     """With and without the sanity check, uninterrupted and resumed."""
     write_pets(project / "Tiny")
+    save_model(project / "best_train_5_b.pt", resnet_fcn.ResNetFCN(5, None), voc.CLASSES[:5], (32, 32))
     changes, base = EDITS[name], BASES.get(name)
     stem = f"train-mine{'_no_pretrained' if base else ''}"
     assert run(project, changes, "--out complete", base) == 0
@@ -478,6 +485,19 @@ V2 = "from torchvision.transforms import v2\naugment = "
 TIMES_VALUE, VALUE = "return self.layer(images * self.value)", "model = Net(len(train.classes), value=1.1)"
 UNSAVED = 'self.register_buffer("b", torch.rand(1), persistent=False)'
 PER_BATCH = scheduler("ReduceLROnPlateau(optimizer)") + 'engine.fit(..., scheduler_interval="batch")'
+MERGED = """
+class Merged(voc.Split):
+    def __init__(self, name):
+        super().__init__("Tiny", name)
+        self.classes = ("background", "a", "b", "object")
+
+    def mask(self, index):
+        merged = super().mask(index).astype(int)  # NumPy's own type
+        return numpy.where(merged == 15, 3, merged)
+
+import numpy
+train, val, test = voc.loaders(args, 32, splits=[Merged("train"), Merged("val")])
+"""
 MISTAKES = {
     "no arguments": (net(arguments="None"), "Net cannot be rebuilt .*: keep the keyword .* self.arguments"),
     "missing argument": (net(arguments="{}"), "Net cannot be rebuilt .*num_classes.* self.arguments has to hold"),
@@ -496,6 +516,7 @@ MISTAKES = {
     "data loader": ("val = torch.utils.data.DataLoader(val.split)", "takes the loaders train, .* Dataset of your own"),
     "other order": ("train, val, test = voc.loaders(args, 32)[::-1]", "takes the loaders train, val and test in this"),
     "unknown interval": ('engine.fit(..., scheduler_interval="step")', "scheduler_interval is 'step'"),
+    "value without a class": (MERGED.replace("15, 3", "15, 21"), "Merged.mask returns 21, which is neither"),
     "plateau per batch": (PER_BATCH, "scheduler_interval is 'batch': it has to be epoch"),
 }
 
@@ -529,6 +550,14 @@ def test_what_a_training_step_returns_is_checked_after_the_first_one(project, ca
 def test_a_network_that_loses_its_state_only_in_training_is_found_at_the_first_checkpoint(project, capsys, network):
     assert run(project, network) == 2
     assert_one_line(capsys.readouterr().err, "Net cannot be rebuilt .* other logits.*in a parameter or buffer")
+    assert last(project)["epoch"] == 1
+
+
+def test_parameter_groups_that_a_step_adds_are_refused(project, capsys):
+    """The history has a column for each, and a checkpoint could not be resumed."""
+    added = 'if position["epoch"] == 2: optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})'
+    assert run(project, block("clip_grad_norm_").replace("optimizer.step()", f"optimizer.step()\n    {added}")) == 2
+    assert_one_line(capsys.readouterr().err, "a step of epoch 2 added parameter groups: add them before engine.fit")
     assert last(project)["epoch"] == 1
 
 
@@ -584,6 +613,8 @@ WARNINGS = {
     "borders of a class": (f"{V2}v2.RandomRotation((30, 40))", "augment fills the borders of masks with the class 0"),
     "borders of void": (block("v2.Compose"), None),
     "void": (loss(AS_CLASS), "the loss depends on void pixels"),
+    "merged classes": (MERGED, None),
+    "schedule of batches": (block("OneCycleLR").partition("engine")[0], "the scheduler is for 3 steps, but takes 1, one per epoch"),
     "own schedule": (POLY, "Poly has no state_dict: after --resume, it starts anew"),
 }
 

@@ -452,7 +452,7 @@ def test_a_subclass_of_split_may_merge_classes_and_does_not_share_the_cache(tiny
     assert merged.counts.tolist() == [ours.counts[0], ours.counts[1:].sum()]
     assert torch.equal(merged.masks == 1, (ours.masks > 0) & (ours.masks < util.VOID))
     assert len(list((tiny / ".cache").iterdir())) == 1
-    with pytest.raises(ValueError, match="Unmerged.mask returns values without a class"):
+    with pytest.raises(UserError, match="Unmerged.mask returns 2, which is neither a class nor void"):
         voc.Loader(type("Unmerged", (Binary,), {"mask": voc.Split.mask})(tiny, "train"), 16, 2)
 
 
