@@ -614,7 +614,7 @@ WARNINGS = {
     "borders of void": (block("v2.Compose"), None),
     "void": (loss(AS_CLASS), "the loss depends on void pixels"),
     "merged classes": (MERGED, None),
-    "schedule of batches": (block("OneCycleLR").partition("engine")[0], "the scheduler is for 3 steps, but takes 1, one per epoch"),
+    "schedule of batches": (block("OneCycleLR").partition("engine")[0], "the scheduler is for 3 steps, but takes 1, one"),
     "own schedule": (POLY, "Poly has no state_dict: after --resume, it starts anew"),
 }
 
