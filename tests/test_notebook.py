@@ -76,7 +76,7 @@ def test_notebook_shows_the_models_of_all_usual_places_on_the_data_of_each(tiny,
     write_model(tmp_path / "best_train_mine.pt", FCN(21), 1, other, 7, classes)
     write_model(tmp_path / "best_gone.pt", FCN(21), 0, tmp_path / "gone", 0)
     text, pictures = run_notebook(tmp_path)
-    assert f"left out: {tmp_path / 'gone'}: no data in VOC layout" in text
+    assert f"left out: {tmp_path / 'gone'}: no such folder" in text
     names = [f"{tmp_path}/train", f"{tmp_path}/demo/train", "train_4_a, seed 2", "train_5_a, seed 2"]
     assert f"val of {tiny}: 4 models: {'; '.join(names)}" in text
     assert f"val of {other}: 1 models: train_mine, seed 7" in text
