@@ -73,14 +73,13 @@ def finished_runs(out, warn=False):
 
 def matches(run, args):
     """Whether a run is what the flags ask for. A flag that was not given means the experiment's default."""
-    defaults, shared = run.metrics["defaults"] | {"limit": None}, ("epochs", "batch_size", "limit")
-    own = {name: value for name, value in defaults.items() if name not in shared}
-    shared = {name: value for name in shared if (value := getattr(args, name)) is not None}
+    shared = {name: value for name in ("epochs", "batch_size", "limit") if (value := getattr(args, name)) is not None}
     try:
-        own = vars(cli.add_flags(cli.Parser(None), own).parse_args(args.own))
+        wanted = vars(cli.add_flags(cli.Parser(None), run.metrics["defaults"]).parse_args(args.own))
     except UserError:  # its script has no such flag
         return False
-    return (run.metrics["dataset"], run.metrics["flags"]) == (Path(args.data).resolve().name, defaults | shared | own)
+    wanted |= {"limit": None} | shared
+    return (run.metrics["dataset"], run.metrics["flags"]) == (Path(args.data).resolve().name, wanted)
 
 
 def collect(args):
@@ -313,8 +312,8 @@ def main():
     parser.add_argument("--seeds", type=cli.integer(0), nargs="+", default=[], metavar="N", help="seeds to run")
     parser.add_argument("--experiments", nargs="+", metavar="NAME", help="names of scripts (default: all eight)")
     end = [*sys.argv, "--"].index("--")
+    parser.set_defaults(own=sys.argv[end + 1 :])  # flags of the scripts' own
     args = parser.parse_args(sys.argv[1:end])
-    args.own = sys.argv[end + 1 :]  # flags of the scripts' own
     args.experiments = args.experiments and [name.removesuffix(".py") for name in args.experiments]
     for name in args.experiments or ():
         if args.seeds and not (ROOT / f"{name}.py").is_file():

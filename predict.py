@@ -16,7 +16,6 @@ its mean IoU, the worst first, which is a way to find wrong masks.
 import argparse
 import csv
 import io
-import itertools
 import re
 from collections import Counter
 from pathlib import Path
@@ -142,11 +141,12 @@ def predict_photos(model, args):
     table, legend = args.out / "predictions.csv", args.out / "legend.png"
     header = ["photo", "mask", *model.classes]
     rows = read_rows(table, header, args.overwrite)
-    jobs = [(photo, *paths) for photo, paths in zip(photos, names) if not (args.resume and paths[0].name in rows)]
-    if not args.resume:
-        # beside a table, the legend is that of an earlier call
-        new = [] if args.masks_only or table.exists() else [legend]
-        check_new([*itertools.chain(*names), *new], args.overwrite, "exists already (--resume leaves such photos out)")
+    kept = {tuple(row[:2]) for row in rows.values() if args.resume and (args.out / row[1]).exists()}
+    jobs = [(photo, *paths) for photo, paths in zip(photos, names) if (str(photo), paths[0].name) not in kept]
+    # beside a table, the legend is that of an earlier call; with --resume, a mask without a row was being written
+    new = [] if args.masks_only or table.exists() else [legend]
+    new += [path for job in jobs for path in job[1:] if not args.resume or path.name in rows]
+    check_new(new, args.overwrite, "exists already (--resume leaves out what is done)")
     write_rows(table, header, rows.values())  # now, in case it cannot be written
     if not args.masks_only:
         plotting.overlay_legend(legend, model.classes)
@@ -171,7 +171,9 @@ def predict_photos(model, args):
             report.log(f"{path}: {', '.join(by_share)}")
     finally:  # also after Ctrl-C or an error
         write_rows(table, header, rows.values())
-        report.log(f"masks of {done} of {len(photos)} photos are in {args.out}, the share of each class in {table}")
+        earlier = f" ({len(photos) - len(jobs)} of an earlier call)" if args.resume else ""
+        text = f"masks of {done} of {len(photos)} photos are in {args.out}{earlier}"
+        report.log(f"{text}, the share of each class in {table}")
     if errors:
         raise UserError("\nerror: ".join(errors))
 

@@ -40,7 +40,7 @@ def arguments(script, doc, epochs, batch_size, pretrained=False, argv=None, **ow
         epochs, batch_size: the experiment's defaults.
         pretrained: whether the experiment starts from pretrained weights; adds the flag ``--no-pretrained``.
         argv: the flags, a list of str; None: those of the command line.
-        own: flags of the experiment's own, see ``add_flags``.
+        own: flags of the experiment's own, see ``add_flags``; not title, experiment, script or defaults.
 
     Returns an argparse.Namespace with the flags (device a torch.device, out a Path, limit an int or None), script (a
     Path), experiment (the stem of its files' names), title, and defaults (a dict of epochs, batch_size and own flags).

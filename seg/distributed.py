@@ -80,18 +80,18 @@ def all_reduce(tensor, device):
     return tensor
 
 
-def stoppable(items, common=0):
+def stoppable(items, min_count=0):
     """Yield items; before each of them, a signal stops this process.
 
-    Several processes stop before the same item: each of them has at least ``common`` items. On GPUs, which have to be
-    waited for, they ask each other only before every tenth.
+    Several processes stop before the same item: each of them has at least ``min_count`` items. On GPUs, which have to
+    be waited for, they ask each other only before every tenth.
     """
     for index, item in enumerate(items):
         if world_size() == 1:
             signals.check()
-        elif index < common and (index % 10 == 0 or dist.get_backend() == "gloo"):
+        elif index < min_count and (index % 10 == 0 or dist.get_backend() == "gloo"):
             device = "cpu" if dist.get_backend() == "gloo" else "cuda"
-            if all_reduce(torch.tensor(signals.received or 0), device).item():  # not of a signal since
+            if all_reduce(torch.tensor(signals.received or 0), device).item():  # a later signal waits for the next
                 signals.check(elsewhere=True)
         yield item
 

@@ -74,11 +74,11 @@ def evaluate(model, loader, criterion, full_resolution=True):
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     image_ious, assignment_ious = torch.zeros(2, len(loader.split), dtype=torch.float64)
     losses = [torch.zeros(2, device=device)]  # a process may have no batch
-    num_batches = math.ceil(len(loader) / distributed.world_size())
+    min_count, rest = divmod(len(loader), distributed.world_size())
     with ThreadPoolExecutor() as pool:
         name = f"evaluating {loader.split.name}"
-        common = len(loader) // distributed.world_size()
-        for images, masks, indices in report.progress(loader.batches(), num_batches, name, common=common):
+        count = min_count + (rest > 0)
+        for images, masks, indices in report.progress(loader.batches(), count, name, min_count=min_count):
             logits = forward(model, images, full_precision=full_resolution)["out"]
             losses.append(torch.stack(batch_loss(criterion, logits, masks)))
             if not full_resolution:
@@ -140,7 +140,7 @@ def train_epoch(network, loader, epoch, criterion, optimizer, training_step=trai
     num_classes, device = len(loader.classes), loader.device
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     results, batch_indices, learning_rates = [], [], []
-    bar = report.progress(loader.batches(epoch), len(loader), f"epoch {epoch}", common=len(loader))
+    bar = report.progress(loader.batches(epoch), len(loader), f"epoch {epoch}", min_count=len(loader))
     for index, (images, masks, indices) in enumerate(bar):
         learning_rates.append([float(group["lr"]) for group in optimizer.param_groups])
         position = {"index": index, "count": len(loader), "epoch": epoch}
@@ -294,11 +294,9 @@ def _wrap(model, args, optimizer, find_unused_parameters):
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)  # batch norm over the whole batch
     # DistributedDataParallel leaves out what is frozen now, which a training step may unfreeze later
     frozen = [each for group in optimizer.param_groups for each in group["params"] if not each.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    parallel = DistributedDataParallel(network, find_unused_parameters=find_unused_parameters or bool(frozen))
-    for parameter in frozen:
-        parameter.requires_grad_(False)
+    frozen = torch.nn.ParameterList(frozen).requires_grad_(True)
+    parallel = DistributedDataParallel(network, find_unused_parameters=find_unused_parameters or len(frozen) > 0)
+    frozen.requires_grad_(False)
     return network, parallel
 
 

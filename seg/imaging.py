@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import warnings
 from pathlib import Path
 
@@ -65,8 +66,9 @@ def open_image(path):
             return image
     except FileNotFoundError:
         path = Path(path)
-        similar = {*path.parent.parent.glob(f"{path.parent.name}*/{path.stem}[!0-9A-Za-z]*")} - {path}  # as a_mask.png
-        found = f" (but {', '.join('/'.join(file.parts[-2:]) for file in sorted(similar)[:3])})" if similar else ""
+        folders = (path.parent, path.parent.with_name(f"{path.parent.name}PNG"))  # labelme's SegmentationClassPNG
+        similar = [file for folder in folders for file in folder.glob(f"{glob.escape(path.stem)}[!0-9A-Za-z]*")]
+        found = f" (but there is {', '.join('/'.join(file.parts[-2:]) for file in similar[:3])})" if similar else ""
         formats = "PNG" if path.suffix == ".png" else "JPEG, PNG, WebP, BMP or TIFF"  # of masks, and of photos
         raise UserError(f"{path}: no such file{found}: put it there as {formats}") from None
     except PermissionError:

@@ -19,7 +19,7 @@ import util
 from seg import files, imaging
 from util import VOID
 
-if "IPython" not in sys.modules:  # not in a notebook, whose own plots need it
+if "ipykernel" not in sys.modules:  # not in a notebook, whose own plots need it
     os.environ.pop("MPLBACKEND", None)  # `!python train.py` inherits the notebook's, which may not be installed here
 
 import matplotlib.style
@@ -68,7 +68,7 @@ def _shorten(name):
     """A name, without its middle if it is too long for a plot: long names often differ at their ends."""
     half = MAX_LETTERS // 2
     name = name if len(name) <= MAX_LETTERS else f"{name[: half - 1]}…{name[-half:]}"
-    return name.replace("$", r"\$")  # not the begin of a formula
+    return name.replace("$", r"\$")  # not the beginning of a formula
 
 
 def _class_name(classes, label):

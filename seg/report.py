@@ -15,14 +15,14 @@ DRAWING_INTERVAL = 60  # seconds between two drawings during a run
 NUM_SHOWN, NUM_PAGED = 5, 13  # images in the plot of predictions and in the HTML report, besides best, median, worst
 
 
-def progress(iterable, total, name, unit="batch", common=0):
+def progress(iterable, total, name, unit="batch", min_count=0):
     """A tqdm bar on stderr in the main process, which disappears at its end; every 30 s where that is no terminal.
 
     A signal stops it, see ``distributed.stoppable``.
     """
     seconds = 0.1 if sys.stderr.isatty() else 30
     options = {"leave": False, "mininterval": seconds, "delay": seconds, "disable": not distributed.is_main()}
-    return tqdm(distributed.stoppable(iterable, common), name, total, unit=unit, **options)
+    return tqdm(distributed.stoppable(iterable, min_count), name, total, unit=unit, **options)
 
 
 def log(text):
@@ -50,8 +50,7 @@ class Reporter:
     """What a run prints and draws, in the main process. It only reads the run, which is open."""
 
     def __init__(self, run, args, criterion, train, val, test):
-        # not at the top: wrong flags are reported without waiting for Matplotlib
-        from seg import plotting  # before the first epoch, after which a signal could leave Matplotlib half imported
+        from seg import plotting  # not at the top: wrong flags are reported without waiting for Matplotlib
 
         self.plotting, self.run, self.args = plotting, run, args
         self.train, self.val, self.test = train, val, test
@@ -77,9 +76,7 @@ class Reporter:
         log(f"{name} on val: pixel accuracy {baseline.pixel_accuracy:.4f}, mean IoU {baseline.miou:.4f}")
         log(f"val is evaluated at {size_text(val.size)} after each epoch, and at full resolution at the end")
         if test is None:
-            log(f"{train.split.root} has no test.txt: the results are on val, which also selects the best epoch")
-        if args.compile:
-            log("the first epoch includes the time of torch.compile")
+            log("there is no test split: the results are on val, which also selects the best epoch")
         for warning in warnings:
             log(f"warning: {warning}")
         if self.run.history:

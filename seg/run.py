@@ -155,8 +155,9 @@ class Run:
         """Raise a UserError that names the first thing in which ``state`` is of another run; return messages."""
         now, flags = self.metadata, self.metadata["flags"]
         names = ("seed", "dataset", "classes", "size", "mean", "std", "optimizer_class", "scheduler_class")
+        known = now["defaults"] | state["flags"]  # a flag that a script has got since has had its default
         compared_flags = [name for name in ("limit", *now["defaults"]) if scheduled or name != "epochs"]
-        compared = [(name, state, now) for name in names] + [(name, state["flags"], flags) for name in compared_flags]
+        compared = [(name, state, now) for name in names] + [(name, known, flags) for name in compared_flags]
         for name, old, new in compared:
             if name in old and old[name] != new[name]:  # an earlier version kept fewer
                 name, values = name.removesuffix("_class"), f"{old[name]}, not {new[name]}"

@@ -29,7 +29,7 @@ def check(metadata, train, val, *, model, criterion, optimizer, scheduler, sched
     steps = metadata["flags"]["epochs"] * (len(train) if scheduler_interval == "batch" else 1)
     length = getattr(scheduler, "total_steps", getattr(scheduler, "T_max", steps))
     if length != steps:
-        warnings.append(f"the scheduler is for {length} steps, but takes {steps}, one per {scheduler_interval}")
+        warnings.append(f"the scheduler is for {length} steps, but takes {steps}: interval {scheduler_interval}")
     for name in ("pretrained", "weights", "weights_backbone", "encoder_weights"):
         if model.arguments.get(name):
             advice = "see Pretrained weights in docs/EDITING.md"
@@ -73,7 +73,7 @@ def doing(what):
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise UserError(f"--compile: {reason(error)}: install what is missing, or leave out --compile") from None
         if "find_unused_parameters" in str(error):  # DistributedDataParallel's error
-            advice = "freeze those that none uses, or pass find_unused_parameters=True to engine.fit"
+            advice = "freeze those that no step uses, or pass find_unused_parameters=True to engine.fit"
             raise UserError(f"several processes: a step has left out parameters: {advice}") from None
         if not (is_out_of_memory(error) or distributed.is_connection_lost(error)):
             print(f"error while {what}:", file=sys.stderr)
@@ -127,8 +127,8 @@ def check_first_step(training_step, model, optimizer, epoch):
         if dimensions not in ([0, 0, 0, 4], [0, 0, 0, 4, 3]):
             expected = "loss, weight and norm, three scalar tensors, and logits, a tensor [B, C, H, W]"
             raise UserError(f"training_step has to return {expected}, as engine.training_step does")
-        trained = {each for each in _optimized(optimizer) if each.requires_grad}
-        trained = {name: each.grad for name, each in model.named_parameters() if each in trained}
+        optimized = {each for each in _optimized(optimizer) if each.requires_grad}
+        trained = {name: each.grad for name, each in model.named_parameters() if each in optimized}
         unused = [name for name, gradient in trained.items() if gradient is None]
         if 0 < len(unused) < len(trained):  # if there are none at all, the step has set them to None
             report.log(f"warning: the first step gave no gradient to {_some(unused)}, which the optimizer holds")

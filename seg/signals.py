@@ -51,7 +51,7 @@ def wait(process):
     while process.poll() is None and patience > 0:
         time.sleep(0.1)
         if received is not None:
-            patience -= 0.1 if received == signal.SIGINT else patience
+            patience = patience - 0.1 if received == signal.SIGINT else 0
     if process.poll() is None:
         process.terminate()
         process.wait()

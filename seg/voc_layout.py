@@ -173,7 +173,7 @@ def _is_reordered(image, values, num_classes):
 
 
 def class_counts(split):
-    """Count the pixels of each class over all masks of a Split, and the images that show it: two int64 arrays [C]."""
+    """Count the pixels of each class over all masks of a split, and the images that show it: two int64 arrays [C]."""
 
     def count(index):
         return np.bincount(split.mask(index).ravel(), minlength=VOID + 1)[: len(split.classes)]
@@ -200,11 +200,11 @@ def check_labels(split, counts, training, size=None):
     problem = f"the masks of {split.name} show only {split.classes[present[0]]} (value {present[0]}) and void"
     advice = f"{VOID} is void, and an object needs the value of its class, such as 1"
     advice += f": {conversion(split.root)} converts 0 and 255" if (split.root / LISTS).is_dir() else ""
-    raise UserError(f"{split.root}: {problem}: {'raise --limit, or ' if split.limit else ''}{advice}")
+    raise UserError(f"{split.root}: {problem}: {'raise --limit; ' if split.limit else ''}{advice}")
 
 
 def print_warnings(splits, counts, size=None):
-    """In the main process, print what is suspicious in Splits, train first, and the pixels of their classes, [C] each.
+    """In the main process, print what is suspicious in splits, train first, and the pixels of their classes, [C] each.
 
     They are counted at ``size``, (H, W), or without it at the size of the masks.
     """
@@ -215,11 +215,11 @@ def print_warnings(splits, counts, size=None):
             text = f"warning: {text}; if {found} holds yours, copy it to classes.txt, one name per line, or convert "
             text += f"masks in colours: {conversion(train.root)}"
         texts.append(text)
-    at, has = (f"at {imaging.size_text(size)}, ", "shows") if size else ("", "has")
+    at = f"at {imaging.size_text(size)}, " if size else ""
     if absent := [name for name, count in zip(train.classes, counts[0]) if not count]:
-        text = f"{at}{train.name} {has} no pixel of {len(absent)} of {len(counts[0])} classes: {', '.join(absent)}"
+        text = f"{at}{train.name} has no pixel of {len(absent)} of {len(counts[0])} classes: {', '.join(absent)}"
         text += "; if the masks have some, raise size in the script" if size else ""
-        text += "" if counts[0][0] else "; if their labels begin at 1, put background first in classes.txt"
+        text += "" if counts[0][0] else "; if the masks' labels begin at 1, put background first in classes.txt"
         texts.append(f"warning: {text}")
     for split, pixels in zip(splits[1:], counts[1:]):
         present = [name for name, count in zip(split.classes, pixels) if count]

@@ -181,10 +181,10 @@ DATA = [
     (moved(MASK), f"{FIRST}.png: no such file"),
     (
         moved(MASK, f"{MASKS}/{FIRST}.npy"),
-        f"{MASK}: no such file (but SegmentationClass/{FIRST}.npy): put it there as PNG",
+        f"{MASK}: no such file (but there is SegmentationClass/{FIRST}.npy): put it there as PNG",
     ),
-    (moved(MASK, f"{MASKS}/{FIRST}_mask.png"), f"{MASK}: no such file (but SegmentationClass/{FIRST}_mask.png): put"),
-    (moved(MASKS, f"{MASKS}PNG"), f"{MASK}: no such file (but SegmentationClassPNG/{FIRST}.png): put it there"),
+    (moved(MASK, f"{MASKS}/{FIRST}_mask.png"), f"{MASK}: no such file (but there is SegmentationClass/{FIRST}_m"),
+    (moved(MASKS, f"{MASKS}PNG"), f"{MASK}: no such file (but there is SegmentationClassPNG/{FIRST}.png)"),
     (jpeg_mask, f"{FIRST}.png: is JPEG, not PNG"),
     (write(MASK, truncate), f"{FIRST}.png: cannot be read as an image"),
     (mask(np.zeros((40, 40, 3), np.uint8)), f"{FIRST}.png: is an image in mode RGB", CONVERT),

@@ -222,7 +222,7 @@ def test_a_signal_during_the_reduction_waits_for_the_next_which_tells_the_others
     monkeypatch.setattr(distributed, "all_reduce", all_reduce)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed.dist, "get_backend", lambda: "gloo")
-    items = distributed.stoppable(range(3), common=3)
+    items = distributed.stoppable(range(3), min_count=3)
     with signals.handled():
         assert next(items) == 0
         monkeypatch.setattr(os, "kill", lambda *args: None)  # a second one would end this process

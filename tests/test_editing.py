@@ -614,7 +614,7 @@ WARNINGS = {
     "borders of void": (block("v2.Compose"), None),
     "void": (loss(AS_CLASS), "the loss depends on void pixels"),
     "merged classes": (MERGED, None),
-    "schedule of batches": (block("OneCycleLR").partition("engine")[0], "the scheduler is for 3 steps, but takes 1, one"),
+    "schedule of batches": (block("OneCycleLR").partition("engine")[0], "the scheduler is for 3 steps, but takes 1: "),
     "own schedule": (POLY, "Poly has no state_dict: after --resume, it starts anew"),
 }
 
@@ -624,7 +624,7 @@ def test_what_may_be_meant_is_a_warning(project, capsys, name):
     changes, warning = WARNINGS[name]
     assert run(project, changes, "--epochs 1") == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    found = [line for line in lines if not re.match("warning: (at 32x32, train shows no pixel|on val|on test)", line)]
+    found = [line for line in lines if not re.match("warning: (at 32x32, train has no pixel|on val|on test)", line)]
     assert len(found) == bool(warning), found
     assert warning is None or found[0].startswith(f"warning: {warning}")
 

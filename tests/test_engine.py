@@ -364,7 +364,7 @@ def test_the_log_warns_of_results_below_the_baseline_and_of_a_missing_test_split
     run = fit(data, tmp_path, "--epochs 1", lr=1e-9)
     assert run.metrics["test"] is None and run.metrics["val"]["miou"] is not None
     output = capsys.readouterr().out
-    assert "has no test.txt: the results are on val" in output
+    assert "there is no test split: the results are on val" in output
     assert "all-background baseline on val: pixel accuracy" in output
     assert "not above the all-background baseline" in output and "warning: on val" in output
 

@@ -142,7 +142,7 @@ def test_python_ends_without_a_search_for_garbage():
     assert subprocess.check_output([sys.executable, "-c", f"{code} cli.run(lambda: None)"], cwd=ROOT) == b"True\n"
 
 
-@pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 2), (">&-", 0), ("2>&-", 0), (">&- 2>&-", 0)])
+@pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 2), (">&- 2>&-", 0)])
 def test_a_full_or_missing_output_loses_no_file(folder, redirection, code):
     line = f"exec {sys.executable} {ROOT}/train.py {FLAGS} --epochs 1 --out new {redirection}"
     done = subprocess.run(line, shell=True, cwd=folder, capture_output=True, text=True)

@@ -182,7 +182,7 @@ def test_earlier_results_are_replaced_only_with_overwrite(best, tmp_path, capsys
         patch.setattr(predict, "segment", None)  # must not be called
         assert run_predict(tmp_path, "x.jpg", "y.jpg") == 2
     error = capsys.readouterr().err
-    assert f"error: {Path('predictions', 'y_mask.png')}: exists already (--resume leaves such photos out): " in error
+    assert f"error: {Path('predictions', 'y_mask.png')}: exists already (--resume leaves out what is done): " in error
     assert error.count("\n") == 1 and set(masks(tmp_path)) == {"y"}
     assert run_main(tmp_path, predict, "gone.pt y.jpg") == 2
     assert capsys.readouterr().err.startswith("error: gone.pt: no such file")
@@ -226,7 +226,10 @@ def test_what_is_done_is_kept_after_ctrl_c_and_the_rest_goes_into_the_same_folde
     monkeypatch.setattr(predict, "segment", lambda model, photo, device: calls.append(photo) or segment(model, photo))
     assert run_predict(tmp_path, "x.jpg", "y.jpg", "z.jpg", "--resume") == 0
     assert set(masks(tmp_path)) == set("xyz") and len(table(tmp_path)) == 3 and len(calls) == 1
-    assert "masks of 3 of 3 photos are in" in capsys.readouterr().out
+    assert "masks of 3 of 3 photos are in predictions (2 of an earlier call)" in capsys.readouterr().out
+    (tmp_path / "other").mkdir()
+    save_photos(tmp_path / "other", "x.jpg")
+    assert run_predict(tmp_path, "other/x.jpg", "--resume") == 2  # whose results would have the names of the first's
 
 
 def test_size_replaces_that_of_the_training(tiny, best, tmp_path, capsys):

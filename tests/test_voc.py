@@ -166,7 +166,7 @@ def test_suspicious_data_is_reported_in_one_line_for_each_kind(tiny, capsys):
         file.write("000000\n000005\n")
     advice = "; if the masks have some, raise size in the script"
     assert printed_warnings(capsys, tiny) == [
-        f"warning: at 16x16, train shows no pixel of 2 of 4 classes: b, c{advice}",
+        f"warning: at 16x16, train has no pixel of 2 of 4 classes: b, c{advice}",
         "warning: at 16x16, val shows no class but background: its scores say little",
         "warning: 1 of the 5 ids of test are in train too",
         "warning: 1 of the 5 ids of test are in val too",
@@ -187,14 +187,14 @@ def test_a_class_whose_objects_the_input_size_loses_is_missing_in_training_but_n
     (tiny / "classes.txt").write_text("background\nobject\ndefect\n")
     (warning,) = printed_warnings(capsys, tiny)
     assert warning.startswith(
-        "warning: at 16x16, train shows no pixel of 1 of 3 classes: defect; if the masks have some"
+        "warning: at 16x16, train has no pixel of 1 of 3 classes: defect; if the masks have some"
     )
     voc.check(tiny)
     assert capsys.readouterr().out.startswith(f"{tiny}: no faults")
     for name in ("train", "val", "test"):
         replace_masks(tiny, name, lambda mask: np.where(mask == 0, 1, 2))
     (warning,) = printed_warnings(capsys, tiny)
-    assert warning.endswith("; if their labels begin at 1, put background first in classes.txt")
+    assert warning.endswith("; if the masks' labels begin at 1, put background first in classes.txt")
 
 
 @pytest.mark.parametrize(
