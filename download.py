@@ -50,7 +50,7 @@ ARCHIVES = {
 }
 
 SPLITS = {2007: ("train", "val", "test"), 2012: ("train", "val")}
-TIMEOUT = 30  # seconds without data after which a connection counts as broken
+TIMEOUT = 10  # seconds without data after which a connection counts as broken
 
 
 def md5(path):
@@ -93,6 +93,7 @@ def download(name, checksum, urls, folder):
         print(f"downloading {url}", flush=True)
         size = None
         while size != path.stat().st_size:  # it has changed: ask the same server once more
+            signals.check()
             size = path.stat().st_size
             try:
                 _fetch(url, path)

@@ -172,8 +172,7 @@ def predict_photos(model, args):
     finally:  # also after Ctrl-C or an error
         write_rows(table, header, rows.values())
         earlier = f" ({len(photos) - len(jobs)} of an earlier call)" if args.resume else ""
-        text = f"masks of {done} of {len(photos)} photos are in {args.out}{earlier}"
-        report.log(f"{text}, the share of each class in {table}")
+        report.log(f"masks of {done} of {len(photos)} photos are in {args.out}{earlier}, shares of classes in {table}")
     if errors:
         raise UserError("\nerror: ".join(errors))
 

@@ -82,10 +82,10 @@ def send(process, number):
             os.kill(pid, number)
 
 
-def run(args, out, delay=None):
+def run(args, out, expected=(), delay=None):
     """Start or resume the command in the folder ``out``, and send it the signal after ``delay`` seconds.
 
-    Returns whether it got it, the seconds that it ran, from the signal on if it got it, its exit code and its output.
+    Returns whether it got it, the seconds that it ran, from the signal on if it got it, its output, and its faults.
     """
     flags = COMMANDS[args.command].split()
     if args.command == "predict":
@@ -97,7 +97,9 @@ def run(args, out, delay=None):
         output, _ = process.communicate(timeout=delay)
         if process.returncode:
             sys.exit(f"{' '.join(flags)} failed:\n{output}")
-        return False, time.monotonic() - begin, 0, output
+        return False, time.monotonic() - begin, output, []
+    missing = [name for name in expected if name.endswith((".json", "_mask.png")) and not (out / name).exists()]
+    is_done = len(missing) <= (args.command == "predict")  # its last photo
     begin = time.monotonic()
     send(process, signal.Signals[f"SIG{args.signal}"])
     try:
@@ -105,7 +107,17 @@ def run(args, out, delay=None):
     except subprocess.TimeoutExpired:
         send(process, signal.SIGKILL)
         sys.exit(f"{' '.join(flags)} ran for {LIMIT} s after the signal:\n{process.communicate()[0]}")
-    return True, time.monotonic() - begin, process.returncode, output
+    return True, time.monotonic() - begin, output, faults(args, process.returncode, output, is_done)
+
+
+def faults(args, code, output, is_done):
+    """What was wrong with the end of a command after the signal, a list of str."""
+    if args.signal == "KILL":
+        return []
+    several, number = args.processes > 1, signal.Signals[f"SIG{args.signal}"]
+    codes = [1 if several else 128 + number, *([0, -number] if is_done else [])]  # torchrun has its own
+    found = [text for text in ("Exception ignored", *["Traceback"] * (not several)) if text in output]
+    return found if code in codes else [*found, f"exit code {code}"]
 
 
 def read_results(out):
@@ -130,23 +142,6 @@ def to_bytes(state):
     return state.numpy().tobytes() if isinstance(state, torch.Tensor) else state
 
 
-def differences(out, expected):
-    """The names of the results in ``out`` that are not those of the uninterrupted run."""
-    results = read_results(out)
-    return [name for name in results.keys() | expected.keys() if results.get(name) != expected.get(name)]
-
-
-def faults(args, out, code, output, expected):
-    """What is wrong after a signal, a list of str."""
-    unequal = differences(out, expected)
-    if args.signal == "KILL":
-        return []
-    several = args.processes > 1  # torchrun has an exit code of its own
-    found = [text for text in ("Exception ignored", *["Traceback"] * (not several)) if text in output]
-    ended = code == (1 if several else 128 + signal.Signals[f"SIG{args.signal}"])
-    return found if ended or not unequal else [*found, f"exit code {code}"]
-
-
 def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--data", type=Path, default="data/VOCdevkit/Toy")
@@ -161,7 +156,7 @@ def main():
         folder = Path(folder)
         if args.command == "predict":
             start(args, folder, [*COMMANDS["train"].split(), "--data", args.data]).communicate()
-        _, duration, _, _ = run(args, folder / "uninterrupted")
+        _, duration, *_ = run(args, folder / "uninterrupted")
         expected = read_results(folder / "uninterrupted")
         while len(taken) < args.count:
             num_runs += 1
@@ -169,14 +164,16 @@ def main():
             while stopped:
                 signals.check()
                 delay = random.uniform(0, duration) if len(taken) < args.count else None
-                stopped, seconds, code, output = run(args, out, delay)
+                stopped, seconds, output, found = run(args, out, expected, delay)
+                results = read_results(out)
                 if stopped:
                     taken.append(seconds)
                     before = re.split(r"\n(?:stopping;|W\d{4} )", output)[0].strip()  # the second is torchrun's
                     phases.append(before.split("\n")[-1])
-                    problems += [f"signal {len(taken)}: {text}" for text in faults(args, out, code, output, expected)]
-                    print(f"{len(taken)}: exit code {code} after {seconds:.1f} s, in: {phases[-1]}", flush=True)
-            problems += [f"run {num_runs}: {name} differs" for name in differences(out, expected)]
+                    print(f"{len(taken)}: {seconds:.1f} s, {found or 'no fault'}, in: {phases[-1]}", flush=True)
+                    problems += [f"signal {len(taken)}: {text}" for text in found]
+            names = [name for name in results.keys() | expected.keys() if results.get(name) != expected.get(name)]
+            problems += [f"run {num_runs}: {name} differs" for name in names]
             shutil.rmtree(out)
     print(f"{args.count} x SIG{args.signal} for {args.command} in {num_runs} runs: {len(problems)} faults in all")
     slowest = phases[taken.index(max(taken))]

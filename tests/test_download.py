@@ -4,9 +4,12 @@ import contextlib
 import hashlib
 import http.server
 import io
+import os
+import signal
 import sys
 import tarfile
 import threading
+import time
 from unittest import mock
 
 import numpy as np
@@ -17,7 +20,7 @@ from PIL import Image
 
 import download
 import voc
-from seg import report
+from seg import report, signals
 from util import UserError
 
 TRAINVAL, TEST = "VOCtrainval_06-Nov-2007.tar", "VOCtest_06-Nov-2007.tar"
@@ -43,6 +46,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         behaviour, name = self.path.strip("/").split("/")[0], self.path.rsplit("/", 1)[1]
         header = self.headers.get("Range")
         self.server.requests.append((behaviour, name, header))
+        if behaviour == "hang":
+            self.server.stop.wait(20)
         if behaviour == "missing":
             return self.send_error(404)
         if behaviour == "moved":
@@ -116,6 +121,18 @@ def get_voc(server, out, *behaviours, mirrors=()):
     with mock.patch.object(download, "MIRRORS", urls):
         download.get_voc(2007, out, mirrors, on_disk={})
     return out / "VOCdevkit" / "VOC2007"
+
+
+@pytest.mark.parametrize("behaviour", ["stall", "hang"])
+def test_a_signal_stops_a_download_after_the_current_attempt(server, out, monkeypatch, behaviour):
+    monkeypatch.setattr(download, "TIMEOUT", 1)
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    start = time.monotonic()
+    with signals.handled(), pytest.raises(SystemExit, match="143"):
+        get_voc(server, out, behaviour, "good")
+    assert time.monotonic() - start < 5 and len(server.requests) == 1
+    get_voc(server, out, "good")
+    assert bool(server.ranges("good")[0] != "bytes=0-") == (behaviour == "stall")  # goes on with what has arrived
 
 
 def test_a_downloaded_dataset_is_complete_and_not_downloaded_again(server, out, capsys):
