@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from seg import checkpoint, cli, engine, files, imaging, inference, plotting, report
+from seg import checkpoint, cli, engine, files, imaging, inference, report
 from seg.data import Loader, Split
 from util import VOID, UserError, background_label
 
@@ -149,6 +149,8 @@ def predict_photos(model, args):
     check_new(new, args.overwrite, "exists already (--resume leaves out what is done)")
     write_rows(table, header, rows.values())  # now, in case it cannot be written
     if not args.masks_only:
+        from seg import plotting  # only here: importing Matplotlib takes a moment
+
         plotting.overlay_legend(legend, model.classes)
 
     done, errors = len(photos) - len(jobs), []

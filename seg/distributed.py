@@ -147,8 +147,7 @@ def set_malloc_options(device):
     """On a CPU with glibc, keep freed memory for the next batch (``benchmarks/speed.py`` measures what it saves)."""
     if device.type != "cpu":
         return
-    no_trimming, no_mapping = (-1, -1), (-4, 0)  # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another system, without mallopt
         libc = ctypes.CDLL(None)
-        libc.mallopt(*no_trimming)
-        libc.mallopt(*no_mapping)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD of glibc's malloc.h: no trimming
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping
