@@ -7,11 +7,23 @@ from collections.abc import Mapping
 
 import torch
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from seg import checkpoint, distributed
 from util import UserError
 
 STRIP_SIZE = 1 << 22  # logits that are upsampled at a time: 16 MB, about one VOC image of 21 classes
+
+
+class _SeparateBias(TorchFunctionMode):
+    """Add the bias of transposed convolutions by itself: oneDNN's gradient of it takes longer than all of theirs."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        bias = args[2] if function is functional.conv_transpose2d and len(args) > 2 else None
+        if bias is None or not torch.is_grad_enabled():
+            return function(*args, **(kwargs or {}))
+        outputs = function(*args[:2], None, *args[3:], **(kwargs or {}))
+        return outputs.add_(bias.to(outputs.dtype)[:, None, None])
 
 
 def forward(network, images, full_precision=False):
@@ -25,7 +37,7 @@ def forward(network, images, full_precision=False):
         if hasattr(torch.backends.cudnn, "fp32_precision"):  # since torch 2.9
             torch.backends.cudnn.fp32_precision = "ieee"
     bfloat16 = distributed.has_bfloat16(images.device) and not full_precision
-    with torch.autocast(images.device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
+    with _SeparateBias(), torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
         outputs = network(images)
     outputs = dict(outputs) if isinstance(outputs, Mapping) else {"out": outputs}
     if not isinstance(outputs.get("out"), torch.Tensor):

@@ -224,6 +224,42 @@ def test_a_batch_without_labelled_pixels_moves_no_weight(tiny, class_weights):
     assert all(moved(masks))
 
 
+@pytest.mark.parametrize("is_labelled", [True, False])
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("num_classes", [2, 11, 21])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_loss_and_gradients_of_a_batch_equal_those_of_plain_pytorch(
+    float32, memory_format, num_classes, is_weighted, is_labelled
+):
+    """Oracle: the network and the loss in float64. A transposed convolution with a bias, as in three experiments."""
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1), torch.nn.ConvTranspose2d(8, 8, 2, stride=2), torch.nn.ReLU()
+    network = torch.nn.Sequential(*layers, torch.nn.Conv2d(8, num_classes, 1))
+    plain = copy.deepcopy(network).double()
+    network.to(memory_format=memory_format)
+    images = torch.randn(3, 3, 24, 32).contiguous(memory_format=memory_format)
+    masks = torch.randint(num_classes, (3, 24, 32))
+    masks[:, :5] = masks[0] = util.VOID
+    if not is_labelled:
+        masks[:] = util.VOID
+    class_weights = torch.linspace(0.2, 3, num_classes) if is_weighted else None
+
+    criterion = CrossEntropyLoss(class_weights, ignore_index=util.VOID)
+    loss, weight = engine.batch_loss(criterion, inference.forward(network, images)["out"], masks)
+    engine.backward(network, loss, weight)
+    each_weight = (torch.ones(num_classes) if class_weights is None else class_weights).double()
+    expected_weight = each_weight[masks[masks != util.VOID]].sum().item()
+    logits = plain(images.double())
+    expected = functional.cross_entropy(logits, masks, each_weight, ignore_index=util.VOID, reduction="sum")
+    (expected / (expected_weight or 1)).backward()
+
+    assert weight.item() == pytest.approx(expected_weight, rel=1e-6)
+    assert loss.item() == pytest.approx(expected.item() / expected_weight, rel=1e-6) if is_labelled else loss.isfinite()
+    gradients, expected_gradients = ([each.grad.double() for each in net.parameters()] for net in (network, plain))
+    # sums of 1,900 float32 numbers of about the gradients' size, which differ in order
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"weight": torch.linspace(0.2, 3, 21)}, {"label_smoothing": 0.1}])
 def test_training_equals_a_plain_loop(tiny, float32, options):
     """The optimizer holds a part of the network: gradients of the others must not add up, and count in the norm."""
