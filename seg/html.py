@@ -137,9 +137,10 @@ def write_run(run, title, samples):
     settings |= _row(metrics, left_out=("title", "val", "test", "epoch_seconds", "size", "code"))
     script = next(iter(metrics["code"][-1]["files"].values()))
     sections = [
-        Section("Results", rows=results, plot=plot("curves", "Loss, pixel accuracy, mean IoU and learning rates.")),
-        Section("Classes", rows=ious, foot=[mean], bars=list(mean)[1:], plot=plot("iou", "IoU of each class.")),
+        Section("Results", rows=results),
         Section("Predictions on val", samples=[_sample(run.classes, *sample) for sample in samples]),
+        Section("Classes", rows=ious, foot=[mean], bars=list(mean)[1:], plot=plot("iou", "IoU of each class.")),
+        Section("Curves", plot=plot("curves", "Loss, pixel accuracy, mean IoU and learning rates.")),
         Section("Confusion matrix", plot=plot("confusion", "What the pixels of each class of val are predicted as.")),
         Section("Epochs", "The best epoch is marked.", rows=epochs, best=epochs[metrics["best_epoch"] - 1]),
         Section("Augmentation", plot=plot("augmentation", "Augmented samples of train, each with its mask.")),
