@@ -49,7 +49,7 @@ from util import VOID
 COMPILED = {"compiled": {}, "graphs": {"mode": "reduce-overhead"}}
 KINDS = {  # of operations; the first that fits counts
     "convolutions backward": "convolution_backward",
-    "forward": "aten::.*conv",
+    "convolutions forward": "aten::.*conv",
     "batch norm": "batch_norm",
     "casts and copies": "aten::copy_",
     "cross-entropy": "log_softmax|nll_loss",
@@ -86,15 +86,13 @@ class ImageDataset(Dataset):
         return self.transform(tv_tensors.Image(photo), tv_tensors.Mask(mask))
 
 
-def ours(
-    args, model, train, val, test, *, criterion, optimizer, scheduler=None, scheduler_interval="epoch",
-    training_step=engine.training_step, compile_options=None, **_,
-):  # fmt: skip
+def ours(args, model, train, val, test, *, criterion, optimizer, compile_options=None, **others):
     """Take the arguments of engine.fit; return functions that train and validate as it does, and the steps an epoch."""
     distributed.set_malloc_options(args.device)
     model.to(args.device, memory_format=distributed.memory_format(args.device))
     network = model if compile_options is None else torch.compile(model, **compile_options)
-    step, scheduler = partial(training_step, epochs=args.epochs), scheduler if scheduler_interval == "batch" else None
+    step = partial(others.get("training_step", engine.training_step), epochs=args.epochs)
+    scheduler = others["scheduler"] if others.get("scheduler_interval") == "batch" else None
 
     def train_epoch(epoch):
         engine.train_epoch(network, train, epoch, criterion, optimizer, step, scheduler)
@@ -175,25 +173,23 @@ def profile(epoch, seconds, *setup):
         profiled_seconds = timed(device, train, epoch)
     row = {"experiment": experiment, "variant": variant, "step": f"{1000 * seconds / num_steps:.4g} ms"}
     row |= {"peak memory": f"{memory / 1e9:.2f} GB"}
-    events = profiler.key_averages()
-    return row | shares(events, on_gpu, seconds if on_gpu else profiled_seconds, profiled_seconds)
+    return row | shares(profiler.key_averages(), on_gpu, seconds, profiled_seconds)
 
 
 def shares(events, on_gpu, seconds, profiled_seconds):
-    """The shares of events in the time of an epoch, as text; a kernel takes as long with a profiler as without."""
+    """The shares of events in the time of an epoch, as text; kernels take as long with a profiler as without."""
     times, host = dict.fromkeys(["kernels"] * on_gpu + [*KINDS], 0.0), Counter()
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
             times["kernels"] += 0 if event.is_user_annotation else event.self_device_time_total  # it holds kernels
             continue
-        host[event.key] = event.self_cpu_time_total
+        host[event.key] += event.self_cpu_time_total / 1e6 / profiled_seconds
         if kind := next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), None):
             times[kind] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
-    times = {kind: microseconds / 1e6 / seconds for kind, microseconds in times.items()}
+    times = {kind: time / 1e6 / (seconds if on_gpu else profiled_seconds) for kind, time in times.items()}
     times["rest"] = 1 - sum(times[kind] for kind in KINDS)
-    row = {kind: f"{share:.1%}" for kind, share in times.items()}
-    longest = ", ".join(f"{key} {time / 1e6 / profiled_seconds:.0%}" for key, time in host.most_common(6))
-    return row | ({"longest on the CPU": longest} if on_gpu else {})
+    longest = ", ".join(f"{key} {share:.0%}" for key, share in host.most_common(6))
+    return {kind: f"{share:.1%}" for kind, share in times.items()} | ({"longest on the CPU": longest} if on_gpu else {})
 
 
 def outcome(variant, future):
@@ -206,7 +202,8 @@ def outcome(variant, future):
 def measure(args, experiment, flags):
     """Measure an experiment's variants in turns; return a row of the first table, and rows of the second."""
     variants = [f"{count} workers" for count in args.workers] + ["before"] * bool(args.before) + ["after"]
-    setup, pools, first = (experiment, flags, args.device), {}, {}
+    pretrained = ["--no-pretrained"] * (experiment in ("train_5_b", "train_6"))
+    setup, pools, first = (experiment, (*flags, *pretrained), args.device), {}, {}
     for variant in variants + [*COMPILED] * args.compile:
         os.environ["SPEED_ROOT"] = args.before if variant == "before" else ROOT  # until its process has started
         pools[variant] = ProcessPoolExecutor(1, get_context("spawn"))
@@ -255,12 +252,8 @@ def main():
     args, flags = parser.parse_known_args()
     if args.before and not Path(args.before, "seg").is_dir():
         parser.error(f"--before {args.before}: is no checkout of this project")
-    name, threads = distributed.device_name(args.device), torch.get_num_threads()
-    print(f"{name}, {os.cpu_count()} CPU cores, {threads} threads, torch {torch.__version__}\n")
-    results = []
-    for experiment in args.experiments:
-        pretrained = ["--no-pretrained"] if experiment in ("train_5_b", "train_6") else []
-        results.append(measure(args, experiment, (*flags, *pretrained)))
+    print(f"{distributed.device_name(args.device)}, {os.cpu_count()} CPU cores, torch {torch.__version__}\n")
+    results = [measure(args, experiment, flags) for experiment in args.experiments]
     print_table([row for row, _ in results])
     print_table([row for _, rows in results for row in rows if row])
 
