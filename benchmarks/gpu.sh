@@ -39,7 +39,7 @@ fi
 
 measure() { # EXPERIMENT, SECONDS for speed.md and for compiled.md
     local speed=("$python" benchmarks/speed.py --data "$data" --experiments "$1" ${BEFORE:+--before "$BEFORE"})
-    part "$2" speed.md "${speed[@]}" --seconds $(($2 / 3)) "${flags[@]}"
+    part "$2" speed.md "${speed[@]}" --workers 0 4 "$(nproc)" --seconds $(($2 / 3)) "${flags[@]}"
     part "$3" compiled.md "${speed[@]}" --compile --workers "${flags[@]}"
 }
 

@@ -195,7 +195,7 @@ def shares(events, on_gpu, seconds, profiled_seconds):
 def outcome(variant, future):
     """The result of a call in a variant's process; None, after a message, if it failed."""
     if error := future.exception():
-        print(f"{variant} failed: {error.__cause__ or error!r}", file=sys.stderr)
+        print(f"{variant} failed: {error.__cause__ or repr(error)}", file=sys.stderr)
     return None if error else future.result()
 
 
