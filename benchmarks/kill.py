@@ -18,10 +18,8 @@ import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,14 +43,17 @@ NUM_PHOTOS = 33
 LIMIT = 30  # seconds after which schedulers of clusters send SIGKILL
 
 
-def start(args, out, flags):
-    """Start a script in the folder ``out`` and return its process as soon as the script's own code runs."""
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {args.processes}"
-    command = [sys.executable, *(torchrun.split() if args.processes > 1 else []), ROOT / flags[0], *flags[1:]]
-    out.mkdir(exist_ok=True)
+def start(args, command, out):
+    """Start a command in the folder ``out`` and return its process as soon as the script's own code runs."""
+    flags = COMMANDS[command].split()
+    photos = sorted(map(str, Path(args.data, "JPEGImages").iterdir()))[:NUM_PHOTOS]
+    flags += photos if command == "predict" else ["--data", args.data]
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {args.processes}".split()
+    python = [sys.executable, *(torchrun if args.processes > 1 else [])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun sets it: sums depend on the number of threads
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
-    process = subprocess.Popen([*command, "--device", "cpu"], cwd=out, **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment, "cwd": out}
+    out.mkdir(exist_ok=True)
+    process = subprocess.Popen([*python, ROOT / flags[0], *flags[1:], "--device", "cpu"], **options)
     while process.poll() is None and sum(map(is_running, with_descendants(process.pid))) < args.processes:
         time.sleep(0.01)
     return process
@@ -87,37 +88,27 @@ def run(args, out, expected=(), delay=None):
 
     Returns whether it got it, the seconds that it ran, from the signal on if it got it, its output, and its faults.
     """
-    flags = COMMANDS[args.command].split()
-    if args.command == "predict":
-        flags += sorted(map(str, Path(args.data, "JPEGImages").iterdir()))[:NUM_PHOTOS]
-    else:
-        flags += ["--data", args.data]
-    process, begin = start(args, out, flags), time.monotonic()
+    process, begin = start(args, args.command, out), time.monotonic()
     with contextlib.suppress(subprocess.TimeoutExpired):
         output, _ = process.communicate(timeout=delay)
         if process.returncode:
-            sys.exit(f"{' '.join(flags)} failed:\n{output}")
+            sys.exit(f"{args.command} failed:\n{output}")
         return False, time.monotonic() - begin, output, []
     missing = [name for name in expected if name.endswith((".json", "_mask.png")) and not (out / name).exists()]
     is_done = len(missing) <= (args.command == "predict")  # its last photo
-    begin = time.monotonic()
-    send(process, signal.Signals[f"SIG{args.signal}"])
+    begin, number = time.monotonic(), signal.Signals[f"SIG{args.signal}"]
+    send(process, number)
     try:
         output, _ = process.communicate(timeout=LIMIT)
     except subprocess.TimeoutExpired:
         send(process, signal.SIGKILL)
-        sys.exit(f"{' '.join(flags)} ran for {LIMIT} s after the signal:\n{process.communicate()[0]}")
-    return True, time.monotonic() - begin, output, faults(args, process.returncode, output, is_done)
-
-
-def faults(args, code, output, is_done):
-    """What was wrong with the end of a command after the signal, a list of str."""
-    if args.signal == "KILL":
-        return []
-    several, number = args.processes > 1, signal.Signals[f"SIG{args.signal}"]
-    codes = [1 if several else 128 + number, *([0, -number] if is_done else [])]  # torchrun has its own
-    found = [text for text in ("Exception ignored", *["Traceback"] * (not several)) if text in output]
-    return found if code in codes else [*found, f"exit code {code}"]
+        sys.exit(f"{args.command} ran for {LIMIT} s after the signal:\n{process.communicate()[0]}")
+    faults, several = [], args.processes > 1
+    if number != signal.SIGKILL:
+        faults += [text for text in ("Exception ignored", *["Traceback"] * (not several)) if text in output]
+        if process.returncode not in (1 if several else 128 + number, *([0, -number] if is_done else [])):
+            faults.append(f"exit code {process.returncode}")  # torchrun has its own, 1
+    return True, time.monotonic() - begin, output, faults
 
 
 def read_results(out):
@@ -151,11 +142,11 @@ def main():
     parser.add_argument("--processes", type=cli.integer(1), default=1, help="more than 1: under torchrun")
     args = parser.parse_args()
     args.data = str(args.data.resolve())
-    taken, phases, problems, num_runs = [], [], [], 0
+    taken, problems, num_runs = [], [], 0
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if args.command == "predict":
-            start(args, folder, [*COMMANDS["train"].split(), "--data", args.data]).communicate()
+            start(args, "train", folder).communicate()
         _, duration, *_ = run(args, folder / "uninterrupted")
         expected = read_results(folder / "uninterrupted")
         while len(taken) < args.count:
@@ -164,20 +155,18 @@ def main():
             while stopped:
                 signals.check()
                 delay = random.uniform(0, duration) if len(taken) < args.count else None
-                stopped, seconds, output, found = run(args, out, expected, delay)
+                stopped, seconds, output, faults = run(args, out, expected, delay)
                 results = read_results(out)
                 if stopped:
                     taken.append(seconds)
-                    before = re.split(r"\n(?:stopping;|W\d{4} )", output)[0].strip()  # the second is torchrun's
-                    phases.append(before.split("\n")[-1])
-                    print(f"{len(taken)}: {seconds:.1f} s, {found or 'no fault'}, in: {phases[-1]}", flush=True)
-                    problems += [f"signal {len(taken)}: {text}" for text in found]
+                    last = output.split("\nstopping;")[0].strip().split("\n")[-1]
+                    print(f"{len(taken)}: {seconds:.1f} s, {faults or 'no fault'}, in: {last}", flush=True)
+                    problems += [f"signal {len(taken)}: {text}" for text in faults]
             names = [name for name in results.keys() | expected.keys() if results.get(name) != expected.get(name)]
             problems += [f"run {num_runs}: {name} differs" for name in names]
             shutil.rmtree(out)
     print(f"{args.count} x SIG{args.signal} for {args.command} in {num_runs} runs: {len(problems)} faults in all")
-    slowest = phases[taken.index(max(taken))]
-    print(f"seconds until it ended: median {statistics.median(taken):.1f}, largest {max(taken):.1f}, in: {slowest}")
+    print(f"seconds until it ended: median {sorted(taken)[len(taken) // 2]:.1f}, largest {max(taken):.1f}")
     sys.exit("\n".join(problems) or 0)
 
 

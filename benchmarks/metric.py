@@ -39,16 +39,12 @@ def mean_ious(pairs, num_classes):
     return {metric: f"{score:.4f}" for metric, score in scores.items()}
 
 
-@torch.inference_mode()
 def predict(path, split):
     """Yield the prediction of a checkpoint for each image of a split."""
     model = checkpoint.load(path)
-    if model.classes != split.classes:
-        raise util.UserError(f"{path}: its classes or their order differ from those of {split.root}")
+    loader = voc.Loader(split, SIZE, batch_size=1, mean=model.mean, std=model.std)
     for index in range(len(split)):
-        photo = torch.tensor(imaging.resize(split.photo(index), (SIZE, SIZE))).permute(2, 0, 1)
-        images = imaging.normalise(photo[None], "cpu", model.mean, model.std)
-        yield inference.forward(model, images, full_precision=True)["out"][0].argmax(0)
+        yield torch.from_numpy(inference.predict_index(model, loader, index, (SIZE, SIZE)))
 
 
 def main():

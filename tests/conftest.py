@@ -25,6 +25,8 @@ from seg import checkpoint, cli, distributed, files, imaging, plotting
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SHARED = ROOT.parent / "shared"
+NEEDS_CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
 
 # On small tensors, more threads are slower: here, and in the processes that tests start.
 torch.set_num_threads(1)
@@ -111,7 +113,8 @@ def see_images(model):
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0  # batch norm then takes its statistics from one batch
-    model.train()(2 * torch.randn(8, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3))
+    images = 2 * torch.randn(8, 3, 4, 4).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    model.train()(images.to(next(model.parameters()).device))
     return model
 
 

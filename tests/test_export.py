@@ -14,7 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, TESTS, make_photo, run_main, save_model, see_images
+from conftest import NEEDS_CUDA, ROOT, TESTS, make_photo, run_main, save_model, see_images
 from PIL import Image
 from torch import nn
 
@@ -87,6 +87,7 @@ NETWORKS = [
     (ResNetFCN, 21, (65, 47)),
     (functools.partial(UNet, width=4), 255, (33, 50)),
     (SmallLogits, 3, (36, 52)),
+    pytest.param(lambda num_classes: CustomFCN(num_classes).cuda(), 11, (96, 64), marks=NEEDS_CUDA, id="from-cuda"),
 ]
 
 

@@ -10,17 +10,15 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-from conftest import ROOT
+from conftest import DEVICES, ROOT
 from torchmetrics.classification import MulticlassJaccardIndex
 
 import util
 from seg import distributed
 from util import VOID
 
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@DEVICES
 @pytest.mark.parametrize("num_classes", [2, 21])
 def test_metrics_agree_with_scikit_learn_and_torchmetrics(num_classes, device):
     generator, shape = torch.Generator().manual_seed(7), (4, 31, 29)

@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, contents, make_loaders, make_tiny, run_main, write_split
+from conftest import DEVICES, ROOT, contents, make_loaders, make_tiny, run_main, write_split
 from PIL import ExifTags, Image
 from torchvision.models.segmentation import FCN_ResNet50_Weights
 
@@ -293,13 +293,16 @@ def test_the_program_of_data_md_turns_coco_into_masks(tmp_path, monkeypatch):
     )
 
 
-def test_loaders_show_each_image_of_their_split_once_normalised_with_void_kept(tiny):
-    for name, loader in zip(("train", "val", "test"), make_loaders(tiny, size=32, batch_size=2)):
+@DEVICES
+def test_loaders_show_each_image_of_their_split_once_normalised_with_void_kept(tiny, device):
+    for name, loader in zip(("train", "val", "test"), make_loaders(tiny, size=32, batch_size=2, device=device)):
+        assert loader.data.device.type == device  # a GPU has memory for it
         ids = (tiny / "ImageSets" / "Segmentation" / f"{name}.txt").read_text().split()
         shown = []
         for images, masks, indices in loader.batches():
             assert (images.dtype, masks.dtype, indices.dtype) == (torch.float32, torch.int64, torch.int64)
-            for image, mask, index in zip(images, masks, indices.tolist()):
+            assert images.device.type == masks.device.type == device
+            for image, mask, index in zip(images.cpu(), masks.cpu(), indices.tolist()):
                 shown.append(index)
                 photo = Image.open(tiny / "JPEGImages" / f"{ids[index]}.jpg")
                 pixels = np.asarray(photo.resize((32, 32), Image.Resampling.BILINEAR))
@@ -313,20 +316,23 @@ def test_loaders_show_each_image_of_their_split_once_normalised_with_void_kept(t
         assert (shown == sorted(shown)) == (name != "train")
 
 
-def test_a_normalisation_of_ones_own_reaches_batches_and_borders(tiny):
+@DEVICES
+def test_a_normalisation_of_ones_own_reaches_batches_and_borders(tiny, device):
     mean, std = np.array([0.2, 0.4, 0.6]), np.array([0.1, 0.2, 0.5])  # the means times 255 are integers
     augment = transforms.Augmentation(scale=(2, 2))
-    train, val, _ = make_loaders(tiny, batch_size=5, size=32, augment=augment, mean=mean, std=std)
+    train, val, _ = make_loaders(tiny, batch_size=5, size=32, augment=augment, mean=mean, std=std, device=device)
     with pytest.raises(UserError, match="pass three numbers each, of values in 0 .. 1"):
         make_loaders(tiny, batch_size=5, size=32, mean=(127.5, 127.5, 127.5))
     for images, _, indices in val.batches():
-        expected = (val.images[indices].permute(0, 2, 3, 1).numpy() / 255 - mean) / std
-        np.testing.assert_allclose(images.permute(0, 2, 3, 1), expected, atol=1e-5)
+        expected = (val.images.cpu()[indices].permute(0, 2, 3, 1).numpy() / 255 - mean) / std
+        np.testing.assert_allclose(images.cpu().permute(0, 2, 3, 1), expected, atol=1e-5)
     ((images, masks, _),) = train.batches()
     border = (masks == util.VOID)[:, [0, -1, 0, -1], [0, 0, -1, -1]]  # the image fills a quarter of a crop
     corners = images[:, :, [0, -1, 0, -1], [0, 0, -1, -1]].movedim(1, -1)[border]
     assert len(corners) > 10
     torch.testing.assert_close(corners, torch.zeros_like(corners), rtol=0, atol=1e-5)
+    ((expected, expected_masks, _),) = make_loaders(tiny, 5, 32, augment=augment, mean=mean, std=std)[0].batches()
+    assert (images.cpu() - expected).abs().mean() < 1e-3 and (masks.cpu() != expected_masks).float().mean() < 1e-3
 
 
 def test_train_is_shuffled_in_every_epoch_depending_only_on_the_seed(tmp_path):
