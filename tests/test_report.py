@@ -57,6 +57,21 @@ def test_the_tables_of_the_ablation_are_those_of_its_runs():
     assert len(rows) == 7 and [row for row in rows if row not in REPORT] == []
 
 
+def test_the_first_table_of_the_report_repeats_the_figures_of_the_complete_ones():
+    complete = table_rows((ROOT / "report" / "camvid" / "RESULTS.md").read_text(encoding="utf-8"))
+    first = [row for row in table_rows(REPORT) if row.startswith("| `train")]
+    first = [row.strip("| ").replace("`", "").replace(".py", "").split(" | ") for row in first]
+    assert [cells[0] for cells in first] == list(compare.EXPERIMENTS)
+    for name, _, score, *rest in first:
+        result, *comparison = [row for row in complete if row.startswith(f"| {name}: ")][:2]
+        assert f" | {score} | " in result
+        if name != "train":
+            difference, other, verdict = rest
+            assert f" | {other} | {difference} | " in comparison[0]
+            clear_gain = " | yes | " in comparison[0] and difference.startswith("+")
+            assert verdict.startswith("yes") == clear_gain
+
+
 def test_class_frequencies_are_those_of_the_real_masks(sample):
     counts = [voc.class_counts(voc.Split(sample, f"{split}_masks")) for split in ("train", "val")]
     for label, name in enumerate(voc.CLASSES):
