@@ -20,7 +20,7 @@ class _SeparateBias(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         bias = args[2] if function is functional.conv_transpose2d and len(args) > 2 else None
-        if bias is None or not torch.is_grad_enabled():
+        if bias is None:
             return function(*args, **(kwargs or {}))
         outputs = function(*args[:2], None, *args[3:], **(kwargs or {}))
         return outputs.add_(bias.to(outputs.dtype)[:, None, None])
@@ -37,7 +37,8 @@ def forward(network, images, full_precision=False):
         if hasattr(torch.backends.cudnn, "fp32_precision"):  # since torch 2.9
             torch.backends.cudnn.fp32_precision = "ieee"
     bfloat16 = distributed.has_bfloat16(images.device) and not full_precision
-    with _SeparateBias(), torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+    separate_bias = _SeparateBias() if network.training else contextlib.nullcontext()
+    with separate_bias, torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
         outputs = network(images)
     outputs = dict(outputs) if isinstance(outputs, Mapping) else {"out": outputs}
     if not isinstance(outputs.get("out"), torch.Tensor):
