@@ -37,8 +37,11 @@ def forward(network, images, full_precision=False):
         if hasattr(torch.backends.cudnn, "fp32_precision"):  # since torch 2.9
             torch.backends.cudnn.fp32_precision = "ieee"
     bfloat16 = distributed.has_bfloat16(images.device) and not full_precision
-    separate_bias = _SeparateBias() if network.training else contextlib.nullcontext()
-    with separate_bias, torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+    with contextlib.ExitStack() as contexts:
+        if network.training:
+            contexts.enter_context(_SeparateBias())
+        if bfloat16:
+            contexts.enter_context(torch.autocast(images.device.type, torch.bfloat16))
         outputs = network(images)
     outputs = dict(outputs) if isinstance(outputs, Mapping) else {"out": outputs}
     if not isinstance(outputs.get("out"), torch.Tensor):
