@@ -40,11 +40,12 @@ def run_notebook(folder, last="", **settings):
     return "".join(output.get("text", "") for output in outputs), pictures
 
 
-def write_model(path, model, label, data, seed, classes=CLASSES, size=32):
+def write_model(path, model, label, data, seed, classes=CLASSES, size=32, limit=None):
     """Write the checkpoint of a model that predicts one class everywhere."""
     model.classifier.bias.data[label] = 100
     experiment = path.stem.removeprefix("best_")
-    save_model(path, model, classes, (size, size), experiment=experiment, seed=seed, flags={"data": str(data)})
+    flags = {"data": str(data), "limit": limit}
+    save_model(path, model, classes, (size, size), experiment=experiment, seed=seed, flags=flags)
 
 
 @pytest.fixture(autouse=True)
@@ -73,13 +74,13 @@ def test_notebook_shows_the_models_of_all_usual_places_on_the_data_of_each(tiny,
     networks, sizes = [FCN(21), FCN(21), FCN(21), CustomFCN(21)], (32, 32, 32, 48)
     for label, (path, network, size) in enumerate(zip(paths, networks, sizes)):
         write_model(tmp_path / path, network, label, tiny, 2, size=size)
-    write_model(tmp_path / "best_train_mine.pt", FCN(21), 1, other, 7, classes)
+    write_model(tmp_path / "best_train_mine.pt", FCN(21), 1, other, 7, classes, limit=2)
     write_model(tmp_path / "best_gone.pt", FCN(21), 0, tmp_path / "gone", 0)
     text, pictures = run_notebook(tmp_path)
     assert f"left out: {tmp_path / 'gone'}: no such folder" in text
     names = [f"{tmp_path}/train", f"{tmp_path}/demo/train", "train_4_a, seed 2", "train_5_a, seed 2"]
-    assert f"val of {tiny}: 4 models: {'; '.join(names)}" in text
-    assert f"val of {other}: 1 models: train_mine, seed 7" in text
+    assert f"Tiny, val, in {tiny}: 4 models: {'; '.join(names)}" in text
+    assert f"Other, val, first 2 images, in {other}: 1 models: train_mine, seed 7" in text
     criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
     for path, name, size in zip(paths, names, sizes):
         loader = make_loaders(tiny, 4, size=size)[1]
@@ -96,7 +97,7 @@ def test_notebook_takes_other_data_and_leaves_out_models_of_other_classes(tiny, 
     text, pictures = run_notebook(tmp_path, shown, data=str(tiny), split="train", limit=4, photos=2)
     assert "shown 000000 000003\n" in text  # evenly spaced
     assert f"left out: {tmp_path}/demo/best_train.pt: was trained on other classes than those of {tiny}" in text
-    assert f"train of {tiny}: 1 models: train, seed 0" in text
+    assert f"Tiny, train, first 4 images, in {tiny}: 1 models: train, seed 0" in text
     assert len(pictures) == 3  # predictions, IoU, and the user's own plot, inline
 
 
