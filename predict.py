@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from seg import checkpoint, cli, engine, files, imaging, inference, report
 from seg.data import Loader, Split
@@ -95,16 +95,19 @@ def overlay(photo, mask, classes):
 
     ``photo`` is a PIL image in RGB, ``mask`` a uint8 array [H, W] of class indices, of its size. Returns a PIL image.
     """
-    photo, colours, is_contour = np.asarray(photo), imaging.DISTINCT_COLOURS[mask], np.zeros(mask.shape, bool)
+    is_contour = np.zeros(mask.shape, bool)
     width = 1 + max(mask.shape) // 2000  # of a contour in pixels, on either side of an outline
     for labels, found in ((mask, is_contour), (mask.T, is_contour.T)):
         differs = labels[width:] != labels[:-width]
         found[width:] |= differs
         found[:-width] |= differs
-    result = photo // 2 + colours // 2
-    np.copyto(result, colours, where=is_contour[..., None])
-    np.copyto(result, photo, where=(mask == background_label(classes))[..., None])
-    return Image.fromarray(result)
+    half_colours = imaging.palette_image(mask, imaging.DISTINCT_COLOURS // 2).convert("RGB")
+    result = ImageChops.add(photo.point(lambda value: value // 2), half_colours)  # Pillow is faster here than NumPy
+    colours = imaging.palette_image(mask, imaging.DISTINCT_COLOURS).convert("RGB")
+    result.paste(colours, mask=Image.fromarray(is_contour))
+    if (background := background_label(classes)) is not None:
+        result.paste(photo, mask=Image.fromarray(mask == background))
+    return result
 
 
 def png(image, **options):
