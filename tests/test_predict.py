@@ -109,6 +109,8 @@ def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours():
     assert (result[:, 40] == colours[15]).all()  # to the background
     assert (result[301:, 59] == colours[15]).all() and (result[301:, 60] == colours[7]).all()
     assert (result[299, 61:] == colours[15]).all() and (result[300, 61:] == colours[7]).all()
+    result = np.asarray(predict.overlay(Image.fromarray(photo), mask, ["sky", *CLASSES[1:]]))  # none is the background
+    assert (result[:, :40] == photo[0, 0] // 2 + colours[0] // 2).sum() == 3 * 600 * 39  # all but the contour
 
 
 @pytest.mark.parametrize("name", ["background", "Background", "_background_"])
