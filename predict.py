@@ -101,10 +101,12 @@ def overlay(photo, mask, classes):
         differs = labels[width:] != labels[:-width]
         found[width:] |= differs
         found[:-width] |= differs
-    half_colours = imaging.palette_image(mask, imaging.DISTINCT_COLOURS // 2).convert("RGB")
-    result = ImageChops.add(photo.point(lambda value: value // 2), half_colours)  # Pillow is faster here than NumPy
-    colours = imaging.palette_image(mask, imaging.DISTINCT_COLOURS).convert("RGB")
-    result.paste(colours, mask=Image.fromarray(is_contour))
+
+    def paint(colours):  # Pillow does this, and what follows, faster than NumPy
+        return imaging.palette_image(mask, colours).convert("RGB")
+
+    result = ImageChops.add(photo.point(lambda value: value // 2), paint(imaging.DISTINCT_COLOURS // 2))
+    result.paste(paint(imaging.DISTINCT_COLOURS), mask=Image.fromarray(is_contour))
     if (background := background_label(classes)) is not None:
         result.paste(photo, mask=Image.fromarray(mask == background))
     return result
