@@ -4,7 +4,7 @@
     python predict.py best_train_5_b.pt --data data/VOCdevkit/VOC2007 --split test
 
 The first writes for each photo NAME_mask.png, a palette PNG of the photo's size whose values are the class indices, and
-NAME_overlay.png, the classes drawn over the photo. NAME is the photo's name without suffix; photos of the same name
+NAME_overlay.jpg, the classes drawn over the photo. NAME is the photo's name without suffix; photos of the same name
 get their folder's in front. legend.png names the overlays' colours. predictions.csv holds each photo's share of each
 class: a later call adds its photos, and replaces the rows of those that are predicted again. A call that was stopped
 goes on with --resume.
@@ -112,10 +112,10 @@ def overlay(photo, mask, classes):
     return result
 
 
-def png(image, **options):
-    """A PIL image as the bytes of a PNG."""
+def encode(image, **options):
+    """A PIL image as the bytes of a file, with ``options`` of Pillow's ``save``."""
     file = io.BytesIO()
-    image.save(file, format="png", **options)
+    image.save(file, **options)
     return file.getvalue()
 
 
@@ -142,7 +142,7 @@ def write_rows(path, header, rows):
 def predict_photos(model, args):
     """Write the results of the photos in ``args``; see the top of this file."""
     photos = find_photos(args.photos, args.out, args.recursive)
-    names = [[args.out / f"{name}_{kind}.png" for kind in ("mask", "overlay")] for name in output_names(photos)]
+    names = [[args.out / f"{name}_{kind}" for kind in ("mask.png", "overlay.jpg")] for name in output_names(photos)]
     table, legend = args.out / "predictions.csv", args.out / "legend.png"
     header = ["photo", "mask", *model.classes]
     rows = read_rows(table, header, args.overwrite)
@@ -168,9 +168,10 @@ def predict_photos(model, args):
                 continue
             mask = segment(model, photo, args.device)
             overlay_path.unlink(missing_ok=True)  # that of an earlier mask
-            files.write(mask_path, png(imaging.palette_image(mask)))
+            files.write(mask_path, encode(imaging.palette_image(mask), format="png"))
             if not args.masks_only:
-                files.write(overlay_path, png(overlay(photo, mask, model.classes), compress_level=1))
+                options = {"format": "jpeg", "quality": 90, "subsampling": 0}  # a PNG would take longer than the rest
+                files.write(overlay_path, encode(overlay(photo, mask, model.classes), **options))
             shares = np.bincount(mask.ravel(), minlength=len(model.classes)) / mask.size
             rows[mask_path.name] = [path, mask_path.name, *(f"{share:.6f}" for share in shares)]
             done += 1
