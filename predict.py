@@ -101,12 +101,10 @@ def overlay(photo, mask, classes):
         differs = labels[width:] != labels[:-width]
         found[width:] |= differs
         found[:-width] |= differs
-
-    def paint(colours):  # Pillow does this, and what follows, faster than NumPy
-        return imaging.palette_image(mask, colours).convert("RGB")
-
-    result = ImageChops.add(photo.point(lambda value: value // 2), paint(imaging.DISTINCT_COLOURS // 2))
-    result.paste(paint(imaging.DISTINCT_COLOURS), mask=Image.fromarray(is_contour))
+    image = imaging.palette_image(mask, imaging.DISTINCT_COLOURS // 2)
+    result = ImageChops.add(photo.point(lambda value: value // 2), image.convert("RGB"))  # NumPy would be slower
+    image.putpalette(imaging.DISTINCT_COLOURS.tobytes())
+    result.paste(image.convert("RGB"), mask=Image.fromarray(is_contour))
     if (background := background_label(classes)) is not None:
         result.paste(photo, mask=Image.fromarray(mask == background))
     return result

@@ -9,8 +9,8 @@ from seg import imaging, inference
 # The start of the graph, for the size of the network's input as (height, width), in the order of ``imaging.resize``.
 START = """start (uint8[H, W, 3] photo) => (uint8[3, h, w] image) {
     height = Constant <value_ints = [%d]> ()  width = Constant <value_ints = [%d]> ()
-    channels_first = Transpose <perm = [2, 0, 1]> (photo)
-    narrow = Resize <mode = "linear", antialias = 1, exclude_outside = 1, axes = [2]> (channels_first, , , width)
+    planes = Transpose <perm = [2, 0, 1]> (photo)
+    narrow = Resize <mode = "linear", antialias = 1, exclude_outside = 1, axes = [2]> (planes, , , width)
     image = Resize <mode = "linear", antialias = 1, exclude_outside = 1, axes = [1]> (narrow, , , height)
 }"""
 # The end of the graph. Classes are upsampled one after another: together they would take 4 bytes per class and pixel.
@@ -38,8 +38,7 @@ class Graph(torch.nn.Module):
         self.model, (self.scale, self.shift) = model, imaging.scale_and_shift("cpu", model.mean, model.std)
 
     def forward(self, image):
-        images = (image * self.scale - self.shift)[None]
-        return inference.forward(self.model, images, full_precision=True)["out"][0]
+        return inference.forward(self.model, (image * self.scale - self.shift)[None], full_precision=True)["out"][0]
 
 
 def convert(model, end, metadata):
