@@ -4,7 +4,7 @@
     python predict.py best_train_5_b.pt --data data/VOCdevkit/VOC2007 --split test
 
 The first writes for each photo NAME_mask.png, a palette PNG of the photo's size whose values are the class indices, and
-NAME_overlay.png, the classes drawn over the photo. NAME is the photo's name without suffix; photos of the same name
+NAME_overlay.jpg, the classes drawn over the photo. NAME is the photo's name without suffix; photos of the same name
 get their folder's in front. legend.png names the overlays' colours. predictions.csv holds each photo's share of each
 class: a later call adds its photos, and replaces the rows of those that are predicted again. A call that was stopped
 goes on with --resume.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from seg import checkpoint, cli, engine, files, imaging, inference, report
 from seg.data import Loader, Split
@@ -95,22 +95,25 @@ def overlay(photo, mask, classes):
 
     ``photo`` is a PIL image in RGB, ``mask`` a uint8 array [H, W] of class indices, of its size. Returns a PIL image.
     """
-    photo, colours, is_contour = np.asarray(photo), imaging.DISTINCT_COLOURS[mask], np.zeros(mask.shape, bool)
+    is_contour = np.zeros(mask.shape, bool)
     width = 1 + max(mask.shape) // 2000  # of a contour in pixels, on either side of an outline
     for labels, found in ((mask, is_contour), (mask.T, is_contour.T)):
         differs = labels[width:] != labels[:-width]
         found[width:] |= differs
         found[:-width] |= differs
-    result = photo // 2 + colours // 2
-    np.copyto(result, colours, where=is_contour[..., None])
-    np.copyto(result, photo, where=(mask == background_label(classes))[..., None])
-    return Image.fromarray(result)
+    image = imaging.palette_image(mask, imaging.DISTINCT_COLOURS // 2)
+    result = ImageChops.add(photo.point(lambda value: value // 2), image.convert("RGB"))  # NumPy would be slower
+    image.putpalette(imaging.DISTINCT_COLOURS.tobytes())
+    result.paste(image.convert("RGB"), mask=Image.fromarray(is_contour))
+    if (background := background_label(classes)) is not None:
+        result.paste(photo, mask=Image.fromarray(mask == background))
+    return result
 
 
-def png(image, **options):
-    """A PIL image as the bytes of a PNG."""
+def encode(image, **options):
+    """A PIL image as the bytes of a file, with ``options`` of Pillow's ``save``."""
     file = io.BytesIO()
-    image.save(file, format="png", **options)
+    image.save(file, **options)
     return file.getvalue()
 
 
@@ -137,7 +140,7 @@ def write_rows(path, header, rows):
 def predict_photos(model, args):
     """Write the results of the photos in ``args``; see the top of this file."""
     photos = find_photos(args.photos, args.out, args.recursive)
-    names = [[args.out / f"{name}_{kind}.png" for kind in ("mask", "overlay")] for name in output_names(photos)]
+    names = [[args.out / f"{name}_{kind}" for kind in ("mask.png", "overlay.jpg")] for name in output_names(photos)]
     table, legend = args.out / "predictions.csv", args.out / "legend.png"
     header = ["photo", "mask", *model.classes]
     rows = read_rows(table, header, args.overwrite)
@@ -163,9 +166,10 @@ def predict_photos(model, args):
                 continue
             mask = segment(model, photo, args.device)
             overlay_path.unlink(missing_ok=True)  # that of an earlier mask
-            files.write(mask_path, png(imaging.palette_image(mask)))
+            files.write(mask_path, encode(imaging.palette_image(mask), format="png"))
             if not args.masks_only:
-                files.write(overlay_path, png(overlay(photo, mask, model.classes), compress_level=1))
+                options = {"format": "jpeg", "quality": 90, "subsampling": 0}  # a PNG would take longer than the rest
+                files.write(overlay_path, encode(overlay(photo, mask, model.classes), **options))
             shares = np.bincount(mask.ravel(), minlength=len(model.classes)) / mask.size
             rows[mask_path.name] = [path, mask_path.name, *(f"{share:.6f}" for share in shares)]
             done += 1

@@ -6,6 +6,13 @@ import torch
 
 from seg import imaging, inference
 
+# The start of the graph, for the size of the network's input as (height, width), in the order of ``imaging.resize``.
+START = """start (uint8[H, W, 3] photo) => (uint8[3, h, w] image) {
+    height = Constant <value_ints = [%d]> ()  width = Constant <value_ints = [%d]> ()
+    planes = Transpose <perm = [2, 0, 1]> (photo)
+    narrow = Resize <mode = "linear", antialias = 1, exclude_outside = 1, axes = [2]> (planes, , , width)
+    image = Resize <mode = "linear", antialias = 1, exclude_outside = 1, axes = [1]> (narrow, , , height)
+}"""
 # The end of the graph. Classes are upsampled one after another: together they would take 4 bytes per class and pixel.
 MASK = """end (float[C, h, w] logits, uint8[H, W, 3] photo) => (uint8[H, W] mask) {
     num_classes = Shape <end = 1> (logits)  photo_size = Shape <end = 2> (photo)
@@ -24,24 +31,14 @@ PROBABILITIES = """end (float[C, h, w] logits, uint8[H, W, 3] photo) => (float[C
 
 
 class Graph(torch.nn.Module):
-    """Maps a photo, uint8 [H, W, 3], to the logits [C, h, w] of a TrainedModel, as ``predict.segment`` does."""
+    """Maps a resized photo, uint8 [3, h, w], to the logits [C, h, w] of a TrainedModel, as ``predict.segment`` does."""
 
     def __init__(self, model):
         super().__init__()
         self.model, (self.scale, self.shift) = model, imaging.scale_and_shift("cpu", model.mean, model.std)
 
-    def forward(self, photo):
-        rows, columns = (resize_weights(*sides) for sides in zip(photo.shape, self.model.size))
-        pixels = (torch.einsum("HWc,wW->cHw", photo.float(), columns) + 0.5).floor()  # Pillow, too, rounds in between
-        images = ((torch.einsum("cHw,hH->chw", pixels, rows) + 0.5).floor() * self.scale - self.shift)[None]
-        return inference.forward(self.model, images, full_precision=True)["out"][0]
-
-
-def resize_weights(source, target):
-    """Weights of Pillow's antialiased bilinear filter, a triangle, from exact integers: float32 [target, source]."""
-    distance = ((2 * torch.arange(source) + 1) * target - (2 * torch.arange(target)[:, None] + 1) * source).abs()
-    weights = (2 * torch.scalar_tensor(source, dtype=torch.int64).clamp(min=target) - distance).clamp(min=0)
-    return weights.float() / weights.sum(1, keepdim=True)
+    def forward(self, image):
+        return inference.forward(self.model, (image * self.scale - self.shift)[None], full_precision=True)["out"][0]
 
 
 def convert(model, end, metadata):
@@ -51,17 +48,19 @@ def convert(model, end, metadata):
     """
     import onnx.parser  # only here: an optional package
 
-    photo, sides = torch.zeros(300, 400, 3, dtype=torch.uint8), dict(enumerate(torch.export.dims("H", "W")))
+    image = torch.zeros(3, *model.size, dtype=torch.uint8)
     try:
-        program = torch.export.export(Graph(model), (photo,), dynamic_shapes=(sides,), strict=False)
+        program = torch.export.export(Graph(model), (image,), strict=False)
         program = torch.onnx.export(program, dynamo=True, output_names=["logits"], opset_version=18, verbose=False)
     except Exception:
         print("the network cannot be exported; an if that depends on its input's values has to become a torch.where")
         raise
-    proto, end = program.model_proto, onnx.parser.parse_graph(end)
+    proto, start, end = program.model_proto, *map(onnx.parser.parse_graph, (START % model.size, end))
     proto.graph.input[0].CopyFrom(end.input[1])
     proto.graph.output[0].CopyFrom(end.output[0])
-    proto.graph.node.extend(end.node)
+    nodes = [*start.node, *proto.graph.node, *end.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
     for node in proto.graph.node:
         del node.metadata_props[:]  # they hold paths of source files
     onnx.helper.set_model_props(proto, {name: json.dumps(value) for name, value in metadata.items()})

@@ -10,7 +10,7 @@ import threading
 from unittest import mock
 
 import numpy as np
-import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 import torch
@@ -105,6 +105,16 @@ def test_file_predicts_what_predict_does(network, num_classes, size, tmp_path, c
         assert mask.shape == shape and (mask == expected).mean() >= 0.995
         predicted |= set(np.unique(expected))
     assert len(predicted) > 1
+
+
+@pytest.mark.parametrize("shape", [(360, 480), (1500, 2000), (224, 224), (311, 97), (1, 1)])
+def test_photos_are_resized_as_by_pillow_within_rounding(shape):
+    photo = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    header = '<ir_version: 9, opset_import: ["": 18]>'
+    resizing = onnx.parser.parse_model(header + onnx_graph.START % (96, 224)).SerializeToString()
+    (result,) = onnxruntime.InferenceSession(resizing).run(None, {"photo": photo})
+    error = result.transpose(1, 2, 0) - imaging.resize(Image.fromarray(photo), (96, 224)).astype(int)
+    assert np.abs(error).max() <= 1 and (error != 0).mean() < 0.03
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/EXPORT.md"])

@@ -80,7 +80,7 @@ def test_mask_is_the_upsampled_prediction_at_the_size_of_the_photo(tiny, best, t
         row = table(tmp_path)[str(tiny / "JPEGImages" / f"{name}.jpg")]
         assert [float(row[name]) for name in CLASSES] == pytest.approx(counts / mask.size, abs=1e-6)
         assert row["mask"] == f"{name}_mask.png"
-    assert not list((tmp_path / "predictions").glob("*_overlay.png"))
+    assert not list((tmp_path / "predictions").glob("*_overlay.jpg"))
 
 
 def test_every_colour_mode_orientation_and_size_is_accepted(best, tmp_path):
@@ -95,7 +95,10 @@ def test_every_colour_mode_orientation_and_size_is_accepted(best, tmp_path):
     for name in ("pixel", "rotated", *(mode for mode, _ in photos)):
         shape = (1, 1) if name == "pixel" else (50, 70)
         assert read(tmp_path / "predictions" / f"{name}_mask.png").shape == shape
-        assert read(tmp_path / "predictions" / f"{name}_overlay.png").shape == (*shape, 3)
+        assert read(tmp_path / "predictions" / f"{name}_overlay.jpg").shape == (*shape, 3)
+    drawn = predict.overlay(make_photo(50, 70), read(tmp_path / "predictions" / "RGBA_mask.png"), CLASSES)
+    written = read(tmp_path / "predictions" / "RGBA_overlay.jpg")
+    assert np.abs(written - np.asarray(drawn, int)).mean() < 10
 
 
 def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours():
@@ -109,6 +112,8 @@ def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours():
     assert (result[:, 40] == colours[15]).all()  # to the background
     assert (result[301:, 59] == colours[15]).all() and (result[301:, 60] == colours[7]).all()
     assert (result[299, 61:] == colours[15]).all() and (result[300, 61:] == colours[7]).all()
+    result = np.asarray(predict.overlay(Image.fromarray(photo), mask, ["sky", *CLASSES[1:]]))  # none is the background
+    assert (result[:, :40] == photo[0, 0] // 2 + colours[0] // 2).sum() == 3 * 600 * 39  # all but the contour
 
 
 @pytest.mark.parametrize("name", ["background", "Background", "_background_"])
@@ -140,7 +145,7 @@ def test_unreadable_photo_is_named_and_the_others_are_predicted(best, tmp_path, 
     assert damaged.startswith(f"error: {Path('photos', 'b.jpg')}: cannot be read")
     assert lost.startswith(f"error: {Path('photos', 'lost.jpg')}: no such file")
     written = {path.name for path in (tmp_path / "predictions").iterdir()}
-    results = {f"{name}_{kind}.png" for name in ("a", "ü c") for kind in ("mask", "overlay")}
+    results = {f"{name}_{kind}" for name in ("a", "ü c") for kind in ("mask.png", "overlay.jpg")}
     assert written == results | {"predictions.csv", "legend.png"}
 
 
@@ -188,7 +193,7 @@ def test_earlier_results_are_replaced_only_with_overwrite(best, tmp_path, capsys
     assert capsys.readouterr().err.startswith("error: gone.pt: no such file")
     Image.new("RGB", (30, 30), "red").save(tmp_path / "y.jpg")
     assert run_predict(tmp_path, "x.jpg", "y.jpg", "--overwrite", "--masks-only") == 0
-    assert set(masks(tmp_path)) == {"x", "y"} and not list(tmp_path.rglob("*_overlay.png"))  # none of another mask
+    assert set(masks(tmp_path)) == {"x", "y"} and not list(tmp_path.rglob("*_overlay.jpg"))  # none of another mask
     assert list(table(tmp_path)) == ["y.jpg", "x.jpg"] and table(tmp_path)["y.jpg"] != before["y.jpg"]
     assert run_predict(tmp_path, tmp_path / "x.jpg", "--overwrite") == 0  # the same photo by another path
     assert list(table(tmp_path)) == ["y.jpg", str(tmp_path / "x.jpg")]
@@ -215,7 +220,7 @@ def test_what_is_done_is_kept_after_ctrl_c_and_the_rest_goes_into_the_same_folde
     segment, calls = predict.segment, []
 
     def interrupted(model, photo, device):
-        if (tmp_path / "predictions" / "x_overlay.png").exists():
+        if (tmp_path / "predictions" / "x_overlay.jpg").exists():
             os.kill(os.getpid(), signal.SIGINT)
         return segment(model, photo, device)
 
