@@ -14,7 +14,7 @@ from seg import cli, engine, transforms
 
 
 def main():
-    args = cli.arguments(__file__, __doc__, epochs=80, batch_size=8)
+    args = cli.arguments(__file__, __doc__, epochs=40, batch_size=4)
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5, scale=(0.7, 1.1), brightness=0.3, contrast=0.3, saturation=0.3)
@@ -25,11 +25,17 @@ def main():
     weight = voc.class_weights(train.split).sqrt().to(args.device)
     criterion = torch.nn.CrossEntropyLoss(weight, ignore_index=util.VOID)
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=5e-2, fused=True)
 
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs)
+    # The learning rate rises to max_lr in the first epochs, then falls to 0.
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=3e-3, total_steps=args.epochs * len(train), pct_start=0.15, cycle_momentum=False
+    )
 
-    engine.fit(args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler)
+    engine.fit(
+        args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=scheduler,
+        scheduler_interval="batch",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
