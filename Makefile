@@ -3,7 +3,9 @@ ENV := .venv
 TOY := data/VOCdevkit/Toy
 
 demo: $(ENV)/installed $(TOY)
-	$(ENV)/bin/python train.py --data $(TOY) --limit 64 --epochs 10 --batch-size 4 --out demo --overwrite
+	$(ENV)/bin/python train_5_a.py --data $(TOY) --epochs 20 --out demo --overwrite
+	$(ENV)/bin/python predict.py demo/best_train_5_a.pt $(TOY)/JPEGImages/00042[345].jpg --out demo/predictions --overwrite
+	@echo "open demo/plots/train_5_a_report.html; next: $(ENV)/bin/python download.py && $(ENV)/bin/python train.py"
 
 test: $(ENV)/installed-dev
 	$(ENV)/bin/python -m pytest -n 2 --dist loadscope

@@ -103,7 +103,7 @@ def _figure(path, width, height, title="", layout="constrained"):
         for text in figure.findobj(Text):
             text.set_fontfamily(_fonts(text.get_text())[0])
         with files.atomic_write(path) as file:
-            figure.savefig(file, format="png", dpi=figure.dpi, bbox_inches="tight")
+            figure.savefig(file, format="png", dpi=figure.dpi, bbox_inches="tight", pil_kwargs={"compress_level": 1})
 
 
 def _wrap(text, letters):

@@ -57,7 +57,7 @@ class Reporter:
         self.is_weighted = util.criterion_weights(criterion) is not None
         title, limit = run.metadata["title"], f" (first {args.limit} images)" if args.limit else ""
         self.title = f"{run.name}{title and ': '}{title}, {val.split.dataset}{limit}"
-        self.last_drawing = -math.inf  # when it was; infinity after one that failed
+        self.last_drawing = time.perf_counter()  # or the start; infinity after a drawing that failed
 
     def start(self, model, scheduled, interval, patience, warnings):
         """Print what is about to run. The parameters are those of ``fit`` or say what holds."""

@@ -12,7 +12,7 @@ from seg import checkpoint, distributed, report
 from seg.inference import forward
 from util import VOID, UserError, is_out_of_memory, reason
 
-NUM_IMAGES = 4  # of a batch that are used
+NUM_IMAGES = 2  # of a batch that are used
 NUM_PROBES = 16  # images on which the borders of an augmentation are looked at
 TOLERANCE = 1e-3  # of rebuilt logits, relative to how much they vary: only the order of sums may differ
 

@@ -137,6 +137,7 @@ def run_main(folder, module, flags):
     """Run a script's main in a folder as a shell would, but in this process; return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr("gc.freeze", int)  # it would keep the garbage of earlier tests
         patch.setattr(sys, "argv", [Path(module.__file__).name, *shlex.split(flags)])
         try:
             cli.run(module.main)

@@ -56,6 +56,14 @@ import {", ".join(PATHS)}"""
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_what_takes_seconds_to_import_is_imported_where_it_is_used():
+    """torchvision imports PyTorch's compiler, which takes as long as PyTorch, as does every optimizer."""
+    others = {"resnet_fcn", "resnet_unet", "train_5_b", "train_6", "compare", "seg.plotting", "seg.html"}
+    code = f"import sys, {', '.join(PATHS.keys() - others)}; print(*sys.modules)"
+    modules = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split()
+    assert not {"torchvision", "matplotlib", "jinja2", "onnx"} & {*modules}
+
+
 @pytest.mark.parametrize("path", ALL_PATHS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_files_and_functions_are_short(path):
     text = path.read_text(encoding="utf-8")
