@@ -201,7 +201,7 @@ def outcome(variant, future):
 
 def measure(args, experiment, flags):
     """Measure an experiment's variants in turns; return a row of the first table, and rows of the second."""
-    variants = [f"{count} workers" for count in args.workers] + ["before"] * bool(args.before) + ["after"]
+    variants = [f"{count} workers" for count in dict.fromkeys(args.workers)] + ["before"] * bool(args.before) + ["after"]
     pretrained = ["--no-pretrained"] * (experiment in ("train_5_b", "train_6"))
     setup, pools, first = (experiment, (*flags, *pretrained), args.device), {}, {}
     for variant in variants + [*COMPILED] * args.compile:

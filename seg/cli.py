@@ -124,7 +124,7 @@ def run(main):
         raise UserError('an imported script starts a run: put its cli.run(main) below if __name__ == "__main__":')
     _running = True
     gc.freeze()  # searching PyTorch's modules for garbage, again and again, took 4 % of a short run
-    atexit.register(gc.freeze)  # and at its end, when there are more modules, a second
+    atexit.register(gc.freeze)  # and searching all modules at the end a second
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as in a Windows service
             setattr(sys, name, open(os.devnull, "w"))

@@ -144,7 +144,7 @@ def memory_format(device):
 
 
 def set_malloc_options(device):
-    """On a CPU with glibc, keep freed memory for the next batch (``benchmarks/speed.py`` measures what it saves)."""
+    """On a CPU with glibc, keep freed memory for the next batch: mapping it anew takes time."""
     if device.type != "cpu":
         return
     with contextlib.suppress(AttributeError, OSError, TypeError):  # another system, without mallopt

@@ -40,10 +40,10 @@ def batch_loss(criterion, logits, masks):
     masks = masks.clone()
     masks[0, 0, 0] = torch.where(weight > 0, masks[0, 0, 0], label)  # a mean over no pixels would be NaN
     if type(criterion) is CrossEntropyLoss and logits.device.type == "cpu" and logits.shape[1] >= 16:
-        # the same mean over a list of pixels: faster if the classes fill a vector register
+        # the same mean over a list of pixels: faster if the classes of one fill a vector register
         logits, masks = logits.float().movedim(1, -1).flatten(0, 2), masks.flatten()
     else:
-        logits = logits.contiguous().float()  # for losses that call view, and for NLLLoss
+        logits = logits.contiguous().float()  # faster with few classes; NLLLoss and losses that call view need it
     return criterion(logits, masks), weight
 
 
@@ -185,7 +185,7 @@ def fit(
     """Train a model, save its best and last state, then evaluate the best on val and test, plot and print a summary.
 
     Writes the files of ``run.Run``. The best epoch has the highest mean IoU on val at the loader's size, and of several
-    the lowest val loss. After Ctrl-C or an error, the checkpoints and plots of the epochs before are kept.
+    the lowest val loss. After Ctrl-C or an error, the checkpoints and curves of the epochs before are kept.
 
     Args:
         args: from ``cli.arguments``.

@@ -16,7 +16,7 @@ STRIP_SIZE = 1 << 22  # logits that are upsampled at a time: 16 MB, about one VO
 
 
 class _SeparateBias(TorchFunctionMode):
-    """Add the bias of transposed convolutions by itself: oneDNN's gradient of it takes longer than all of theirs."""
+    """Add the bias of transposed convolutions by itself: oneDNN takes longer for its gradient than for all others."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         bias = args[2] if function is functional.conv_transpose2d and len(args) > 2 else None
@@ -38,7 +38,7 @@ def forward(network, images, full_precision=False):
             torch.backends.cudnn.fp32_precision = "ieee"
     bfloat16 = distributed.has_bfloat16(images.device) and not full_precision
     with contextlib.ExitStack() as contexts:
-        if network.training:
+        if network.training and images.device.type == "cpu":
             contexts.enter_context(_SeparateBias())
         if bfloat16:
             contexts.enter_context(torch.autocast(images.device.type, torch.bfloat16))

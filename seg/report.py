@@ -85,7 +85,7 @@ class Reporter:
             log("nothing to resume: starting")
 
     def epoch(self):
-        """After an epoch: print a line, and redraw curves and predictions if it is time to."""
+        """After an epoch: print a line, and draw curves and predictions if it is time to."""
         row, best, epochs = self.run.history[-1], self.run.best_row, self.args.epochs
         name = util.baseline_name(self.val.classes)
         warning = "" if row["val_miou"] > self.val.baseline.miou else f"  not above the {name}"
@@ -106,7 +106,7 @@ class Reporter:
             self.last_drawing = math.inf
 
     def stop(self, resumes):
-        """After Ctrl-C or an error: redraw the curves, which takes only a moment, and print what is kept.
+        """After Ctrl-C or an error: draw the curves, which takes only a moment, and print what is kept.
 
         ``resumes`` tells whether the same command with ``--resume`` would go on.
         """
