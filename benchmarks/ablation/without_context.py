@@ -14,7 +14,7 @@ from seg import cli, engine, transforms
 
 
 def main():
-    args = cli.arguments(__file__, __doc__, epochs=40, batch_size=4)
+    args = cli.arguments(__file__, __doc__, epochs=48, batch_size=4)
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5, scale=(0.7, 1.1), brightness=0.3, contrast=0.3, saturation=0.3)
