@@ -119,18 +119,11 @@ def read_results(out):
         if path.suffix == ".json":
             results[name] = json.loads(path.read_text()) | {"seconds": 0, "epoch_seconds": 0}
         elif path.suffix == ".pt":
-            state = torch.load(path, weights_only=True)  # raises an error if the file is damaged
-            results |= {f"{name} {key}": to_bytes(state[key]) for key in ("model", "optimizer") if key in state}
+            state = torch.load(path, weights_only=True)["model"]  # raises an error if the file is damaged
+            results[name] = {key: value.numpy().tobytes() for key, value in state.items()}
         elif path.suffix in (".csv", ".md", ".png"):
             results[name] = path.read_bytes()
     return results
-
-
-def to_bytes(state):
-    """A state with bytes for its tensors."""
-    if isinstance(state, dict):
-        return {key: to_bytes(value) for key, value in state.items()}
-    return state.numpy().tobytes() if isinstance(state, torch.Tensor) else state
 
 
 def main():

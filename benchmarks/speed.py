@@ -41,6 +41,7 @@ from torchvision.transforms import v2
 ROOT = os.environ.get("SPEED_ROOT") or str(Path(__file__).resolve().parent.parent)  # set for the processes of before
 sys.path.insert(0, ROOT)
 
+import compare
 from seg import cli, distributed, engine
 from seg.imaging import MEAN, STD
 from seg.transforms import Augmentation
@@ -168,7 +169,7 @@ def profile(epoch, seconds, *setup):
     """Profile an epoch of training that takes ``seconds`` without a profiler; return a row of the second table."""
     (train, _, num_steps), (variant, experiment, _, device) = set_up(*setup), setup
     on_gpu, memory = device.type == "cuda", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = torch.cuda.max_memory_allocated(device) if on_gpu else memory * (1 if sys.platform == "darwin" else 1024)
+    memory = torch.cuda.max_memory_allocated(device) if on_gpu else 1024 * memory  # kilobytes on Linux
     with torch.profiler.profile() as profiler:
         profiled_seconds = timed(device, train, epoch)
     row = {"experiment": experiment, "variant": variant, "step": f"{1000 * seconds / num_steps:.4g} ms"}
@@ -201,7 +202,7 @@ def outcome(variant, future):
 
 def measure(args, experiment, flags):
     """Measure an experiment's variants in turns; return a row of the first table, and rows of the second."""
-    variants = [f"{count} workers" for count in dict.fromkeys(args.workers)] + ["before"] * bool(args.before) + ["after"]
+    variants = [f"{count} workers" for count in sorted({*args.workers})] + ["before"] * bool(args.before) + ["after"]
     pretrained = ["--no-pretrained"] * (experiment in ("train_5_b", "train_6"))
     setup, pools, first = (experiment, (*flags, *pretrained), args.device), {}, {}
     for variant in variants + [*COMPILED] * args.compile:
@@ -234,12 +235,6 @@ def summary(experiment, times):
     return row
 
 
-def print_table(rows):
-    for line in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)):
-        print(f"| {' | '.join(map(str, line))} |")
-    print(flush=True)
-
-
 def main():
     parser = cli.Parser(__doc__)
     parser.add_argument("--experiments", nargs="+", default=["train"], metavar="NAME", help="default: train")
@@ -250,12 +245,10 @@ def main():
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no more rounds after this time")
     parser.add_argument("--device", type=cli.parse_device, default="auto", help="default: auto")
     args, flags = parser.parse_known_args()
-    if args.before and not Path(args.before, "seg").is_dir():
-        parser.error(f"--before {args.before}: is no checkout of this project")
     print(f"{distributed.device_name(args.device)}, {os.cpu_count()} CPU cores, torch {torch.__version__}\n")
     results = [measure(args, experiment, flags) for experiment in args.experiments]
-    print_table([row for row, _ in results])
-    print_table([row for _, rows in results for row in rows if row])
+    print(compare.markdown_table([row for row, _ in results]), end="\n\n")
+    print(compare.markdown_table([row for _, rows in results for row in rows if row]))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,8 @@ VARIANTS = {
     "without_context": ("train_5_a", "CustomFCN(len(train.classes))", "(len(train.classes), context=False)"),
     "copies": ("train_4_b", "unchanged=1, augmented=2)", "Augmentation(unchanged=3, augmented=0)"),
     "constant_learning_rate": ("train_4_b", "CosineAnnealingLR(", "ConstantLR(optimizer, factor=1.0)"),
-    "without_average": ("train_6", "decay=0.99)", "decay=0.0)"),
-    "full_weights": ("train_6", "class_weights(train.split).sqrt().to(", "class_weights(train.split).to("),
 }
-NETWORKS = {"train_4_b": "basic_fcn.py", "train_5_a": "custom_fcn.py", "train_6": "resnet_unet.py"}
+NETWORKS = {"train_4_b": "basic_fcn.py", "train_5_a": "custom_fcn.py"}
 
 
 def test_the_variants_are_those_listed_here_and_each_has_a_name_of_its_own():
@@ -45,7 +43,6 @@ def test_a_variant_differs_from_its_base_in_one_line(name):
 def test_a_variant_trains_and_records_its_own_text_and_that_of_its_network(tiny, tmp_path, monkeypatch, name):
     base, path = VARIANTS[name][0], FOLDER / f"{name}.py"
     flags = f"--data {tiny} --out {tmp_path} --device cpu --epochs 1 --limit 2 --batch-size 2"
-    flags += " --no-pretrained" * (base == "train_6")
     if name == "copies":  # one as a user types it
         command = [sys.executable, path.relative_to(ROOT), *flags.split()]
         subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": "."}, check=True)
