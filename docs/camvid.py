@@ -6,6 +6,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 import predict
@@ -17,9 +18,9 @@ split, names = voc.Split(data, "val"), [Path(path).stem.removeprefix("best_") + 
 models, samples = [checkpoint.load(path) for path in paths], []
 for index in range(12, len(split), len(split) // 4):
     photo, truth = split.photo(index), split.mask(index)
-    samples.append(("", photo, truth, *(predict.segment(model, photo) for model in models)))
+    samples.append(("photo", np.asarray(photo), truth, *(predict.segment(model, photo) for model in models)))
 path = Path(__file__).with_name("camvid.jpg")
-plotting.predictions(path, "", split.classes, samples, names)
+plotting.predictions(path, "", split.classes, samples, names)  # as PNG
 picture = Image.open(path).convert("RGB")
 picture.thumbnail((1000, 1000))
 picture.save(path, quality=85)
