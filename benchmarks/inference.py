@@ -8,6 +8,7 @@ predict.py also writes mask and overlay, and the page shows them. Memory is the 
 or ONNX Runtime; of the page, that of its tab. Needs Linux, Playwright and /usr/bin/chromium.
 """
 
+import contextlib
 import importlib.metadata
 import os
 import subprocess
@@ -48,15 +49,24 @@ def run(command):
     """The seconds of a command, and the most memory that it held, in MB."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    while process.poll() is None:
+        with contextlib.suppress(IndexError, OSError):  # it has just ended
+            memory = peak_memory(process.pid)
+        time.sleep(0.002)
+    if process.returncode:
         sys.exit(f"failed: {command[0]}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1000
+    return time.perf_counter() - start, memory
+
+
+def peak_memory(pid):
+    """The most memory that a process has held so far, in MB."""
+    return int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0]) / 1000
 
 
 def in_page(folder, photos):
     """The seconds of the photos after the first, and the memory of the tab, in MB."""
-    server = subprocess.Popen([sys.executable, "-m", "http.server", "8765", "--directory", folder], stderr=-3)
+    command, quiet = [sys.executable, "-m", "http.server", "8765", "--directory", folder], subprocess.DEVNULL
+    server = subprocess.Popen(command, stdout=quiet, stderr=quiet)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         page = browser.new_page()
@@ -69,9 +79,9 @@ def in_page(folder, photos):
             ends.append(time.perf_counter())
         processes = browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
         tab = max((process["type"] == "renderer", process["cpuTime"], process["id"]) for process in processes)[-1]
-        memory = Path(f"/proc/{tab}/status").read_text().split("VmHWM:")[1].split()[0]
+        memory = peak_memory(tab)
     server.terminate()
-    return ends[-1] - ends[0], int(memory) / 1000
+    return ends[-1] - ends[0], memory
 
 
 def main():
