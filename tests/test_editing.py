@@ -508,7 +508,7 @@ MISTAKES = {
     "compiled": (net() + "model = torch.compile(Net(21))", "leave out torch.compile, pass --compile"),
     "other classes": (net(extra="self.layer = torch.nn.Conv2d(3, 10, 1)"), r"shape \[2, 10, 32, 32\], not \[2, 21, 32"),
     "a tuple": (net("return self.layer(images), None"), "has to return logits, or a dict with logits as out"),
-    "loss per pixel": (loss("return logits.mean(1)"), r"the criterion returns a tensor of shape \[4, 32, 32\]"),
+    "loss per pixel": (loss("return logits.mean(1)"), r"the criterion returns a tensor of shape \[2, 32, 32\]"),
     "loss as a float": (loss("return logits.mean().item()"), "the criterion returns a float"),
     "loss that is not finite": (loss("return logits.sum() / 0"), "the loss of a batch of val is (nan|-?inf) before"),
     "another size": (f"{V2}v2.RandomCrop(16)", r"images of torch.uint8 \[16, 3, 16, 16\], not .*keep size"),
