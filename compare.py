@@ -88,8 +88,8 @@ def collect(args):
     If there are none, all that are there, unless they differ in data set or limit.
     """
     runs = finished_runs(args.out, warn=True)
-    if args.experiments is not None:
-        names = {Path(name).name for name in args.experiments}
+    names = [Path(name).name for name in args.experiments or ()]
+    if names:
         runs = [run for run in runs if run.name.removesuffix("_no_pretrained") in names]
     matching = [run for run in runs if matches(run, args)]
     no_flags = not (args.seeds or args.own) and args.limit is args.epochs is args.batch_size is None
@@ -101,7 +101,7 @@ def collect(args):
             problem = f"{run.json}: differs from {matching[0].json} in the names of the classes or the splits"
             raise UserError(f"{problem}: repeat one of the runs with --overwrite, or compare with another --out")
         experiments.setdefault(run.name, {}).setdefault(run.seed, run)
-    return {name: experiments[name] for name in (*EXPERIMENTS, *sorted(experiments)) if name in experiments}
+    return {name: experiments[name] for name in (*EXPERIMENTS, *names, *sorted(experiments)) if name in experiments}
 
 
 def command(args, script, seed):
@@ -163,7 +163,7 @@ def difference_row(name, runs, base_name, base, split):
         return None
     mean, interval = mean_and_interval([run.score(split, "miou") - other.score(split, "miou") for run, other in pairs])
     changes = mean_without_nan([run.class_ious(split) - other.class_ious(split) for run, other in pairs])
-    ranked = sorted(zip(changes.tolist(), pairs[0][0].classes))
+    ranked = sorted(zip(np.nan_to_num(changes).tolist(), pairs[0][0].classes))
     gains = [f"{label} {change:+.2f}" for change, label in ranked[::-1] if change >= 0.005][:3]
     losses = [f"{label} {change:+.2f}" for change, label in ranked if change <= -0.005][:3]
     return {
@@ -199,16 +199,17 @@ def markdown_table(rows):
 
 def result_row(name, runs):
     """A row with the results of an experiment: a dict from heading to cell."""
-    row = {"experiment": full_name(name, runs), "seeds": len(runs)}
-    for heading, flag in (("epochs", "epochs"), ("batch", "batch_size")):
-        row[heading] = ", ".join(sorted({str(run.metrics["flags"][flag]) for run in runs}))
+    row = {"experiment": full_name(name, runs)}
     for split in runs[0].splits:
-        row[f"{split} pixel accuracy"] = mean_and_std([run.score(split, "pixel_accuracy") for run in runs])
         row[f"{split} mean IoU"] = mean_and_std([run.score(split, "miou") for run in runs])
+        row[f"{split} pixel accuracy"] = mean_and_std([run.score(split, "pixel_accuracy") for run in runs])
     split = runs[0].splits[-1]
     row[f"{split}, the assignment's IoU"] = mean_and_std([run.score(split, "assignment_iou") for run in runs])
     if runs[0].metrics["dataset"] == "VOC2007":
         row["published IoU"] = EXPERIMENTS.get(name, (None, None))[1] or ""
+    row["seeds"] = len(runs)
+    for heading, flag in (("epochs", "epochs"), ("batch", "batch_size")):
+        row[heading] = ", ".join(sorted({str(run.metrics["flags"][flag]) for run in runs}))
     return row | {"parameters": f"{runs[0].metrics['parameters'] / 1e6:.2f} M"}
 
 
@@ -240,8 +241,8 @@ def sections(experiments, failures):
     text = f"`python {command_line}`; runs on {'; '.join(sorted(set(map(machine, runs))))}.\n\n{RESULTS}"
     baseline = {"experiment": baseline_name(runs[0].classes)}
     for split in splits:
-        baseline[f"{split} pixel accuracy"] = f"{metrics[split]['background']['pixel_accuracy']:.4f}"
         baseline[f"{split} mean IoU"] = f"{metrics[split]['background']['miou']:.4f}"
+        baseline[f"{split} pixel accuracy"] = f"{metrics[split]['background']['pixel_accuracy']:.4f}"
     results = [result_row(name, list(seeds.values())) for name, seeds in experiments.items()]
     differences = [
         difference_row(full_name(name, seeds.values()), seeds, base, experiments[base], splits[-1])

@@ -149,7 +149,8 @@ def predict_photos(model, args):
     # beside a table, the legend is that of an earlier call; with --resume, a mask without a row was being written
     new = [] if args.masks_only or table.exists() else [legend]
     new += [path for job in jobs for path in job[1:] if not args.resume or path.name in rows]
-    check_new(new, args.overwrite, "exists already (--resume leaves out what is done)")
+    problem = "is of another photo" if args.resume else "exists already (--resume leaves out what is done)"
+    check_new(new, args.overwrite, problem)
     write_rows(table, header, rows.values())  # now, in case it cannot be written
     if not args.masks_only:
         from seg import plotting  # only here: importing Matplotlib takes a moment
@@ -173,8 +174,8 @@ def predict_photos(model, args):
             shares = np.bincount(mask.ravel(), minlength=len(model.classes)) / mask.size
             rows[mask_path.name] = [path, mask_path.name, *(f"{share:.6f}" for share in shares)]
             done += 1
-            by_share = [f"{model.classes[label]} {shares[label]:.1%}" for label in np.argsort(-shares) if shares[label]]
-            report.log(f"{path}: {', '.join(by_share)}")
+            labels = [label for label in np.argsort(-shares) if shares[label] >= 0.0005]  # the rest would be 0.0%
+            report.log(f"{path}: {', '.join(f'{model.classes[label]} {shares[label]:.1%}' for label in labels)}")
     finally:  # also after Ctrl-C or an error
         write_rows(table, header, rows.values())
         earlier = f" ({len(photos) - len(jobs)} of an earlier call)" if args.resume else ""

@@ -144,7 +144,7 @@ def curves(path, title, history, best_epoch, baseline, weighted):
 
     ``baseline`` has the resolution of the history's metrics, and ``weighted`` says whether the loss has class weights.
     """
-    with _figure(path, WIDTH, 7, title) as figure:
+    with _figure(path, 8, 5.6, title) as figure:
         axes = figure.subplots(2, 2).ravel()
         titles = ("loss, weighted by class" if weighted else "loss", "pixel accuracy", "mean IoU")
         for axis, name, text in zip(axes, ("loss", "pixel_accuracy", "miou"), titles):

@@ -80,7 +80,7 @@ class Reporter:
         for warning in warnings:
             log(f"warning: {warning}")
         if self.run.history:
-            log(f"continuing {self.run.last} after epoch {len(self.run.history)}")
+            log(f"continuing {self.run.last} after epoch {len(self.run.history)} of {args.epochs}")
         elif args.resume:
             log("nothing to resume: starting")
 

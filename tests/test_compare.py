@@ -133,9 +133,11 @@ def test_runs_with_other_classes_or_splits_are_refused(other, tmp_path, monkeypa
 def test_a_script_of_the_user_is_compared_with_the_baseline_or_else_with_the_first(tmp_path, monkeypatch):
     for experiment in ("train", "train_5_a", "train_mine"):
         write_run(tmp_path, experiment, 0, random_ious(0))
-    pairs = [("train_5_a", "train"), ("train_mine", "train")]
-    without_train = [("train_mine", "train_5_a")]
-    for flags, expected in (([], pairs), (["--experiments", "train_5_a", "train_mine"], without_train)):
+    pairs = [("train_5_a", "train"), ("train_a", "train"), ("train_mine", "train")]
+    write_run(tmp_path, "train_a", 0, random_ious(0))
+    without_train = [("train_mine", "train_5_a")], [("train_a", "train_mine")]
+    chosen = [["--experiments", *names] for names in (("train_5_a", "train_mine"), ("train_mine", "train_a"))]
+    for flags, expected in zip(([], *chosen), (pairs, *without_train)):
         _, differences = tables(run_compare(tmp_path, monkeypatch, *flags))
         assert [(row["experiment"], row["compared with"]) for row in differences] == expected
 
@@ -165,14 +167,15 @@ def test_tables_name_the_title_and_plots_the_loss_of_each_experiment(tmp_path, m
 
 
 def test_report_names_the_classes_that_change_most_and_leaves_absent_ones_out(tmp_path, monkeypatch):
-    classes = ("background", "cat", "dog", "cow", "sheep", "absent")
+    classes = ("background", "cat", "dog", "absent", "cow", "sheep")
     for seed, change in enumerate((0.10, 0.12)):
-        before = [0.5, 0.5, 0.5, 0.5, (math.nan, 0.5)[seed], math.nan]
-        after = [0.5, 0.5 - change, 0.5 + change, 0.51, 0.52, math.nan]
+        before = [0.5, 0.5, 0.5, math.nan, 0.5, (math.nan, 0.5)[seed]]
+        after = [0.45, 0.5 - change, 0.5 + change, math.nan, 0.51, 0.52]
         for name, ious in (("train_5_b", before), ("train_5_b_no_pretrained", after)):
             write_run(tmp_path / f"seed{seed}", name, seed, ious, classes=classes, has_test=False)
     (row,) = tables(run_compare(tmp_path, monkeypatch))[1]
-    assert row["classes that gain"] == "dog +0.11, sheep +0.02, cow +0.01" and row["classes that lose"] == "cat -0.11"
+    assert row["classes that gain"] == "dog +0.11, sheep +0.02, cow +0.01"
+    assert row["classes that lose"] == "cat -0.11, background -0.05"
 
 
 def test_report_leaves_out_what_one_seed_without_test_split_and_background_class_lacks(tmp_path, monkeypatch):
@@ -189,7 +192,7 @@ def test_runs_of_several_settings_are_not_mixed(tmp_path, monkeypatch):
     with pytest.raises(util.UserError, match="no finished run with these flags: .*--limit.*--seeds"):
         run_compare(tmp_path, monkeypatch)
     text = run_compare(tmp_path, monkeypatch, "--data", tmp_path / "Made", "--limit", 8)
-    assert "the first 8 images" in text and "| train | 1 |" in text
+    assert "the first 8 images" in text and "\n| train | 0." in text
 
 
 def test_unknown_experiments_and_missing_or_damaged_results_are_named(tmp_path, monkeypatch, started, capsys):
@@ -203,7 +206,7 @@ def test_unknown_experiments_and_missing_or_damaged_results_are_named(tmp_path, 
     for path, text in zip(paths, ('{"experiment": "tr', '[{"lr": 0.1}]')):  # damaged; of another tool
         path.write_text(text)
     text = run_compare(tmp_path, monkeypatch, "--data", tmp_path / "Made", "--experiments", "train_4_a", "--seeds", 0)
-    assert "| train_4_a | 1 |" in text and not started
+    assert "\n| train_4_a | 0." in text and not started
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 2
     for path, warning in zip(paths, warnings):
@@ -261,7 +264,7 @@ def test_failed_run_is_reported_and_the_others_go_on_with_the_same_flags(tmp_pat
         run_compare(tmp_path, monkeypatch, "--data", tmp_path / "Made", *flags)
     assert [Path(command[1]).stem for command in started] == list(compare.EXPERIMENTS)
     text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
-    assert "| train_5_c | 1 |" in text and "train_5_a.py" in text.split("## Failed")[1]
+    assert "\n| train_5_c | 0." in text and "train_5_a.py" in text.split("## Failed")[1]
     for command in started:
         assert {"--compile", "--resume"} <= set(command) and "--epochs" not in command
         assert (command[command.index("--limit") + 1], command[command.index("--device") + 1]) == ("4", "cpu")
@@ -280,7 +283,7 @@ def test_flags_of_a_scripts_own_are_passed_on_and_compared(tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(sys.modules[__name__], "write_run", lambda *args, **options: None)  # keep the first run
             with contextlib.nullcontext() if is_done else pytest.raises(util.UserError, match="no finished run"):
-                assert "| train[1] | 1 |" in run_compare(tmp_path, monkeypatch, *flags, "--", *own)
+                assert "\n| train[1] | 0." in run_compare(tmp_path, monkeypatch, *flags, "--", *own)
         assert [command[-len(own) :] for command in started] == ([] if is_done else [own])
     write_run(tmp_path / "seed0", "train[1]", 0, random_ious(0))  # of a script without such flags
     with pytest.raises(util.UserError, match="no finished run"):

@@ -193,6 +193,23 @@ VIEWS = loss(
 WARM_UP = """SequentialLR(optimizer, [
     torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=1),
     torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs - 1)], [1])"""
+RANDOM_SIZE = """from torch.nn.functional import interpolate
+
+def training_step(network, images, masks, criterion, optimizer, **position):
+    side = 32 * int(torch.randint(5, 10, ()))
+    images = interpolate(images, (side, side), mode="bilinear")
+    masks = interpolate(masks[:, None].float(), (side, side), mode="nearest-exact")[:, 0].long()
+    return *engine.training_step(network, images, masks, criterion, optimizer), masks
+
+engine.fit(..., training_step=training_step)
+"""
+FROZEN_AT_FIRST = """def training_step(network, images, masks, criterion, optimizer, epoch, **position):
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.requires_grad_(epoch > 1)
+    return engine.training_step(network, images, masks, criterion, optimizer)
+
+engine.fit(..., training_step=training_step)
+"""
 EDITS = {
     "polynomial": block("PolynomialLR"),
     "cosine after warm-up": scheduler(WARM_UP),
@@ -205,12 +222,12 @@ EDITS = {
     "accumulation": block("loss / accumulated"),
     "auxiliary loss": AUX_NET + block("aux_loss"),
     "fine-tuning": block("model.backbone.requires_grad_(True)"),
-    "frozen at first": block("model.backbone.requires_grad_(True)") + block("epoch > 1"),
+    "frozen at first": block("model.backbone.requires_grad_(True)") + FROZEN_AT_FIRST,
     "other weights": block("fitting"),
-    "random size": block("nearest-exact"),
+    "random size": RANDOM_SIZE,
     "TensorBoard": block("SummaryWriter"),
     "own flag": block("lr=args.lr"),
-    "label smoothing": block("label_smoothing"),
+    "label smoothing": "criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID, label_smoothing=0.1)\n",
     "focal": block("focal_loss"),
     "Dice": block("DiceLoss("),
     "learned loss": LEARNED,
@@ -232,7 +249,19 @@ BASES = {
     "other weights": "train_5_b",
     "averaged weights": "train_6",
 }
-CELL = block("argv=flags")
+CELL_FLAGS = block("argv=flags")
+CELL = f"""import torch, util, voc
+from seg import cli, engine
+from custom_fcn import CustomFCN
+
+{CELL_FLAGS}
+util.seed_everything(args.seed)
+train, val, test = voc.loaders(args, size=224)
+model = CustomFCN(len(train.classes)).to(args.device)
+criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+engine.fit(args, model, train, val, test, criterion=criterion, optimizer=optimizer, scheduler=None)
+"""
 
 
 def write_pets(root):

@@ -235,6 +235,7 @@ def test_what_is_done_is_kept_after_ctrl_c_and_the_rest_goes_into_the_same_folde
     (tmp_path / "other").mkdir()
     save_photos(tmp_path / "other", "x.jpg")
     assert run_predict(tmp_path, "other/x.jpg", "--resume") == 2  # whose results would have the names of the first's
+    assert f"error: {Path('predictions', 'x_mask.png')}: is of another photo: replace" in capsys.readouterr().err
 
 
 def test_size_replaces_that_of_the_training(tiny, best, tmp_path, capsys):

@@ -150,8 +150,8 @@ def replace_masks(root, name, change):
         imaging.palette_image(change(split.mask(index)).astype(np.uint8)).save(split.mask_path(index))
 
 
-def printed_warnings(capsys, root):
-    make_loaders(root, 2, 16)
+def printed_warnings(capsys, root, limit=None):
+    make_loaders(root, 2, 16, limit)
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
 
 
@@ -171,6 +171,7 @@ def test_suspicious_data_is_reported_in_one_line_for_each_kind(tiny, capsys):
         "warning: 1 of the 5 ids of test are in train too",
         "warning: 1 of the 5 ids of test are in val too",
     ]
+    assert not any("raise size" in line for line in printed_warnings(capsys, tiny, limit=2))
     voc.check(tiny)
     assert "warning: train has no pixel of 2 of 4 classes: b, c\nwarning: val shows no class" in capsys.readouterr().out
 
@@ -217,6 +218,8 @@ def test_a_start_without_class_names_says_that_vocs_are_assumed(tiny, capsys, na
     assert len(lines) == (advice != "") and all("the class names are VOC's 21" in line for line in lines)
     assert all(line.startswith("warning: ") == bool(advice) for line in lines)
     assert (advice or "").format(root=tiny) in "".join(lines)
+    voc_layout.print_warnings([voc.Split(tiny, "train")], [[1] * len(voc.CLASSES)])  # as in VOC2007, all classes occur
+    assert capsys.readouterr().out == ""
 
 
 def program_of_data_md(text):
@@ -231,8 +234,13 @@ def test_the_program_of_data_md_splits_images_at_random(tiny, monkeypatch):
     tiny.rename("MyData")
     everything = sorted(path.stem for path in Path("MyData/SegmentationClass").glob("*.png"))
     exec(program_of_data_md("shuffle"), {})
-    train, val = (voc.Split("MyData", name).ids for name in ("train", "val"))
-    assert sorted(train + val) == everything and len(val) == len(everything) // 5 and val != everything[: len(val)]
+    splits = [voc.Split("MyData", name).ids for name in ("test", "val", "train")]
+    assert sorted(sum(splits, [])) == everything and [*map(len, splits[:2])] == 2 * [len(everything) // 5]
+    assert splits != [everything[: len(splits[0])], everything[len(splits[0]) : 2 * len(splits[0])], splits[2]]
+    by_ten = program_of_data_md("shuffle").replace("return name", "return name[-1]")
+    exec(by_ten, {})
+    groups = [{name[-1] for name in voc.Split("MyData", split).ids} for split in ("test", "val", "train")]
+    assert sum(map(len, groups)) == len(set.union(*groups)) > 3
 
 
 def test_the_program_of_data_md_brings_camvid_into_voc_layout(tmp_path, monkeypatch):
@@ -248,6 +256,23 @@ def test_the_program_of_data_md_brings_camvid_into_voc_layout(tmp_path, monkeypa
     split = voc.Split("data/VOCdevkit/CamVid", "test")
     assert [split.ids, split.classes[0], split.classes[10]] == [["test_1"], "sky", "bicyclist"]
     assert (split.mask(0) == np.where(values == 11, util.VOID, values)).all()
+
+
+def test_the_program_of_data_md_copies_a_roboflow_export(tiny, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    ids = [path.stem for path in sorted((tiny / "SegmentationClass").glob("*.png"))][:3]
+    for name, part in zip(ids, ("train", "valid", "valid")):
+        Path("Roboflow", part).mkdir(parents=True, exist_ok=True)
+        shutil.copy(tiny / "JPEGImages" / f"{name}.jpg", Path("Roboflow", part, f"{name}.rf.0a.jpg"))
+        shutil.copy(tiny / "SegmentationClass" / f"{name}.png", Path("Roboflow", part, f"{name}.rf.0a_mask.png"))
+    names = [f"kind {value}" for value in range(len(voc.CLASSES))]
+    rows = [f"{value}, {name}" for value, name in enumerate(names)]
+    Path("Roboflow/train/_classes.csv").write_text("\n".join(["Pixel Value, Class", *rows]))
+    exec(program_of_data_md("Roboflow"), {})
+    voc.check("MyData")
+    val = voc.Split("MyData", "val")
+    assert (val.ids, list(val.classes)) == ([f"{name}.rf.0a" for name in ids[1:]], names)
+    assert np.array_equal(val.mask(0), voc.Split(tiny, "train").mask(voc.Split(tiny, "train").ids.index(ids[1])))
 
 
 def test_the_program_of_data_md_turns_coco_into_masks(tmp_path, monkeypatch):
