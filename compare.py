@@ -207,9 +207,8 @@ def result_row(name, runs):
     row[f"{split}, the assignment's IoU"] = mean_and_std([run.score(split, "assignment_iou") for run in runs])
     if runs[0].metrics["dataset"] == "VOC2007":
         row["published IoU"] = EXPERIMENTS.get(name, (None, None))[1] or ""
-    row["seeds"] = len(runs)
-    for heading, flag in (("epochs", "epochs"), ("batch", "batch_size")):
-        row[heading] = ", ".join(sorted({str(run.metrics["flags"][flag]) for run in runs}))
+    epochs, batch = ({str(run.metrics["flags"][flag]) for run in runs} for flag in ("epochs", "batch_size"))
+    row |= {"seeds": len(runs), "epochs": ", ".join(sorted(epochs)), "batch": ", ".join(sorted(batch))}
     return row | {"parameters": f"{runs[0].metrics['parameters'] / 1e6:.2f} M"}
 
 

@@ -149,8 +149,7 @@ def predict_photos(model, args):
     # beside a table, the legend is that of an earlier call; with --resume, a mask without a row was being written
     new = [] if args.masks_only or table.exists() else [legend]
     new += [path for job in jobs for path in job[1:] if not args.resume or path.name in rows]
-    problem = "is of another photo" if args.resume else "exists already (--resume leaves out what is done)"
-    check_new(new, args.overwrite, problem)
+    check_new(new, args.overwrite, "is of another photo" if args.resume else "exists already (--resume skips it)")
     write_rows(table, header, rows.values())  # now, in case it cannot be written
     if not args.masks_only:
         from seg import plotting  # only here: importing Matplotlib takes a moment

@@ -209,15 +209,14 @@ def print_warnings(splits, counts, size=None):
     They are counted at ``size``, (H, W), or without it at the size of the masks.
     """
     texts, train = [], splits[0]
-    absent = [name for name, count in zip(train.classes, counts[0]) if not count]
-    if absent and train.classes is CLASSES:
-        text = f"{train.root} has no classes.txt: the class names are VOC's 21 ({', '.join(CLASSES[:4])}, ...)"
-        if found := ", ".join(path.name for path in sorted(train.root.glob("*.*")) if CLASS_FILE.search(path.name)):
-            text = f"warning: {text}; if {found} holds yours, copy it to classes.txt, one name per line, or convert "
-            text += f"masks in colours: {conversion(train.root)}"
-        texts.append(text)
     at = f"at {imaging.size_text(size)}, " if size else ""
-    if absent:
+    if absent := [name for name, count in zip(train.classes, counts[0]) if not count]:
+        if train.classes is CLASSES:
+            text = f"{train.root} has no classes.txt: the class names are VOC's 21 ({', '.join(CLASSES[:4])}, ...)"
+            if found := ", ".join(path.name for path in sorted(train.root.glob("*.*")) if CLASS_FILE.search(path.name)):
+                text = f"warning: {text}; if {found} holds yours, copy it to classes.txt, or convert masks in "
+                text += f"colours: {conversion(train.root)}"
+            texts.append(text)
         text = f"{at}{train.name} has no pixel of {len(absent)} of {len(counts[0])} classes: {', '.join(absent)}"
         text += "; if the masks have some, raise size in the script" if size and not train.limit else ""
         text += "" if counts[0][0] else "; if the masks' labels begin at 1, put background first in classes.txt"

@@ -187,7 +187,7 @@ def test_earlier_results_are_replaced_only_with_overwrite(best, tmp_path, capsys
         patch.setattr(predict, "segment", None)  # must not be called
         assert run_predict(tmp_path, "x.jpg", "y.jpg") == 2
     error = capsys.readouterr().err
-    assert f"error: {Path('predictions', 'y_mask.png')}: exists already (--resume leaves out what is done): " in error
+    assert f"error: {Path('predictions', 'y_mask.png')}: exists already (--resume skips it): " in error
     assert error.count("\n") == 1 and set(masks(tmp_path)) == {"y"}
     assert run_main(tmp_path, predict, "gone.pt y.jpg") == 2
     assert capsys.readouterr().err.startswith("error: gone.pt: no such file")
