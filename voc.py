@@ -24,7 +24,7 @@ def class_weights(split):
     """Class weights against imbalance: ``1 / ln(1.02 + p)``, p being a class's share of the labelled pixels of a Split.
 
     The formula is that of ENet (Paszke et al., 2016). The weights, a float32 tensor [C], lie between 1.42 for a class
-    that fills every mask and 50.5 for one that is in none. The scripts use their square root: report/TRIED.md.
+    that fills every mask and 50.5 for one that is in none. The scripts use their square root: benchmarks/TRIED.md.
     """
     pixels, _ = class_counts(split)
     return torch.tensor(1 / np.log(1.02 + pixels / pixels.sum()), dtype=torch.float32)
