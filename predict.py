@@ -13,10 +13,8 @@ The second prints the results as at the end of a run, at full resolution, and wr
 its mean IoU, the worst first, which is a way to find wrong masks.
 """
 
-import argparse
 import csv
 import io
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -24,9 +22,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageChops
 
-from seg import checkpoint, cli, engine, files, imaging, inference, report
+from seg import checkpoint, cli, engine, files, imaging, inference, report, tiles
 from seg.data import Loader, Split
 from util import VOID, UserError, background_label
+
+STRIP = 1024  # rows of a photo that are drawn at a time
 
 
 def find_photos(paths, out, recursive=False):
@@ -73,16 +73,6 @@ def check_new(paths, overwrite, problem="exists already"):
             raise UserError(f"{path}: {problem}: replace with --overwrite, or choose another place")
 
 
-def parse_size(text):
-    """An argparse type: the size of the network's input as (height, width), from N for a square or WIDTHxHEIGHT."""
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    width, height = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if any(side % 32 or not 0 < side <= imaging.MAX_SIDE for side in (width, height)):
-        problem = f"{text!r} is neither N nor WIDTHxHEIGHT in multiples of 32 up to {imaging.MAX_SIDE}"
-        raise argparse.ArgumentTypeError(problem)
-    return height, width
-
-
 def segment(model, photo, device="cpu"):
     """The classes in a photo, a PIL image in RGB, by a model from ``checkpoint.load``: uint8 array [H, W]."""
     image = torch.tensor(imaging.resize(photo, model.size)).permute(2, 0, 1)[None]
@@ -93,10 +83,18 @@ def segment(model, photo, device="cpu"):
 def overlay(photo, mask, classes):
     """Draw the classes over a photo: half its colours, with a contour around each class; background stays as it is.
 
-    ``photo`` is a PIL image in RGB, ``mask`` a uint8 array [H, W] of class indices, of its size. Returns a PIL image.
+    ``photo`` is a PIL image in RGB, ``mask`` a uint8 array [H, W] of class indices, of its size. Returns ``photo``.
     """
-    is_contour = np.zeros(mask.shape, bool)
     width = 1 + max(mask.shape) // 2000  # of a contour in pixels, on either side of an outline
+    for top in range(0, photo.height, STRIP):  # so that memory stays bounded
+        first, end = max(0, top - width), min(photo.height, top + STRIP + width)
+        strip = _overlay(photo.crop((0, first, photo.width, end)), mask[first:end], classes, width)
+        photo.paste(strip.crop((0, top - first, photo.width, top - first + STRIP)), (0, top))
+    return photo
+
+
+def _overlay(photo, mask, classes, width):
+    is_contour = np.zeros(mask.shape, bool)
     for labels, found in ((mask, is_contour), (mask.T, is_contour.T)):
         differs = labels[width:] != labels[:-width]
         found[width:] |= differs
@@ -164,13 +162,13 @@ def predict_photos(model, args):
             except UserError as error:
                 errors.append(str(error))
                 continue
-            mask = segment(model, photo, args.device)
+            mask = (tiles.predict if args.tiles else segment)(model, photo, args.device)
             overlay_path.unlink(missing_ok=True)  # that of an earlier mask
             files.write(mask_path, encode(imaging.palette_image(mask), format="png"))
             if not args.masks_only:
                 options = {"format": "jpeg", "quality": 90, "subsampling": 0}  # a PNG would take longer than the rest
                 files.write(overlay_path, encode(overlay(photo, mask, model.classes), **options))
-            shares = np.bincount(mask.ravel(), minlength=len(model.classes)) / mask.size
+            shares = np.divide(Image.fromarray(mask).histogram()[: len(model.classes)], mask.size)
             rows[mask_path.name] = [path, mask_path.name, *(f"{share:.6f}" for share in shares)]
             done += 1
             labels = [label for label in np.argsort(-shares) if shares[label] >= 0.0005]  # the rest would be 0.0%
@@ -188,8 +186,11 @@ def score(model, args):
     path = args.out / f"{args.split}_scores.csv"
     check_new([path], args.overwrite)
     split = Split(args.data, args.split)
-    loader = Loader(split, model.size, batch_size=8, device=args.device, mean=model.mean, std=model.std)
-    scores = engine.evaluate(model, loader, torch.nn.CrossEntropyLoss(ignore_index=VOID))
+    if args.tiles:
+        scores = tiles.evaluate(model, split, args.device)
+    else:
+        loader = Loader(split, model.size, batch_size=8, device=args.device, mean=model.mean, std=model.std)
+        scores = engine.evaluate(model, loader, torch.nn.CrossEntropyLoss(ignore_index=VOID))
     report.log(report.table({args.split: scores}, split.classes))
     order = scores.image_ious.argsort(stable=True).tolist()  # NaN, of a photo without a labelled pixel, is last
     rows = [(split.photo_path(index), split.mask_path(index), f"{scores.image_ious[index]:.4f}") for index in order]
@@ -206,7 +207,9 @@ def main():
     parser.add_argument("--out", type=Path, default="predictions", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--device", type=cli.parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     text = "resize photos to N x N pixels instead of the training's size; a little more can gain mean IoU: try on val"
-    parser.add_argument("--size", type=parse_size, metavar="N|WxH", help=text)
+    parser.add_argument("--size", type=cli.parse_size, metavar="N|WxH", help=text)
+    text = "segment photos in overlapping windows at native resolution, of the size of the training's tiles"
+    parser.add_argument("--tiles", action="store_true", help=text)
     parser.add_argument("--recursive", action="store_true", help="take the photos in subfolders too")
     parser.add_argument("--masks-only", action="store_true", help="write no overlays")
     parser.add_argument("--overwrite", action="store_true", help="replace existing results")
@@ -216,7 +219,11 @@ def main():
         raise UserError("pass either photos, to segment them, or --data DIR, to score the model on a split")
     model = checkpoint.load(args.checkpoint, args.device)
     model.size = args.size or model.size
-    report.log(f"masks are computed at {imaging.size_text(model.size)} and upsampled to each photo's size")
+    windows = f"in windows of {imaging.size_text(model.tiles or model.size)}"
+    whole = f"at {imaging.size_text(model.size)} and upsampled to each photo's size"
+    report.log(f"masks are computed {windows if args.tiles else whole}")
+    if model.tiles and not args.tiles:
+        report.log(f"warning: the model was trained on tiles of {imaging.size_text(model.tiles)}: pass --tiles")
     (score if args.data else predict_photos)(model, args)
 
 

@@ -6,14 +6,16 @@ the metrics. docs/DATA.md describes the files of such a folder.
     python voc.py --data DIR --split train              print how often each class occurs in a split
     python voc.py --data DIR --check                    open every photo and mask of the splits and list all faults
     python voc.py --data DIR --from-colours colours.txt convert masks in colours to class indices
+    python voc.py --data DIR --tiles 512 --out TILES    cut large photos and their masks into tiles
 """
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from seg import cli, imaging, voc_layout
+from seg import cli, imaging, tiles, voc_layout
 from seg.data import LabelledImages, Loader, Split
 from seg.voc_layout import CLASSES, class_counts
 
@@ -81,8 +83,16 @@ def main():
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--check", action="store_true", help="list all faults of train, val and test instead")
     instead.add_argument("--from-colours", metavar="FILE", help="convert masks in colours instead")
+    instead.add_argument("--tiles", type=cli.parse_size, metavar="N|WxH", help="cut into tiles of this size instead")
+    parser.add_argument("--overlap", type=cli.integer(0), default=64, metavar="N", help="of tiles (default: 64 pixels)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for --tiles")
+    parser.add_argument("--jpeg", action="store_true", help="write tiles of photos as JPEG instead of PNG")
     args = parser.parse_args()
-    if args.check:
+    if args.tiles:
+        if not args.out or args.overlap >= min(args.tiles):
+            parser.error("--tiles needs --out DIR, and an --overlap below its sides")
+        tiles.cut(args.data, args.out, args.tiles, args.overlap, ".jpg" if args.jpeg else ".png")
+    elif args.check:
         check(args.data)
     elif args.from_colours:
         voc_layout.from_colours(args.data, args.from_colours)

@@ -20,13 +20,14 @@ class TrainedModel(torch.nn.Module):
     """A network from a checkpoint, with what it takes to segment a photo.
 
     ``network`` is the network itself, which is called by calling the model, ``classes`` a tuple of names, and ``size``
-    the (height, width) to which photos are resized; ``mean`` and ``std`` are as in ``imaging.normalise``.
+    the (height, width) to which photos are resized; ``mean`` and ``std`` are as in ``imaging.normalise``. ``tiles`` is
+    the size of the tiles that it was trained on, or None.
     """
 
-    def __init__(self, network, classes, size, mean, std):
+    def __init__(self, network, classes, size, mean, std, tiles=None):
         super().__init__()
         self.network, self.classes, self.size = network, classes, size
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.tiles = mean, std, tiles
 
     def forward(self, images):
         return self.network(images)
@@ -106,7 +107,7 @@ def build(state):
         advice = "the checkpoint has its weights: let its constructor load none (docs/EDITING.md, Pretrained weights)"
         raise UserError(f"its network {state['class']} could not load a file ({reason(error)}): {advice}") from None
     network.load_state_dict(state["model"])
-    return TrainedModel(network, *(tuple(state[name]) for name in ("classes", "size", "mean", "std")))
+    return TrainedModel(network, *(tuple(state[key]) for key in ("classes", "size", "mean", "std")), state.get("tiles"))
 
 
 def _network_class(module, name):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from seg import distributed, signals
+from seg import distributed, imaging, signals
 from util import UserError, is_out_of_memory, reason
 
 _running = False  # whether ``run`` has been called
@@ -97,6 +97,16 @@ def integer(smallest, largest=2**32 - 1):  # NumPy takes no larger seed
         return int(text)
 
     return parse
+
+
+def parse_size(text):
+    """An argparse type: (height, width) from N for a square or WIDTHxHEIGHT, in multiples of 32."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    width, height = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if any(side % 32 or not 0 < side <= imaging.MAX_SIDE for side in (width, height)):
+        problem = f"{text!r} is neither N nor WIDTHxHEIGHT in multiples of 32 up to {imaging.MAX_SIDE}"
+        raise argparse.ArgumentTypeError(problem)
+    return height, width
 
 
 def parse_device(text):

@@ -98,9 +98,14 @@ def check_loader(model, loader):
     """Raise a UserError if a TrainedModel was trained with other classes or another normalisation than a loader's."""
     if not isinstance(model, checkpoint.TrainedModel):
         return
-    if model.classes != loader.classes:
-        problem = f"the classes of {loader.split.root} or their order differ from the model's"
-        raise UserError(f"{problem} ({', '.join(model.classes)}): score it on data with the same classes.txt")
+    check_classes(model, loader.split)
     if (*model.mean, *model.std) != (*loader.mean, *loader.std):
         problem = "the loader's mean or std differs from that with which the model was trained"
         raise UserError(f"{problem}: pass mean=model.mean, std=model.std to voc.Loader")
+
+
+def check_classes(model, split):
+    """Raise a UserError if a TrainedModel was trained with other classes than those of LabelledImages."""
+    if model.classes != split.classes:
+        problem = f"the classes of {split.root} or their order differ from the model's"
+        raise UserError(f"{problem} ({', '.join(model.classes)}): score it on data with the same classes.txt")

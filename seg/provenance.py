@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.optim.swa_utils import AveragedModel
 
-from seg import distributed
+from seg import distributed, voc_layout
 from seg.files import ROOT
 from util import UserError, criterion_weights
 
@@ -45,6 +45,7 @@ def metadata(args, name, parts, loaders):
         "defaults": args.defaults,
         "classes": list(train.classes),
         "size": list(loaders[1].size),  # of val, which is that of predictions
+        "tiles": voc_layout.tile_size(train.split.root),
         "mean": list(train.mean),
         "std": list(train.std),
         "module": args.script.stem if module == "__main__" else module,

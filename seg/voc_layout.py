@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ CLASSES = (
 )  # fmt: skip
 
 LISTS = Path("ImageSets", "Segmentation")
+TILES = "tiles.json"  # what ``tiles.cut`` records in its folder
 COLOUR = re.compile(r"(\d+)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\S.*)")  # R G B name
 CLASS_FILE = re.compile("class|label|name|categor|colou?r", re.IGNORECASE)  # in names of files
 LABELMAP = re.compile(r"^([^:]+):(\d+),(\d+),(\d+)(:.*)?$")  # name:R,G,B:parts:actions, as CVAT writes it
@@ -62,6 +64,12 @@ def find_root(root):
 def split_names(root):
     """The splits of a run: train, val and, if it has a list, test."""
     return ("train", "val", "test") if (root / LISTS / "test.txt").exists() else ("train", "val")
+
+
+def tile_size(root):
+    """The size [height, width] of the tiles in a folder that ``tiles.cut`` has written; None for others."""
+    path = root / TILES
+    return json.loads(path.read_text(encoding="utf-8"))["size"] if path.exists() else None
 
 
 def list_images(folder, suffixes=imaging.PHOTO_SUFFIXES):
@@ -153,7 +161,7 @@ def read_mask(path, num_classes, root):
     mask = np.asarray(image, np.uint16 if image.mode == "I;16" else np.uint8)
     if image.mode == "L":  # undo that Pillow scales 2 and 4 bits to 0..255; the PNG's byte 24 is the number of bits
         mask = mask // (255 // (2 ** path.read_bytes()[24] - 1))
-    values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
+    values = np.unique(mask)
     if image.mode == "P" and _is_reordered(image, values, num_classes):
         raise UserError(f"{path}: has VOC's colours in another order, as image editors save them: {convert}")
     invalid = values[(values >= num_classes) & (values != VOID)]
@@ -221,6 +229,8 @@ def print_warnings(splits, counts, size=None):
         text += "; if the masks have some, raise size in the script" if size and not train.limit else ""
         text += "" if counts[0][0] else "; if the masks' labels begin at 1, put background first in classes.txt"
         texts.append(f"warning: {text}")
+    if size and (tiles := tile_size(train.root)) and tuple(tiles) != size:
+        texts.append(f"warning: {at}tiles of {imaging.size_text(tiles)} lose detail: set size in the script to theirs")
     for split, pixels in zip(splits[1:], counts[1:]):
         present = [name for name, count in zip(split.classes, pixels) if count]
         if len(present) == 1:
