@@ -150,7 +150,8 @@ def test_a_model_that_was_trained_on_tiles_is_scored_on_whole_photos(large, tmp_
     assert cut(tmp_path) == 0
     assert run_main(tmp_path, train, "--data Tiles --epochs 1 --batch-size 4 --device cpu") == 0
     assert json.loads((tmp_path / "results" / "train_seed0.json").read_text())["tiles"] == [32, 64]
-    assert "warning: at 32x32, tiles of 64x32 lose detail: set size in the script to theirs\n" in capsys.readouterr().out
+    text = "warning: at 32x32, tiles of 64x32 lose detail: set size in the script to theirs\n"
+    assert text in capsys.readouterr().out
     flags = "best_train.pt --device cpu --data Large --split train"
     assert run_main(tmp_path, predict, f"{flags} --out whole") == 0
     assert "warning: the model was trained on tiles of 64x32: pass --tiles" in capsys.readouterr().out
