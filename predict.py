@@ -7,7 +7,7 @@ The first writes for each photo NAME_mask.png, a palette PNG of the photo's size
 NAME_overlay.jpg, the classes drawn over the photo. NAME is the photo's name without suffix; photos of the same name
 get their folder's in front. legend.png names the overlays' colours. predictions.csv holds each photo's share of each
 class: a later call adds its photos, and replaces the rows of those that are predicted again. A call that was stopped
-goes on with --resume.
+goes on with --resume. With --tiles, large photos are not resized: docs/DATA.md, Large photos.
 
 The second prints the results as at the end of a run, at full resolution, and writes SPLIT_scores.csv: each photo and
 its mean IoU, the worst first, which is a way to find wrong masks.
