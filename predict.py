@@ -26,8 +26,6 @@ from seg import checkpoint, cli, engine, files, imaging, inference, report, tile
 from seg.data import Loader, Split
 from util import VOID, UserError, background_label
 
-STRIP = 1024  # rows of a photo that are drawn at a time
-
 
 def find_photos(paths, out, recursive=False):
     """The photos among files and folders, a list of Paths; UserError for a path that does not exist or holds none.
@@ -80,32 +78,29 @@ def segment(model, photo, device="cpu"):
     return inference.predict_image(model, images, (photo.height, photo.width))
 
 
-def overlay(photo, mask, classes):
+def overlay(photo, mask, classes, num_rows=1024):
     """Draw the classes over a photo: half its colours, with a contour around each class; background stays as it is.
 
-    ``photo`` is a PIL image in RGB, ``mask`` a uint8 array [H, W] of class indices, of its size. Returns ``photo``.
+    ``photo`` is a PIL image in RGB, ``mask`` a uint8 array [H, W] of class indices, of its size. Draws into ``photo``,
+    ``num_rows`` rows at a time so that memory stays bounded, and returns it.
     """
     width = 1 + max(mask.shape) // 2000  # of a contour in pixels, on either side of an outline
-    for top in range(0, photo.height, STRIP):  # so that memory stays bounded
-        first, end = max(0, top - width), min(photo.height, top + STRIP + width)
-        strip = _overlay(photo.crop((0, first, photo.width, end)), mask[first:end], classes, width)
-        photo.paste(strip.crop((0, top - first, photo.width, top - first + STRIP)), (0, top))
+    for top in range(0, photo.height, num_rows):
+        first, end = max(0, top - width), min(photo.height, top + num_rows + width)
+        strip, strip_mask = photo.crop((0, first, photo.width, end)), mask[first:end]
+        is_contour = np.zeros(strip_mask.shape, bool)
+        for labels, found in ((strip_mask, is_contour), (strip_mask.T, is_contour.T)):
+            differs = labels[width:] != labels[:-width]
+            found[width:] |= differs
+            found[:-width] |= differs
+        image = imaging.palette_image(strip_mask, imaging.DISTINCT_COLOURS // 2)
+        result = ImageChops.add(strip.point(lambda value: value // 2), image.convert("RGB"))  # NumPy would be slower
+        image.putpalette(imaging.DISTINCT_COLOURS.tobytes())
+        result.paste(image.convert("RGB"), mask=Image.fromarray(is_contour))
+        if (background := background_label(classes)) is not None:
+            result.paste(strip, mask=Image.fromarray(strip_mask == background))
+        photo.paste(result.crop((0, top - first, photo.width, top - first + num_rows)), (0, top))
     return photo
-
-
-def _overlay(photo, mask, classes, width):
-    is_contour = np.zeros(mask.shape, bool)
-    for labels, found in ((mask, is_contour), (mask.T, is_contour.T)):
-        differs = labels[width:] != labels[:-width]
-        found[width:] |= differs
-        found[:-width] |= differs
-    image = imaging.palette_image(mask, imaging.DISTINCT_COLOURS // 2)
-    result = ImageChops.add(photo.point(lambda value: value // 2), image.convert("RGB"))  # NumPy would be slower
-    image.putpalette(imaging.DISTINCT_COLOURS.tobytes())
-    result.paste(image.convert("RGB"), mask=Image.fromarray(is_contour))
-    if (background := background_label(classes)) is not None:
-        result.paste(photo, mask=Image.fromarray(mask == background))
-    return result
 
 
 def encode(image, **options):
@@ -147,7 +142,9 @@ def predict_photos(model, args):
     # beside a table, the legend is that of an earlier call; with --resume, a mask without a row was being written
     new = [] if args.masks_only or table.exists() else [legend]
     new += [path for job in jobs for path in job[1:] if not args.resume or path.name in rows]
-    check_new(new, args.overwrite, "is of another photo" if args.resume else "exists already (--resume skips it)")
+    check_new(
+        new, args.overwrite, "is of a photo at another path" if args.resume else "exists already (--resume skips it)"
+    )
     write_rows(table, header, rows.values())  # now, in case it cannot be written
     if not args.masks_only:
         from seg import plotting  # only here: importing Matplotlib takes a moment
@@ -208,8 +205,7 @@ def main():
     parser.add_argument("--device", type=cli.parse_device, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     text = "resize photos to N x N pixels instead of the training's size; a little more can gain mean IoU: try on val"
     parser.add_argument("--size", type=cli.parse_size, metavar="N|WxH", help=text)
-    text = "segment photos in overlapping windows at native resolution, of the size of the training's tiles"
-    parser.add_argument("--tiles", action="store_true", help=text)
+    parser.add_argument("--tiles", action="store_true", help="slide a window over photos, at their own resolution")
     parser.add_argument("--recursive", action="store_true", help="take the photos in subfolders too")
     parser.add_argument("--masks-only", action="store_true", help="write no overlays")
     parser.add_argument("--overwrite", action="store_true", help="replace existing results")
@@ -219,11 +215,12 @@ def main():
         raise UserError("pass either photos, to segment them, or --data DIR, to score the model on a split")
     model = checkpoint.load(args.checkpoint, args.device)
     model.size = args.size or model.size
-    windows = f"in windows of {imaging.size_text(model.tiles or model.size)}"
-    whole = f"at {imaging.size_text(model.size)} and upsampled to each photo's size"
-    report.log(f"masks are computed {windows if args.tiles else whole}")
-    if model.tiles and not args.tiles:
-        report.log(f"warning: the model was trained on tiles of {imaging.size_text(model.tiles)}: pass --tiles")
+    window = imaging.size_text(model.tiles or model.size)
+    how = f"in windows of {window}" if args.tiles else "and upsampled to each photo's size"
+    report.log(f"masks are computed at {imaging.size_text(model.size)} {how}")
+    if args.tiles != bool(model.tiles):
+        trained = "tiles: pass" if model.tiles else "whole photos: leave out"
+        report.log(f"warning: the model was trained on {trained} --tiles")
     (score if args.data else predict_photos)(model, args)
 
 

@@ -6,7 +6,7 @@ the metrics. docs/DATA.md describes the files of such a folder.
     python voc.py --data DIR --split train              print how often each class occurs in a split
     python voc.py --data DIR --check                    open every photo and mask of the splits and list all faults
     python voc.py --data DIR --from-colours colours.txt convert masks in colours to class indices
-    python voc.py --data DIR --tiles 512 --out TILES    cut large photos and their masks into tiles
+    python voc.py --data DIR --tiles 224 --out TILES    cut large photos and their masks into tiles
 """
 
 import functools
@@ -90,7 +90,7 @@ def main():
     args = parser.parse_args()
     if args.tiles:
         if not args.out or args.overlap >= min(args.tiles):
-            parser.error("--tiles needs --out DIR, and an --overlap below its sides")
+            parser.error("--tiles needs --out DIR, and an --overlap (default: 64) smaller than a tile")
         tiles.cut(args.data, args.out, args.tiles, args.overlap, ".jpg" if args.jpeg else ".png")
     elif args.check:
         check(args.data)

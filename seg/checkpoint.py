@@ -21,7 +21,7 @@ class TrainedModel(torch.nn.Module):
 
     ``network`` is the network itself, which is called by calling the model, ``classes`` a tuple of names, and ``size``
     the (height, width) to which photos are resized; ``mean`` and ``std`` are as in ``imaging.normalise``. ``tiles`` is
-    the size of the tiles that it was trained on, or None.
+    the [height, width] of the tiles that the network was trained on, or None.
     """
 
     def __init__(self, network, classes, size, mean, std, tiles=None):

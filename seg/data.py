@@ -49,13 +49,18 @@ class LabelledImages:
 
     mask_path = photo_path
 
-    def resized(self, index, size):
-        """Photo and mask at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
-
-        The mask is resized to the nearest pixel. Raises a UserError if one is invalid, or if they differ in size.
-        """
+    def pair(self, index):
+        """Photo and mask; UserError if one is invalid, or if they differ in size."""
         photo, mask = self.photo(index), self.mask(index)
         voc_layout.check_sizes(self.photo_path(index), self.mask_path(index), photo.size, mask.shape[::-1])
+        return photo, mask
+
+    def resized(self, index, size):
+        """``pair`` at ``size``, (H, W), as one uint8 array [H, W, 4]: red, green, blue and class.
+
+        The mask is resized to the nearest pixel.
+        """
+        photo, mask = self.pair(index)
         return np.dstack((imaging.resize(photo, size), imaging.resize_mask(mask, size)))
 
 
@@ -90,7 +95,7 @@ class Split(LabelledImages):
         return voc_layout.read_mask(self.mask_path(index), self._num_values, self.root)
 
 
-def _cache_path(split, size):
+def cache_path(split, size):
     """The path of the file that holds the pixels of a Split; its name changes with all that they depend on."""
     state = [CACHE_FORMAT, PIL.__version__, size, split.ids, split.classes]
     for index in range(len(split)):
@@ -108,7 +113,7 @@ def load_resized(split, size):
     They are cached in ``.cache`` in the data's folder, in a file that later runs map into memory; but not with a limit,
     for another class than Split, or if the folder cannot be written.
     """
-    path = _cache_path(split, size) if type(split) is Split and split.limit is None else None
+    path = cache_path(split, size) if type(split) is Split and split.limit is None else None
     if path:
         with contextlib.suppress(OSError, ValueError, EOFError):  # not there yet, or damaged
             return torch.from_numpy(np.load(path, mmap_mode="c"))

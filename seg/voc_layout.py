@@ -222,15 +222,14 @@ def print_warnings(splits, counts, size=None):
         if train.classes is CLASSES:
             text = f"{train.root} has no classes.txt: the class names are VOC's 21 ({', '.join(CLASSES[:4])}, ...)"
             if found := ", ".join(path.name for path in sorted(train.root.glob("*.*")) if CLASS_FILE.search(path.name)):
-                text = f"warning: {text}; if {found} holds yours, copy it to classes.txt, or convert masks in "
-                text += f"colours: {conversion(train.root)}"
+                text = f"warning: {text}; if {found} holds yours, copy it to classes.txt, or {conversion(train.root)}"
             texts.append(text)
         text = f"{at}{train.name} has no pixel of {len(absent)} of {len(counts[0])} classes: {', '.join(absent)}"
         text += "; if the masks have some, raise size in the script" if size and not train.limit else ""
         text += "" if counts[0][0] else "; if the masks' labels begin at 1, put background first in classes.txt"
         texts.append(f"warning: {text}")
     if size and (tiles := tile_size(train.root)) and tuple(tiles) != size:
-        texts.append(f"warning: {at}tiles of {imaging.size_text(tiles)} lose detail: set size in the script to theirs")
+        texts.append(f"warning: {at}tiles of {imaging.size_text(tiles)} are resized: set size in the script to theirs")
     for split, pixels in zip(splits[1:], counts[1:]):
         present = [name for name, count in zip(split.classes, pixels) if count]
         if len(present) == 1:

@@ -101,10 +101,11 @@ def test_every_colour_mode_orientation_and_size_is_accepted(best, tmp_path):
     assert np.abs(written - np.asarray(drawn, int)).mean() < 10
 
 
-def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours():
+@pytest.mark.parametrize("num_rows", [1024, 300, 150])  # 300: to an outline
+def test_overlay_keeps_size_and_background_blends_objects_and_draws_contours(num_rows):
     photo, mask = np.full((600, 80, 3), (10, 200, 30), np.uint8), np.zeros((600, 80), np.uint8)
     mask[:, 40:], mask[300:, 60:] = 15, 7
-    result = np.asarray(predict.overlay(Image.fromarray(photo), mask, CLASSES))
+    result = np.asarray(predict.overlay(Image.fromarray(photo), mask, CLASSES, num_rows))
     colours = imaging.DISTINCT_COLOURS
     assert result.shape == photo.shape and (result[:, :40] == photo[:, :40]).all()
     for label, part in ((15, result[5:295, 45:75]), (7, result[305:, 65:])):
@@ -235,7 +236,7 @@ def test_what_is_done_is_kept_after_ctrl_c_and_the_rest_goes_into_the_same_folde
     (tmp_path / "other").mkdir()
     save_photos(tmp_path / "other", "x.jpg")
     assert run_predict(tmp_path, "other/x.jpg", "--resume") == 2  # whose results would have the names of the first's
-    assert f"error: {Path('predictions', 'x_mask.png')}: is of another photo: replace" in capsys.readouterr().err
+    assert f"{Path('predictions', 'x_mask.png')}: is of a photo at another path: replace" in capsys.readouterr().err
 
 
 def test_size_replaces_that_of_the_training(tiny, best, tmp_path, capsys):

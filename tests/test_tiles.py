@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import contents, make_photo, run_main, see_images, use_tiny_net, write_pair, write_split
+from conftest import contents, make_photo, run_main, save_model, see_images, use_tiny_net, write_pair, write_split
 from PIL import Image
 from tiny_net import TinyNet
 
@@ -17,7 +17,7 @@ import train
 import util
 import voc
 from basic_fcn import FCN
-from seg import checkpoint, imaging, signals, tiles, voc_layout
+from seg import checkpoint, imaging, signals, tiles
 
 SHAPES = {"small": (20, 27), "equal": (32, 64), "low": (20, 131), "narrow": (67, 50), "sub/odd": (75, 131)}
 SIZE = (32, 64)
@@ -63,12 +63,13 @@ def test_tiles_join_to_the_photo_and_its_mask(large, tmp_path, name, capsys):
     mask = joined(after, name, SHAPES[name], after.mask)
     assert (mask[:height, :width] == before.mask(index)).all() and (mask[height:] == util.VOID).all()
     photo, was = joined(after, name, SHAPES[name], lambda index: np.array(after.photo(index))), before.photo(index)
+    assert name != "small" or (photo[height:32, :width] == 0).all()  # as ``predict`` pads
     labelled = np.array(before.mask(index)) != util.VOID
     assert (photo[:height, :width][labelled] == np.array(was)[labelled]).all()
     assert all(after.photo(index).size == (64, 32) and (after.mask(index) != util.VOID).any() for index in range(2))
     assert after.classes == before.classes and not any("y40_x67" in tile for tile in after.ids)  # all void
-    count = sum(len(voc.Split(tmp_path / "Tiles", split)) for split in ("train", "val"))
-    assert re.search(rf"^Tiles: {count} tiles of 64x32, [\d.e-]+ GB$", capsys.readouterr().out, re.MULTILINE)
+    text = rf"{split_name}: {len(before)} photos, {len(after)} tiles of 64x32\n(val.*\n)?Tiles: [\d.e-]+ GB\n$"
+    assert re.search(text, capsys.readouterr().out)
 
 
 def test_positions_cover_a_side_with_at_least_the_overlap():
@@ -86,17 +87,21 @@ def test_a_cut_that_was_stopped_goes_on_and_replaces_nothing(large, tmp_path, mo
         patch.setattr(signals, "check", lambda: next(calls) < 7 or exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
             cut(tmp_path)
-    assert not (tmp_path / "Tiles" / voc_layout.LISTS).exists() and cut(tmp_path, "--jpeg") == 2
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "Tiles").rglob("*_x*")}
+    assert not (tmp_path / "Tiles").exists()
+    before = {(path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("Tiles.*/*/*.png")}
     assert cut(tmp_path) == 0
-    assert contents(tmp_path / "Tiles") == whole and times
-    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    after = {(path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("Tiles/*/*.png")}
+    assert contents(tmp_path / "Tiles") == whole and before and before <= after
+    (tmp_path / "Tiles").rename(tmp_path / "Tiles.unfinished")
+    write_split(large, "val", ["equal"])  # the data have changed: all is cut again
+    assert cut(tmp_path) == 0 and not list((tmp_path / "Tiles").rglob("small*"))
+    whole = contents(tmp_path / "Tiles")
     capsys.readouterr()
     assert cut(tmp_path) == 2 and contents(tmp_path / "Tiles") == whole
-    assert capsys.readouterr().err == "error: Tiles: holds something else: delete it, or choose another --out\n"
+    assert capsys.readouterr().err == "error: Tiles: exists already: choose another --out\n"
     for flags in ("--tiles 64", "--tiles 64 --out X --overlap 64"):
         assert run_main(tmp_path, voc, f"--data Large {flags}") == 2
-        assert "--tiles needs --out DIR, and an --overlap below its sides" in capsys.readouterr().err
+        assert "--tiles needs --out DIR, and an --overlap (default: 64) smaller than a tile" in capsys.readouterr().err
 
 
 def test_photos_are_written_as_jpeg_if_asked(large, tmp_path):
@@ -105,9 +110,8 @@ def test_photos_are_written_as_jpeg_if_asked(large, tmp_path):
     assert {path.suffix for path in paths} == {".jpg"} and imaging.open_image(paths[0]).format == "JPEG"
 
 
-def trained(network, size, tile_size=None, num_classes=21):
-    model = checkpoint.TrainedModel(network, voc.CLASSES[:num_classes], size, imaging.MEAN, imaging.STD, tile_size)
-    return model.eval()
+def trained(network, size, tile_size=None):
+    return checkpoint.TrainedModel(network, voc.CLASSES, size, imaging.MEAN, imaging.STD, tile_size).eval()
 
 
 @pytest.mark.parametrize("shape", [(75, 131), (20, 27), (32, 64), (20, 131)])
@@ -150,14 +154,14 @@ def test_a_model_that_was_trained_on_tiles_is_scored_on_whole_photos(large, tmp_
     assert cut(tmp_path) == 0
     assert run_main(tmp_path, train, "--data Tiles --epochs 1 --batch-size 4 --device cpu") == 0
     assert json.loads((tmp_path / "results" / "train_seed0.json").read_text())["tiles"] == [32, 64]
-    text = "warning: at 32x32, tiles of 64x32 lose detail: set size in the script to theirs\n"
+    text = "warning: at 32x32, tiles of 64x32 are resized: set size in the script to theirs\n"
     assert text in capsys.readouterr().out
     flags = "best_train.pt --device cpu --data Large --split train"
     assert run_main(tmp_path, predict, f"{flags} --out whole") == 0
-    assert "warning: the model was trained on tiles of 64x32: pass --tiles" in capsys.readouterr().out
+    assert "warning: the model was trained on tiles: pass --tiles\n" in capsys.readouterr().out
     assert run_main(tmp_path, predict, f"{flags} --out tiles --tiles") == 0
     out = capsys.readouterr().out
-    assert "masks are computed in windows of 64x32\n" in out and "warning" not in out
+    assert "masks are computed at 32x32 in windows of 64x32\n" in out and "warning" not in out
     model, split = checkpoint.load(tmp_path / "best_train.pt"), voc.Split(large, "train")
     matrices = [np.zeros((3, 3), int) for _ in split.ids]
     for index, matrix in enumerate(matrices):
@@ -177,3 +181,20 @@ def test_a_model_that_was_trained_on_tiles_is_scored_on_whole_photos(large, tmp_
 def test_tiles_of_other_classes_are_not_scored(large):
     with pytest.raises(util.UserError, match="the classes of .*Large or their order differ from the model's"):
         tiles.evaluate(trained(TinyNet(21), (32, 32)), voc.Split(large, "val"))
+
+
+def test_a_mask_of_another_size_is_neither_cut_nor_scored(large, tmp_path, capsys):
+    imaging.palette_image(np.zeros((20, 28), np.uint8)).save(large / "SegmentationClass" / "small.png")
+    assert cut(tmp_path) == 2
+    assert "small.png: is 28x20, but its photo is 27x20" in capsys.readouterr().err
+    model, split = trained(TinyNet(3), (32, 32)), voc.Split(large, "val")
+    model.classes = split.classes
+    with pytest.raises(util.UserError, match="small.png: is 28x20"):
+        tiles.evaluate(model, split)
+
+
+def test_whole_photos_are_named_if_a_model_was_not_trained_on_tiles(large, tmp_path, capsys, monkeypatch):
+    use_tiny_net(monkeypatch)
+    save_model(tmp_path / "best.pt", TinyNet(3), ("background", "car", "dog"), (32, 32))
+    assert run_main(tmp_path, predict, "best.pt --device cpu --data Large --tiles") == 0
+    assert "warning: the model was trained on whole photos: leave out --tiles\n" in capsys.readouterr().out

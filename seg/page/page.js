@@ -28,7 +28,7 @@ async function load() {
   model = await (await download("model.json")).json();
   const source = [model.experiment, model.dataset].filter(Boolean).join(" on ");
   element("model").textContent = `${source || "Model"}, ${model.classes.length} classes. ` + element("model").textContent;
-  ort = await orSay(`onnxruntime-web cannot be loaded; ${INSTALL}, or let the server send .mjs as text/javascript`, import(RUNTIME));
+  ort = await orSay(`onnxruntime-web cannot be loaded; ${INSTALL}; or let the server send .mjs as text/javascript`, import(RUNTIME));
   const bytes = new Uint8Array(await (await download("model.onnx")).arrayBuffer());
   session = await orSay("The model cannot be started", ort.InferenceSession.create(bytes));
 }
