@@ -78,7 +78,7 @@ def test_a_run_writes_the_documented_files_metrics_and_provenance(finished):
     assert written == {"best_train.pt", "last_train.pt"} | others | plots
     metrics, state = run.metrics, torch.load(run.best, weights_only=True)
     keys = "experiment title dataset seed device loss network parameters flags defaults classes size data_sha256 code"
-    keys += " optimizer_class scheduler_class commit versions epochs best_epoch seconds epoch_seconds val test"
+    keys += " optimizer_class scheduler_class tiles commit versions epochs best_epoch seconds epoch_seconds val test"
     assert metrics.keys() == set(keys.split())
     assert [metrics[key] for key in ("experiment", "title", "dataset", "seed")] == ["train", "A title", "Tiny", 0]
     assert metrics["flags"] == {"epochs": 9, "batch_size": 3, "limit": None}
