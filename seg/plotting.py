@@ -242,7 +242,7 @@ def predictions(path, title, classes, samples, models=("prediction",)):
     side = min(2.5, WIDTH / columns)
     ratios = [min(2, photo.shape[0] / photo.shape[1]) for _, photo, *_ in samples for _ in range(num_lines)]
     with _figure(path, columns * side, sum(ratios) * side + 0.3 * len(ratios) + 0.5, title, "compressed") as figure:
-        axes = figure.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios)
+        axes = figure.subplots(len(ratios), columns, height_ratios=ratios)
         colours = imaging.class_colours(classes)
         for (name, photo, truth, *masks), line in zip(samples, axes.reshape(len(samples), -1)):
             pictures = [photo, *(colours[mask] for mask in (truth, *masks))]
@@ -306,7 +306,7 @@ def histories(path, title, runs, losses, baseline):
     ``runs`` maps an experiment to the histories of its seeds, ``losses`` to the name of its loss.
     """
     with _figure(path, WIDTH, 2 * len(runs) + 0.5, title) as figure:
-        axes = figure.subplots(len(runs), 2, squeeze=False)
+        axes = figure.subplots(len(runs), 2).reshape(-1, 2)  # also of a single run
         for (loss, miou), (name, seeds) in zip(axes, runs.items()):
             style = {"linewidth": 1, "marker": "." if len(seeds[0]) == 1 else None}
             _plot_epochs(loss, seeds, "loss", **style)
