@@ -35,11 +35,11 @@ def upsample(features, shape):
 
 
 class CustomFCN(nn.Module):
-    """Downsample by 32 in five steps, upsample the features to 1/4 in three, and the logits to full resolution.
+    """Downsample by 32 in five steps, upsample the features to 1/2 in four, and the logits to full resolution.
 
     Args (benchmarks/ablation/ has an experiment without each part):
         num_classes: channels of the logits.
-        skips: add the encoder's features at 1/4, 1/8 and 1/16 of the image's size to the decoder's.
+        skips: add the encoder's features at 1/2, 1/4, 1/8 and 1/16 of the image's size to the decoder's.
         residual: give each pair of convolutions in the encoder a shortcut.
         context: add the mean of the features over the whole image to the coarsest ones.
     """
@@ -48,22 +48,20 @@ class CustomFCN(nn.Module):
         super().__init__()
         self.arguments = {"num_classes": num_classes, "skips": skips, "residual": residual, "context": context}
 
-        widths, width = (64, 128, 192, 256), 64
-        self.stem = convolution(3, 32, stride=2)
-        self.encoder = nn.ModuleList(
-            nn.Sequential(convolution(inputs, outputs, stride=2), Block(outputs, residual))
-            for inputs, outputs in zip((32, *widths), widths)
-        )
-        self.narrow = nn.Conv2d(widths[-1], width, kernel_size=1)
-        self.context = nn.Conv2d(widths[-1], width, kernel_size=1) if context else None
-        skip_convolutions = (nn.Conv2d(channels, width, kernel_size=1) for channels in widths[-2::-1])
+        encoder, decoder = (32, 64, 128, 192, 256), (64, 64, 64, 32, 32)
+        self.encoder = nn.ModuleList([convolution(3, encoder[0], stride=2)])
+        for inputs, outputs in zip(encoder, encoder[1:]):
+            self.encoder.append(nn.Sequential(convolution(inputs, outputs, stride=2), Block(outputs, residual)))
+        self.narrow = nn.Conv2d(encoder[-1], decoder[0], kernel_size=1)
+        self.context = nn.Conv2d(encoder[-1], decoder[0], kernel_size=1) if context else None
+        skip_convolutions = (nn.Conv2d(*channels, kernel_size=1) for channels in zip(encoder[-2::-1], decoder))
         self.skips = nn.ModuleList(skip_convolutions) if skips else None
-        self.decoder = nn.ModuleList(convolution(width, width) for _ in range(3))
-        self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
+        self.decoder = nn.ModuleList(convolution(*channels) for channels in zip(decoder, decoder[1:]))
+        self.classifier = nn.Conv2d(decoder[-1], num_classes, kernel_size=1)
 
     def forward(self, images):
         """Map images, float32 [B, 3, H, W] of any size, to logits [B, num_classes, H, W]."""
-        encoded, features = [], self.stem(images)
+        features, encoded = images, []
         for stage in self.encoder:
             features = stage(features)
             encoded.append(features)
