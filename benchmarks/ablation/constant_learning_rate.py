@@ -14,7 +14,7 @@ from seg import cli, engine, transforms
 
 
 def main():
-    args = cli.arguments(__file__, __doc__, epochs=24, batch_size=4)
+    args = cli.arguments(__file__, __doc__, epochs=48, batch_size=4)
     util.seed_everything(args.seed)
 
     augment = transforms.Augmentation(flip=0.5, degrees=15, scale=(0.5, 1.1), unchanged=1, augmented=2)
