@@ -11,7 +11,7 @@ usage="usage: benchmarks/all.sh DATA OUT [FLAG ...]"
 export data=${1:?$usage} out=${2:?$usage}
 shift 2
 # the longest first, so that the last runs end at about the same time
-experiments=${EXPERIMENTS:-train_5_c train_6 train_4_b train_4_c train_5_a train_5_b train train_4_a}
+experiments=${EXPERIMENTS:-train_4_b train_4_c train_5_c train_6 train_5_a train train_4_a train_5_b}
 export python=${PYTHON:-python3} flags="$*" end=$(($(date +%s) + ${TOTAL:-520})) OMP_NUM_THREADS=1
 mkdir -p "$out/logs"
 
