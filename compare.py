@@ -312,8 +312,8 @@ def main():
     parser.add_argument("--seeds", type=cli.integer(0), nargs="+", default=[], metavar="N", help="seeds to run")
     parser.add_argument("--experiments", nargs="+", metavar="NAME", help="names of scripts (default: all eight)")
     end = [*sys.argv, "--"].index("--")
-    parser.set_defaults(own=sys.argv[end + 1 :])  # flags of the scripts' own
     args = parser.parse_args(sys.argv[1:end])
+    args, args.own = parser.parse_known_args(sys.argv[end + 1 :], args)  # what is left are flags of the scripts' own
     args.experiments = args.experiments and [name.removesuffix(".py") for name in args.experiments]
     for name in args.experiments or ():
         if args.seeds and not (ROOT / f"{name}.py").is_file():

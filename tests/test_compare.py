@@ -290,6 +290,9 @@ def test_flags_of_a_scripts_own_are_passed_on_and_compared(tmp_path, monkeypatch
             with contextlib.nullcontext() if is_done else pytest.raises(util.UserError, match="no finished run"):
                 assert seeds_by_experiment(run_compare(tmp_path, monkeypatch, *flags, "--", *own))["train[1]"] == "1"
         assert [command[-len(own) :] for command in started] == ([] if is_done else [own])
+    write_run(tmp_path / "seed0", "train[1]", 0, random_ious(0), defaults=settings, flags=settings | {"limit": 4})
+    text = run_compare(tmp_path, monkeypatch, *flags[:2], "--", "--lr", "0.1", "--limit", 4)  # one of the shared flags
+    assert seeds_by_experiment(text)["train[1]"] == "1"
     write_run(tmp_path / "seed0", "train[1]", 0, random_ious(0))  # of a script without such flags
     with pytest.raises(util.UserError, match="no finished run"):
         run_compare(tmp_path, monkeypatch, *flags[:2], "--", "--lr", "0.1")
