@@ -105,7 +105,7 @@ def test_score_in_the_script_and_in_the_readme_is_that_of_the_runs(experiment):
     assert f"Val mean IoU on CamVid: {score} ({seeds}, {runs[0].metrics['epochs']} epochs, " in text
     epochs, batch_size = re.search(r"__doc__, epochs=(\d+)(?:, batch_size=(\d+))?", text).groups(default=16)
     defaults = {"epochs": int(epochs), "batch_size": int(batch_size)}
-    has_changed = experiment == "train_5_a" or any(run.metrics["defaults"] != defaults for run in runs)  # 5_a: its decoder
+    has_changed = experiment == "train_5_a" or any(run.metrics["defaults"] != defaults for run in runs)  # decoder
     assert ("REPORT.md), earlier recipe." in text) == has_changed
 
 
