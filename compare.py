@@ -48,7 +48,9 @@ RESULTS = "Mean ± standard deviation over the seeds, at full resolution, void e
 
 DIFFERENCES = f"""\
 Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is that of the paired t-test over seeds; a
-difference is clear if it excludes 0. The classes are the three that change most."""
+difference is clear if it excludes 0. The interval is about the randomness of training, not about the choice of photos,
+and each has its own 5 % risk: of 20 differences that are due to chance, about one is clear. The classes are the three
+that change most."""
 
 CHANGED = """\
 The code of these runs has changed since, or they have other image ids or masks than most. To repeat one, call its
@@ -169,7 +171,8 @@ def difference_row(name, runs, base_name, base, split):
     return {
         "experiment": name,
         "compared with": base_name,
-        f"difference in {split} mean IoU": f"{mean:+.4f}",
+        "split": split,
+        "difference in mean IoU": f"{mean:+.4f}",
         "95 % interval": "{:+.4f} to {:+.4f}".format(*interval) if interval else "-",
         "clear": ("yes" if interval[0] > 0 or interval[1] < 0 else "no") if interval else "-",
         "classes that gain": ", ".join(gains) or "-",
@@ -243,10 +246,11 @@ def sections(experiments, failures):
         baseline[f"{split} mean IoU"] = f"{metrics[split]['background']['miou']:.4f}"
         baseline[f"{split} pixel accuracy"] = f"{metrics[split]['background']['pixel_accuracy']:.4f}"
     results = [result_row(name, list(seeds.values())) for name, seeds in experiments.items()]
+    bases = {name: base for name in experiments if (base := base_of(name, experiments))}
     differences = [
-        difference_row(full_name(name, seeds.values()), seeds, base, experiments[base], splits[-1])
-        for name, seeds in experiments.items()
-        if (base := base_of(name, experiments))
+        difference_row(full_name(name, experiments[name].values()), experiments[name], base, experiments[base], split)
+        for name, base in bases.items()
+        for split in splits
     ]
     title, plot = f"Results on {metrics['dataset']}, {images}", ("plots/comparison.png", "Mean IoU of each experiment")
     found = [

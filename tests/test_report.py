@@ -67,7 +67,7 @@ def test_the_first_table_of_the_report_repeats_the_figures_of_the_complete_ones(
         assert f" | {score} | " in result
         if name != "train":
             difference, other, verdict = rest
-            assert f" | {other} | {difference} | " in comparison[0]
+            assert f" | {other} | val | {difference} | " in comparison[0]
             clear_gain = " | yes | " in comparison[0] and difference.startswith("+")
             assert verdict.startswith("yes") == clear_gain
 
