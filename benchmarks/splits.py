@@ -1,0 +1,56 @@
+"""Score the best checkpoints of several seeds on further split lists, such as one for each drive of a test split.
+
+    lists=data/VOCdevkit/CamVid/ImageSets/Segmentation
+    python benchmarks/splits.py comparison $lists/test_Seq05VD.txt $lists/test_0001TP.txt
+
+Takes OUT/seed*/best_*.pt, as compare.py leaves them, adds the results to OUT/splits.json, and prints a table of mean
+IoU: mean ± standard deviation over the seeds.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import compare
+import util
+import voc
+from seg import checkpoint, cli, engine
+
+
+def table(results):
+    """The table in Markdown; ``results`` maps experiment, split list and seed to a dict of scores."""
+    rows = []
+    for experiment, splits in ((name, results[name]) for name in compare.EXPERIMENTS if name in results):
+        rows.append({"experiment": experiment, "seeds": max(map(len, splits.values()))})
+        rows[-1] |= {
+            name: compare.mean_and_std([scores["miou"] for scores in seeds.values()]) for name, seeds in splits.items()
+        }
+    return compare.markdown_table(rows)
+
+
+def main():
+    parser = cli.Parser(__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("lists", nargs="+", type=Path)
+    args = parser.parse_args()
+    path = args.out / "splits.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
+    for best in sorted(args.out.glob("seed*/best_*.pt")):
+        model = checkpoint.load(best)
+        splits = results.setdefault(best.stem.removeprefix("best_"), {})
+        for ids in args.lists:
+            split = voc.Split(ids.parents[2], ids.stem)
+            loader = voc.Loader(split, model.size, batch_size=8, mean=model.mean, std=model.std)
+            scores = engine.evaluate(model, loader, criterion).as_dict()
+            splits.setdefault(f"{split.dataset} {split.name}", {})[best.parent.name] = scores
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    cli.run(main)
