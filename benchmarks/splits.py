@@ -3,7 +3,7 @@
     lists=data/VOCdevkit/CamVid/ImageSets/Segmentation
     python benchmarks/splits.py comparison $lists/test_Seq05VD.txt $lists/test_0001TP.txt
 
-Takes OUT/seed*/best_*.pt, as compare.py leaves them, adds the results to OUT/splits.json, and prints a table of mean
+Takes the finished runs that compare.py has left in OUT, adds the results to OUT/splits.json, and prints a table of mean
 IoU: mean ± standard deviation over the seeds.
 """
 
@@ -40,14 +40,15 @@ def main():
     path = args.out / "splits.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
-    for best in sorted(args.out.glob("seed*/best_*.pt")):
-        model = checkpoint.load(best)
-        splits = results.setdefault(best.stem.removeprefix("best_"), {})
+    for run in compare.finished_runs(args.out):
+        if not run.best.exists():  # only its results were kept
+            continue
+        model, splits = checkpoint.load(run.best), results.setdefault(run.name, {})
         for ids in args.lists:
             split = voc.Split(ids.parents[2], ids.stem)
             loader = voc.Loader(split, model.size, batch_size=8, mean=model.mean, std=model.std)
             scores = engine.evaluate(model, loader, criterion).as_dict()
-            splits.setdefault(f"{split.dataset} {split.name}", {})[best.parent.name] = scores
+            splits.setdefault(f"{split.dataset} {split.name}", {})[f"seed{run.seed}"] = scores
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 

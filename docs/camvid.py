@@ -1,6 +1,6 @@
 """Draw docs/camvid.jpg: four photos of CamVid's val, their ground truth and the predictions of checkpoints.
 
-    PYTHONPATH=. python docs/camvid.py data/VOCdevkit/CamVid best_train.pt best_train_5_a.pt
+    PYTHONPATH=. python docs/camvid.py data/VOCdevkit/CamVid best_train.pt best_train_5_a.pt best_train_6.pt
 """
 
 import sys
