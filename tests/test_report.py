@@ -1,5 +1,7 @@
 """Every table of the report is what its command prints from the runs that are kept next to it."""
 
+import importlib
+import json
 import re
 import shlex
 from types import SimpleNamespace
@@ -39,6 +41,20 @@ def test_results_are_those_of_the_runs(folder, monkeypatch):
     text = text.partition("## Changed since")[0].rstrip("\n") + "\n"  # which compares with today's code
     assert compare.report([section for section in found if section.heading != "Changed since"]) == text
     assert [row for row in table_rows(text) if row not in REPORT] == []
+
+
+def test_the_scores_of_each_drive_are_those_of_the_runs_and_in_the_report(monkeypatch):
+    """On the lists that a run scores too, they are the run's own, but for pixels that change with the threads."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    folder = ROOT / "report" / "camvid-test"
+    results = json.loads((folder / "splits.json").read_text(encoding="utf-8"))
+    for experiment, seeds in compare.collect(everything(folder)).items():
+        for seed, run in seeds.items():
+            for split in ("val", "test"):
+                ious = results[experiment][f"CamVid {split}"][f"seed{seed}"]["iou"]
+                assert ious == pytest.approx(run.metrics[split]["iou"], abs=1e-6)
+    table = importlib.import_module("splits").table(results)
+    assert [row for row in table_rows(table) if row not in REPORT] == []
 
 
 def test_the_tables_of_the_ablation_are_those_of_its_runs():
