@@ -48,9 +48,8 @@ RESULTS = "Mean ± standard deviation over the seeds, at full resolution, void e
 
 DIFFERENCES = f"""\
 Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is that of the paired t-test over seeds; a
-difference is clear if it excludes 0. The interval is about the randomness of training, not about the choice of photos,
-and each has its own 5 % risk: of 20 differences that are due to chance, about one is clear. The classes are the three
-that change most."""
+difference is clear if it excludes 0. It is about the randomness of training, not about the choice of photos; of 20
+differences that are due to chance, about one is clear. The classes are the three that change most."""
 
 CHANGED = """\
 The code of these runs has changed since, or they have other image ids or masks than most. To repeat one, call its
@@ -236,8 +235,7 @@ def changes_since(runs):
 def sections(experiments, failures):
     """The parts of the comparison, a list of html.Section, from ``collect`` and ``run_missing``."""
     runs = [run for seeds in experiments.values() for run in seeds.values()]
-    splits, metrics = runs[0].splits, runs[0].metrics
-    limit = metrics["flags"]["limit"]
+    splits, metrics, limit = runs[0].splits, runs[0].metrics, runs[0].metrics["flags"]["limit"]
     images = "all images" if limit is None else f"the first {limit} images of each split"
     command_line = files.command_line([Path(sys.argv[0]).name, *sys.argv[1:]])
     text = f"`python {command_line}`; runs on {'; '.join(sorted(set(map(machine, runs))))}.\n\n{RESULTS}"
@@ -246,10 +244,10 @@ def sections(experiments, failures):
         baseline[f"{split} mean IoU"] = f"{metrics[split]['background']['miou']:.4f}"
         baseline[f"{split} pixel accuracy"] = f"{metrics[split]['background']['pixel_accuracy']:.4f}"
     results = [result_row(name, list(seeds.values())) for name, seeds in experiments.items()]
-    bases = {name: base for name in experiments if (base := base_of(name, experiments))}
     differences = [
-        difference_row(full_name(name, experiments[name].values()), experiments[name], base, experiments[base], split)
-        for name, base in bases.items()
+        difference_row(full_name(name, seeds.values()), seeds, base, experiments[base], split)
+        for name, seeds in experiments.items()
+        if (base := base_of(name, experiments))
         for split in splits
     ]
     title, plot = f"Results on {metrics['dataset']}, {images}", ("plots/comparison.png", "Mean IoU of each experiment")
