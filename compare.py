@@ -48,8 +48,8 @@ RESULTS = "Mean ± standard deviation over the seeds, at full resolution, void e
 
 DIFFERENCES = f"""\
 Differences are paired by seed. From {MIN_SEEDS} seeds on, the 95 % interval is that of the paired t-test over seeds; a
-difference is clear if it excludes 0. It is about the randomness of training, not about the choice of photos; of 20
-differences that are due to chance, about one is clear. The classes are the three that change most."""
+difference is clear if it excludes 0. It is about the randomness of training, not the choice of photos; with no
+real difference, about one interval in 20 excludes 0 all the same. The classes are the three that change most."""
 
 CHANGED = """\
 The code of these runs has changed since, or they have other image ids or masks than most. To repeat one, call its

@@ -24,7 +24,7 @@ from seg import checkpoint, cli, engine
 def table(results):
     """The table in Markdown; ``results`` maps experiment, split list and seed to a dict of scores."""
     rows = []
-    for experiment, splits in ((name, results[name]) for name in compare.EXPERIMENTS if name in results):
+    for experiment, splits in sorted(results.items()):
         rows.append({"experiment": experiment, "seeds": max(map(len, splits.values()))})
         rows[-1] |= {
             name: compare.mean_and_std([scores["miou"] for scores in seeds.values()]) for name, seeds in splits.items()
@@ -40,12 +40,13 @@ def main():
     path = args.out / "splits.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
-    for run in compare.finished_runs(args.out):
-        if not run.best.exists():  # only its results were kept
-            continue
+    runs = [run for run in compare.finished_runs(args.out) if run.best.exists()]
+    if not runs:
+        raise util.UserError(f"{args.out}: no finished run with its checkpoint: correct the path, or train one")
+    for run in runs:
         model, splits = checkpoint.load(run.best), results.setdefault(run.name, {})
         for ids in args.lists:
-            split = voc.Split(ids.parents[2], ids.stem)
+            split = voc.Split(ids.resolve().parents[2], ids.stem)
             loader = voc.Loader(split, model.size, batch_size=8, mean=model.mean, std=model.std)
             scores = engine.evaluate(model, loader, criterion).as_dict()
             splits.setdefault(f"{split.dataset} {split.name}", {})[f"seed{run.seed}"] = scores
