@@ -235,7 +235,8 @@ def changes_since(runs):
 def sections(experiments, failures):
     """The parts of the comparison, a list of html.Section, from ``collect`` and ``run_missing``."""
     runs = [run for seeds in experiments.values() for run in seeds.values()]
-    splits, metrics, limit = runs[0].splits, runs[0].metrics, runs[0].metrics["flags"]["limit"]
+    splits, metrics = runs[0].splits, runs[0].metrics
+    limit = metrics["flags"]["limit"]
     images = "all images" if limit is None else f"the first {limit} images of each split"
     command_line = files.command_line([Path(sys.argv[0]).name, *sys.argv[1:]])
     text = f"`python {command_line}`; runs on {'; '.join(sorted(set(map(machine, runs))))}.\n\n{RESULTS}"

@@ -178,16 +178,20 @@ def predict_photos(model, args):
         raise UserError("\nerror: ".join(errors))
 
 
+def evaluate(model, split, device="cpu", tiled=False):
+    """Scores of a model from ``checkpoint.load`` on all photos of a Split, at full resolution."""
+    if tiled:
+        return tiles.evaluate(model, split, device)
+    loader = Loader(split, model.size, batch_size=8, device=device, mean=model.mean, std=model.std)
+    return engine.evaluate(model, loader, torch.nn.CrossEntropyLoss(ignore_index=VOID))
+
+
 def score(model, args):
     """Print the results on the split in ``args`` and write the table of its photos; see the top of this file."""
     path = args.out / f"{args.split}_scores.csv"
     check_new([path], args.overwrite)
     split = Split(args.data, args.split)
-    if args.tiles:
-        scores = tiles.evaluate(model, split, args.device)
-    else:
-        loader = Loader(split, model.size, batch_size=8, device=args.device, mean=model.mean, std=model.std)
-        scores = engine.evaluate(model, loader, torch.nn.CrossEntropyLoss(ignore_index=VOID))
+    scores = evaluate(model, split, args.device, args.tiles)
     report.log(report.table({args.split: scores}, split.classes))
     order = scores.image_ious.argsort(stable=True).tolist()  # NaN, of a photo without a labelled pixel, is last
     rows = [(split.photo_path(index), split.mask_path(index), f"{scores.image_ious[index]:.4f}") for index in order]

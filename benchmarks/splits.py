@@ -11,24 +11,23 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import compare
-import util
+import predict
 import voc
-from seg import checkpoint, cli, engine
+from seg import checkpoint, cli
+from util import UserError
 
 
 def table(results):
     """The table in Markdown; ``results`` maps experiment, split list and seed to a dict of scores."""
     rows = []
     for experiment, splits in sorted(results.items()):
-        rows.append({"experiment": experiment, "seeds": max(map(len, splits.values()))})
-        rows[-1] |= {
-            name: compare.mean_and_std([scores["miou"] for scores in seeds.values()]) for name, seeds in splits.items()
-        }
+        row = {"experiment": experiment, "seeds": max(map(len, splits.values()))}
+        for name, seeds in splits.items():
+            row[name] = compare.mean_and_std([scores["miou"] for scores in seeds.values()])
+        rows.append(row)
     return compare.markdown_table(rows)
 
 
@@ -39,16 +38,14 @@ def main():
     args = parser.parse_args()
     path = args.out / "splits.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    criterion = torch.nn.CrossEntropyLoss(ignore_index=util.VOID)
     runs = [run for run in compare.finished_runs(args.out) if run.best.exists()]
     if not runs:
-        raise util.UserError(f"{args.out}: no finished run with its checkpoint: correct the path, or train one")
+        raise UserError(f"{args.out}: no finished run with its checkpoint: correct the path, or train one")
     for run in runs:
         model, splits = checkpoint.load(run.best), results.setdefault(run.name, {})
         for ids in args.lists:
             split = voc.Split(ids.resolve().parents[2], ids.stem)
-            loader = voc.Loader(split, model.size, batch_size=8, mean=model.mean, std=model.std)
-            scores = engine.evaluate(model, loader, criterion).as_dict()
+            scores = predict.evaluate(model, split).as_dict()
             splits.setdefault(f"{split.dataset} {split.name}", {})[f"seed{run.seed}"] = scores
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))

@@ -63,7 +63,7 @@ class Run:
 
     @property
     def splits(self):
-        """The splits with results; experiments are compared on the last."""
+        """The splits with results; the plots of a comparison are of the last."""
         return ("val",) if self.metrics["test"] is None else ("val", "test")
 
     @property
