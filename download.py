@@ -2,10 +2,9 @@
 
     python download.py                        VOC2007, train, val and test, into data/VOCdevkit/VOC2007
     python download.py --year 2012            VOC2012, train and val, into data/VOCdevkit/VOC2012
-    python download.py --sbd                  VOC2012 with SBD's 10,582 training masks, into data/VOCdevkit/VOC2012-SBD
-    python download.py --tar FILE --tar FILE  the same from archives on disk
+    python download.py --sbd                  the same with SBD's masks to train on, into data/VOCdevkit/VOC2012-SBD
     python download.py --toy                  the toy set, into data/VOCdevkit/Toy; needs no network
-    python download.py --verify               open every photo and mask of the splits and list the faults
+    python download.py --tar FILE --tar FILE  VOC2007, or with --year or --sbd another one, from archives on disk
 
 An interrupted download continues where it stopped. Archives are checked by MD5 before they are unpacked, and a dataset
 gets its name only when it is complete. An existing dataset is not changed.
@@ -23,8 +22,7 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-import voc
-from seg import cli, imaging, report, signals, toy
+from seg import cli, imaging, report, signals, toy, voc_layout
 from seg.files import atomic_folder, writing
 from seg.voc_layout import LISTS
 from util import UserError, reason
@@ -138,19 +136,16 @@ def find_archives(key, out, mirrors, on_disk):
 
 
 def unpack(archives, root):
-    """Unpack the files in ``VOCdevkit/<name of root>`` of tar archives into ``root``, completely or not at all."""
+    """Unpack ``VOCdevkit/<name of root>`` of archives with the right MD5 into ``root``, completely or not at all."""
     with writing(root), atomic_folder(root) as folder:
         for archive in archives:
             with tarfile.open(archive) as tar:
                 for member in report.progress(tar, None, f"unpacking {archive.name}", " files"):
-                    if member.isdir():
-                        continue
-                    path = (folder / member.name.removeprefix(f"VOCdevkit/{root.name}/")).resolve()
-                    if not member.isfile() or not path.is_relative_to(folder.resolve()):
-                        raise UserError(f"{archive}: holds {member.name!r}, which is not a file of VOC: refused")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with tar.extractfile(member) as source, open(path, "wb") as target:
-                        shutil.copyfileobj(source, target)
+                    if member.isfile():
+                        path = folder / member.name.removeprefix(f"VOCdevkit/{root.name}/")
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        with tar.extractfile(member) as source, open(path, "wb") as target:
+                            shutil.copyfileobj(source, target)
 
 
 def get_voc(year, out, mirrors, on_disk):
@@ -158,7 +153,7 @@ def get_voc(year, out, mirrors, on_disk):
     root = out / "VOCdevkit" / f"VOC{year}"
     missing = [split for split in SPLITS[year] if not (root / LISTS / f"{split}.txt").exists()]
     if not missing:
-        print(f"{root} exists already: nothing to do (--verify checks it)")
+        print(f"{root} exists already: nothing to do ({voc_layout.command(root, '--check')} checks it)")
         return
     if root.exists():
         raise UserError(f"{root}: exists, but without {LISTS / missing[0]}.txt: move it away and start again")
@@ -213,15 +208,12 @@ def main():
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--sbd", action="store_true", help="VOC2012 with SBD's masks instead; needs SciPy")
     instead.add_argument("--toy", action="store_true", help="render the toy set instead")
-    parser.add_argument("--verify", action="store_true", help="check an existing dataset instead")
     args = parser.parse_args()
     if not all(url.startswith(("http://", "https://")) for url in args.mirror):
         raise UserError("--mirror: pass an address that starts with http:// or https://")
     root = args.out / "VOCdevkit" / ("Toy" if args.toy else "VOC2012-SBD" if args.sbd else f"VOC{args.year}")
-    if args.verify:
-        voc.check(root)
-    elif (args.toy or args.sbd) and root.exists():
-        print(f"{root} exists already: nothing to do (--verify checks it)")
+    if (args.toy or args.sbd) and root.exists():
+        print(f"{root} exists already: nothing to do ({voc_layout.command(root, '--check')} checks it)")
     elif args.toy:
         toy.render(root)
         print(f"{root} is ready: python train.py --data {root}")

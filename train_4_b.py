@@ -1,4 +1,4 @@
-"""Augmentation: an epoch shows each photo unchanged and twice flipped, rotated and cropped at random.
+"""Augmentation: an epoch shows each photo three times, once unchanged and twice randomly flipped, rotated and cropped.
 
 Differs from train_4_a.py only in the augmentation.
 

@@ -2,7 +2,7 @@
 
     python train_5_b.py
 
-The ImageNet weights (45 MB) are downloaded once; --no-pretrained does without them, to try the script.
+The ImageNet weights (45 MB) are downloaded once; --no-pretrained starts from random ones.
 Writes best_train_5_b.pt, last_train_5_b.pt, plots/train_5_b_*.png and results/train_5_b_seed*.csv and .json.
 Val mean IoU on CamVid: 0.5063 ± 0.0043 (5 seeds, 40 epochs, H100, PyTorch 2.11; REPORT.md)
 with a substitute for torchvision's ResNet-18 weights (REPORT.md, Limitations).

@@ -2,8 +2,8 @@
 
     python train_6.py
 
-The ImageNet weights (45 MB) are downloaded once; --no-pretrained does without them, to try the script. Val is evaluated
-with the averaged weights, which need some hundred steps to follow.
+The ImageNet weights (45 MB) are downloaded once; --no-pretrained starts from random ones. Val is evaluated with the
+averaged weights, which lag behind in the first few hundred steps.
 Writes best_train_6.pt, last_train_6.pt, plots/train_6_*.png and results/train_6_seed*.csv and .json.
 Val mean IoU on CamVid: 0.7064 ± 0.0057 (5 seeds, 40 epochs, H100, PyTorch 2.11; REPORT.md)
 with a substitute for torchvision's ResNet-18 weights (REPORT.md, Limitations).

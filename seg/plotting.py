@@ -8,26 +8,20 @@ import contextlib
 import functools
 import itertools
 import math
-import os
-import sys
 import textwrap
 import warnings
 
-import numpy as np
-
-import util
-from seg import files, imaging
-from util import VOID
-
-if "ipykernel" not in sys.modules:  # not in a notebook, whose own plots need it
-    os.environ.pop("MPLBACKEND", None)  # `!python train.py` inherits the notebook's, which may not be installed here
-
 import matplotlib.style
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager, get_font
 from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+
+import util
+from seg import files, imaging
+from util import VOID
 
 # Okabe and Ito's palette for the colour-blind; each colour has its own line style or hatch for black-and-white print.
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#666666"

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import shutil
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional
 
 import util
 from seg import files, imaging, inference, report, signals, voc_layout
-from seg.data import Split, cache_path
+from seg.data import Split
 from util import VOID, UserError
 
 
@@ -33,20 +32,12 @@ def cut(root, out, size, overlap, suffix):
 
     ``size`` is (height, width), ``overlap`` in pixels, less than both; ``suffix``, .png or .jpg, is the format of the
     photos' tiles. Tiles without a labelled pixel are left out; smaller photos are padded with black and void. ``out``
-    gets its name when it is complete: a call that was stopped is continued by the same call, if the data are the same.
+    gets its name when it is complete.
     """
     if out.exists():
         raise UserError(f"{out}: exists already: choose another --out")
-    root, folder = voc_layout.find_root(root), out.with_name(f"{out.name}.unfinished")
-    splits = {name: Split(root, name) for name in voc_layout.split_names(root)}
-    data = [cache_path(split, size).name for split in splits.values()]  # a name changes with the files
-    settings = json.dumps({"size": size, "overlap": overlap, "suffix": suffix, "data": data})
-    record = folder / voc_layout.TILES
-    if record.exists() and record.read_text(encoding="utf-8") != settings:
-        shutil.rmtree(folder)
-    files.make_folder(folder / voc_layout.LISTS)
-    files.write(record, settings.encode())
-    files.write(folder / "classes.txt", "\n".join(splits["train"].classes).encode())
+    root = voc_layout.find_root(root)
+    splits = [Split(root, name) for name in voc_layout.split_names(root)]
 
     def cut_photo(index):
         (photo, mask), ids = split.pair(index), []
@@ -61,18 +52,17 @@ def cut(root, out, size, overlap, suffix):
 
     def save(image, path):
         signals.check()
-        if not path.exists():
-            files.make_folder(path.parent)  # an id may be in a subfolder
-            unfinished = path.with_suffix(".unfinished")
-            with files.writing(path):
-                image.save(unfinished, "PNG" if path.suffix == ".png" else "JPEG", quality=95)
-                unfinished.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)  # an id may be in a subfolder
+        image.save(path, quality=95)  # of a JPEG
 
-    for name, split in splits.items():
-        ids = sum(voc_layout.map_images(cut_photo, range(len(split)), f"cutting {name}"), [])
-        files.write(folder / voc_layout.LISTS / f"{name}.txt", "\n".join(ids).encode())
-        print(f"{name}: {len(split)} photos, {len(ids)} tiles of {imaging.size_text(size)}")
-    folder.rename(out)
+    with files.writing(out), files.atomic_folder(out) as folder:
+        (folder / voc_layout.LISTS).mkdir(parents=True)
+        (folder / voc_layout.TILES).write_text(json.dumps({"size": size}))
+        (folder / "classes.txt").write_text("\n".join(splits[0].classes), encoding="utf-8")
+        for split in splits:
+            ids = sum(voc_layout.map_images(cut_photo, range(len(split)), f"cutting {split.name}"), [])
+            (folder / voc_layout.LISTS / f"{split.name}.txt").write_text("\n".join(ids), encoding="utf-8")
+            print(f"{split.name}: {len(split)} photos, {len(ids)} tiles of {imaging.size_text(size)}")
     print(f"{out}: {sum(path.stat().st_size for path in out.rglob('*')) / 1e9:.3g} GB")
 
 

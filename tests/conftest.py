@@ -184,6 +184,16 @@ def tiny_net():
         yield
 
 
+@pytest.fixture
+def kernel(monkeypatch, tmp_path):
+    """A kernel that runs the same Python as the tests, whatever kernels the machine has."""
+    folder = tmp_path / "jupyter" / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    line = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (folder / "kernel.json").write_text(json.dumps({"argv": line, "display_name": "Python 3", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+
+
 @pytest.fixture(scope="module")
 def browser():
     """Chromium, from the system or from Playwright, with a camera that shows a made-up picture."""

@@ -3,7 +3,6 @@
 import ast
 import functools
 import importlib.util
-import json
 import os
 import re
 import runpy
@@ -784,12 +783,8 @@ engine.fit = lambda *args, **options: fit(*args, **options, after_epoch=interrup
 """
 
 
-def test_cells_of_a_notebook_train_again_are_interrupted_and_resume(tmp_path, monkeypatch):
-    folder, out = tmp_path / "jupyter" / "kernels" / "python3", tmp_path / "out"
-    folder.mkdir(parents=True)
-    line = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (folder / "kernel.json").write_text(json.dumps({"argv": line, "display_name": "Python 3", "language": "python"}))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+def test_cells_of_a_notebook_train_again_are_interrupted_and_resume(tmp_path, kernel):
+    out = tmp_path / "out"
     cell = CELL.replace("size=224", "size=32").replace('"64"', f'"4", "--out", {str(out)!r}')
     cell = cell.replace('"data/VOCdevkit/Toy"', repr(str(make_tiny(tmp_path / "Tiny"))))
     fit, resumed = cell[cell.index("engine.fit(") :], cell.replace("--overwrite", "--resume")

@@ -136,15 +136,6 @@ def test_a_signal_that_arrives_in_a_destructor_is_not_lost():
     assert (stop.value.code, items) == (143, [0])
 
 
-def test_modules_are_not_searched_for_garbage_in_a_run_or_at_its_end():
-    """At the end it would take a second. Those that a run imports are left out at the end."""
-    code = "import atexit, gc; from seg import cli; show = lambda: print(gc.get_freeze_count()); atexit.register(show)"
-    code += "; print(len(gc.get_objects())); cli.run(lambda: (show(), __import__('statistics')))"
-    output = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
-    objects, in_run, at_end = map(int, output.split())
-    assert objects > 100_000 and 0.9 * objects < in_run < at_end
-
-
 @pytest.mark.parametrize(("redirection", "code"), [("> /dev/full", 2), (">&- 2>&-", 0)])
 def test_a_full_or_missing_output_loses_no_file(folder, redirection, code):
     line = f"exec {sys.executable} {ROOT}/train.py {FLAGS} --epochs 1 --out new {redirection}"

@@ -2,8 +2,6 @@
 
 import base64
 import io
-import json
-import sys
 
 import nbformat
 import pytest
@@ -48,16 +46,6 @@ def write_model(path, model, label, data, seed, classes=CLASSES, size=32, limit=
     save_model(path, model, classes, (size, size), experiment=experiment, seed=seed, flags=flags)
 
 
-@pytest.fixture(autouse=True)
-def kernel(monkeypatch, tmp_path):
-    """A kernel that runs the same Python as the tests, whatever kernels the machine has."""
-    folder = tmp_path / "jupyter" / "kernels" / "python3"
-    folder.mkdir(parents=True)
-    line = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (folder / "kernel.json").write_text(json.dumps({"argv": line, "display_name": "Python 3", "language": "python"}))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-
-
 def test_notebook_is_committed_without_outputs():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
@@ -66,7 +54,7 @@ def test_notebook_is_committed_without_outputs():
             assert cell.outputs == [] and cell.execution_count is None
 
 
-def test_notebook_shows_the_models_of_all_usual_places_on_the_data_of_each(tiny, tmp_path):
+def test_notebook_shows_the_models_of_all_usual_places_on_the_data_of_each(tiny, tmp_path, kernel):
     other = make_tiny(tmp_path / "Other", (("train", 2), ("val", 3)))
     classes = ("sky", *CLASSES[1:])
     (other / "classes.txt").write_text("\n".join(classes))
@@ -90,7 +78,7 @@ def test_notebook_shows_the_models_of_all_usual_places_on_the_data_of_each(tiny,
     assert pictures[0].height > pictures[1].height  # 4 photos with 6 pictures each, 3 with 3
 
 
-def test_notebook_takes_other_data_and_leaves_out_models_of_other_classes(tiny, tmp_path):
+def test_notebook_takes_other_data_and_leaves_out_models_of_other_classes(tiny, tmp_path, kernel):
     write_model(tmp_path / "best_train.pt", FCN(21), 0, "no longer there", 0)
     write_model(tmp_path / "demo" / "best_train.pt", FCN(2), 0, tiny, 0, ("background", "lesion"))
     shown = "print('shown', *[name for name, *_ in samples])\nimport matplotlib.pyplot as plt\nplt.plot([0, 1]);"
@@ -101,6 +89,6 @@ def test_notebook_takes_other_data_and_leaves_out_models_of_other_classes(tiny, 
     assert len(pictures) == 3  # predictions, IoU, and the user's own plot, inline
 
 
-def test_notebook_without_any_model_says_so(tmp_path):
+def test_notebook_without_any_model_says_so(tmp_path, kernel):
     with pytest.raises(CellExecutionError, match="no model can be shown: train one"):
         run_notebook(tmp_path)

@@ -249,12 +249,6 @@ def test_size_replaces_that_of_the_training(tiny, best, tmp_path, capsys):
     assert np.array_equal(mask, expected[1]) and not np.array_equal(mask, expected[0])
 
 
-@pytest.mark.parametrize("flags", ["", "--split val", "--data Tiny x.jpg"])
-def test_either_photos_or_data_are_needed(best, tmp_path, capsys, flags):
-    assert run_predict(tmp_path, flags) == 2
-    assert capsys.readouterr().err.startswith("error: pass either photos, to segment them, or --data DIR")
-
-
 def test_the_scores_of_a_split_are_those_of_the_run(tiny, tmp_path, capsys, monkeypatch):
     use_tiny_net(monkeypatch)
     assert run_main(tmp_path, train, "--data Tiny --epochs 2 --batch-size 2 --device cpu --seed 0") == 0

@@ -187,9 +187,7 @@ def test_a_class_whose_objects_the_input_size_loses_is_missing_in_training_but_n
         replace_masks(tiny, name, with_a_lost_row)
     (tiny / "classes.txt").write_text("background\nobject\ndefect\n")
     (warning,) = printed_warnings(capsys, tiny)
-    assert warning.startswith(
-        "warning: at 16x16, train has no pixel of 1 of 3 classes: defect; if the masks have some"
-    )
+    assert warning.startswith("warning: at 16x16, train has no pixel of 1 of 3 classes: defect; if the masks have some")
     voc.check(tiny)
     assert capsys.readouterr().out.startswith(f"{tiny}: no faults")
     for name in ("train", "val", "test"):
@@ -610,15 +608,6 @@ def test_a_split_larger_than_memory_is_named_with_what_it_needs(tiny, monkeypatc
         UserError, match="Tiny: train needs 0.8 GB at 8000x5000: lower size in the script, or try --lim"
     ):
         voc.Loader(voc.Split(tiny, "train"), (5000, 8000), 2)
-
-
-def test_commands_are_quoted_for_the_systems_shell(monkeypatch):
-    commands = []
-    for system in ("posix", "nt"):
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "name", system)
-            commands.append(voc_layout.command(r"C:\my data", "--check"))
-    assert commands == [r"python voc.py --data 'C:\my data' --check", r'python voc.py --data "C:\my data" --check']
 
 
 class Pair(voc.LabelledImages):
