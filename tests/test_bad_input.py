@@ -228,7 +228,7 @@ LOADED = [
     (changed(module="../util"), "not at the top level"),
     (changed(module="conftest", **{"class": "make_tiny"}), "make_tiny", "not at the top level of conftest.py"),
     (changed(arguments={"num_classes": 5}), "does not fit TinyNet of tiny_net.py"),
-    (changed(arguments={"other": 5}), "does not fit TinyNet of tiny_net.py", "'other'"),
+    (changed(arguments={"other": 5}), "does not fit TinyNet of tiny_net.py", "'other'", "restore tiny_net.py"),
 ]
 RESUMED = [
     (changed(history=None), "not written by this project"),
