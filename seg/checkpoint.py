@@ -87,7 +87,7 @@ def load(path, device="cpu"):
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a missing or wrong entry raises one of many types
-        advice = f'train again, or restore {file}: the JSON in results/ has it under "code"'
+        advice = f'train again, or restore {file}, which the checkpoint holds under "code"'
         raise UserError(f"{path}: does not fit {state['class']} of {file} ({reason(error)}): {advice}") from None
     versions, now = provenance.versions(state.get("code")), provenance.read_text(ROOT / file)
     before = versions[-1]["files"].get(file) if versions else None
