@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from seg import cli, imaging, report, signals, toy, voc_layout
 from seg.files import atomic_folder, command_line, writing
-
 from seg.voc_layout import LISTS
 from util import UserError, reason
 
