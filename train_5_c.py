@@ -3,7 +3,7 @@
     python train_5_c.py
 
 Writes best_train_5_c.pt, last_train_5_c.pt, plots/train_5_c_*.png and results/train_5_c_seed*.csv and .json.
-Mean IoU on CamVid: val 0.6114 ± 0.0061, test 0.4874 ± 0.0069 (2 seeds, 100 epochs, CPU, PyTorch 2.14; REPORT.md).
+Mean IoU on CamVid: val 0.6098 ± 0.0051, test 0.4850 ± 0.0063 (3 seeds, 100 epochs, CPU, PyTorch 2.14; REPORT.md).
 """
 
 import torch

@@ -5,7 +5,7 @@
 The ImageNet weights (45 MB) are downloaded once; --no-pretrained starts from random ones. Val is evaluated with the
 averaged weights, which lag behind in the first few hundred steps.
 Writes best_train_6.pt, last_train_6.pt, plots/train_6_*.png and results/train_6_seed*.csv and .json.
-Mean IoU on CamVid: val 0.7007 ± 0.0004, test 0.6231 ± 0.0015 (2 seeds, 40 epochs, CPU, PyTorch 2.14; REPORT.md)
+Mean IoU on CamVid: val 0.7040 ± 0.0057, test 0.6245 ± 0.0027 (3 seeds, 40 epochs, CPU, PyTorch 2.14; REPORT.md)
 with a substitute for torchvision's ResNet-18 weights (REPORT.md, Limitations).
 """
 
