@@ -2,7 +2,7 @@
 
     python compare.py                                             report the runs that are there
     python compare.py --seeds 0 1 2                               first run what is missing of the eight scripts
-    python compare.py --seeds 0 1 2 --experiments train train_x   the same for train.py and train_x.py
+    python compare.py --seeds 0 1 2 --experiments train train_x   only train.py and train_x.py, compared with the first
     python compare.py --seeds 0 1 --experiments train_x -- --lr 1e-3    with flags of the script's own
 
 Each run is the command that a user would type, with the output folder OUT/seed0, OUT/seed1 and so on; runs in OUT
@@ -86,23 +86,27 @@ def matches(run, args):
 def collect(args):
     """The finished runs that the flags ask for: a dict from experiment to a dict from seed to Run.
 
-    If there are none, all that are there, unless they differ in data set or limit.
+    Without flags, an experiment that has none with its defaults has all its runs of the same data set and limit.
     """
     runs = finished_runs(args.out, warn=True)
     names = [Path(name).name for name in args.experiments or ()]
     if names:
         runs = [run for run in runs if run.name.removesuffix("_no_pretrained") in names]
     matching = [run for run in runs if matches(run, args)]
-    no_flags = not (args.seeds or args.own) and args.limit is args.epochs is args.batch_size is None
-    if no_flags and len({(run.metrics["dataset"], run.metrics["flags"]["limit"]) for run in runs}) == 1:
-        matching = matching or runs
+    if not (args.seeds or args.own) and args.limit is args.epochs is args.batch_size is None:
+        kinds = {(run.metrics["dataset"], run.metrics["flags"]["limit"]) for run in matching or runs}
+        others = [run for run in runs if run.name not in {other.name for other in matching}]
+        matching += [run for run in others if {(run.metrics["dataset"], run.metrics["flags"]["limit"])} == kinds]
     experiments = {}
     for run in matching:
         if (run.splits, run.classes) != (matching[0].splits, matching[0].classes):
             problem = f"{run.json}: differs from {matching[0].json} in the names of the classes or the splits"
             raise UserError(f"{problem}: repeat one of the runs with --overwrite, or compare with another --out")
         experiments.setdefault(run.name, {}).setdefault(run.seed, run)
-    return {name: experiments[name] for name in (*EXPERIMENTS, *names, *sorted(experiments)) if name in experiments}
+    for name in names:
+        if experiments and not experiments.keys() & {name, f"{name}_no_pretrained"}:
+            print(f"warning: {args.out} has no finished run of {name} with these flags", file=sys.stderr)
+    return {name: experiments[name] for name in (*names, *EXPERIMENTS, *sorted(experiments)) if name in experiments}
 
 
 def command(args, script, seed):
@@ -143,11 +147,10 @@ def mean_and_interval(differences):
     return mean, (mean - margin, mean + margin)
 
 
-def base_of(name, experiments):
-    """The experiment to compare another with, None if there is none; a user's own with ``train`` or the first."""
-    base = EXPERIMENTS.get(name, ("train",))[0]
-    if base not in experiments and name not in EXPERIMENTS:
-        base = next(iter(experiments))
+def base_of(name, experiments, first=None):
+    """What an experiment is compared with, or None: ``first``, or the one it builds on; users' own build on train."""
+    own_base = "train" if "train" in experiments else next(iter(experiments))
+    base = first or EXPERIMENTS.get(name, (own_base,))[0]
     return base if base in experiments and base != name else None
 
 
@@ -232,8 +235,8 @@ def changes_since(runs):
     return [{"experiment": name, "seeds": ", ".join(seeds), "change": change} for (name, change), seeds in rows.items()]
 
 
-def sections(experiments, failures):
-    """The parts of the comparison, a list of html.Section, from ``collect`` and ``run_missing``."""
+def sections(experiments, failures, first=None):
+    """The parts of the comparison, a list of html.Section, from ``collect`` and ``run_missing``; see ``base_of``."""
     runs = [run for seeds in experiments.values() for run in seeds.values()]
     splits, metrics = runs[0].splits, runs[0].metrics
     limit = metrics["flags"]["limit"]
@@ -248,7 +251,7 @@ def sections(experiments, failures):
     differences = [
         difference_row(full_name(name, seeds.values()), seeds, base, experiments[base], split)
         for name, seeds in experiments.items()
-        if (base := base_of(name, experiments))
+        if (base := base_of(name, experiments, first))
         for split in splits
     ]
     title, plot = f"Results on {metrics['dataset']}, {images}", ("plots/comparison.png", "Mean IoU of each experiment")
@@ -324,17 +327,19 @@ def main():
     failures = run_missing(args)
     experiments = collect(args)
     if not experiments and not failures:
-        advice = "pass those of the runs (--data, --limit, --epochs, --batch-size; own ones after --), or --seeds 0 1 2"
+        advice = "correct --out, pass the runs' --data, --limit, --epochs and --batch-size, or train with --seeds 0 1 2"
         raise UserError(f"{args.out}: no finished run with these flags: {advice}")
     if experiments:
-        found = sections(experiments, failures)
+        found = sections(experiments, failures, first=args.experiments and next(iter(experiments)))
         text = report(found)
         files.write(args.out / "RESULTS.md", text.encode())
         draw_plots(args.out, experiments)
         write_html(args.out, experiments, found)
         print(text)
     if failures:
-        raise UserError(f"{len(failures)} runs failed; the same command tries them again: {'; '.join(failures)}")
+        raise UserError(
+            f"{len(failures)} runs failed (see above); the same command tries again: {'; '.join(failures)}"
+        )
 
 
 if __name__ == "__main__":

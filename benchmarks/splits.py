@@ -47,7 +47,7 @@ def main():
             split = voc.Split(ids.resolve().parents[2], ids.stem)
             scores = predict.evaluate(model, split).as_dict()
             splits.setdefault(f"{split.dataset} {split.name}", {})[f"seed{run.seed}"] = scores
-    path.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 
 

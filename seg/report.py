@@ -120,8 +120,8 @@ class Reporter:
         except Exception as error:  # the reason for the stop, such as a full disk, matters more
             log(f"warning: the curves were not drawn ({util.reason(error)})")
         kept = " and ".join(str(path) for path in (run.best, run.last) if path.exists()) or "nothing"
-        resume = "--resume instead of --overwrite" if self.args.overwrite else "--resume"
-        advice = f": the same command with {resume} continues" if resumes and run.last.exists() else ""
+        flags = "" if self.args.resume else " with --resume" + " instead of --overwrite" * self.args.overwrite
+        advice = f": the same command{flags} continues" if resumes and run.last.exists() else ""
         log(f"{run.name}: stopped after epoch {len(run.history)}; kept {kept}{advice}")
 
     def finish(self, model, scores):

@@ -136,16 +136,30 @@ def test_runs_with_other_classes_or_splits_are_refused(other, tmp_path, monkeypa
         run_compare(tmp_path, monkeypatch)
 
 
-def test_a_script_of_the_user_is_compared_with_the_baseline_or_else_with_the_first(tmp_path, monkeypatch):
-    for experiment in ("train", "train_5_a", "train_mine"):
+def test_an_experiment_is_compared_with_the_one_it_builds_on_or_with_the_first_that_is_named(tmp_path, monkeypatch):
+    for experiment in ("train_5_a", "train_mine", "train_a"):
         write_run(tmp_path, experiment, 0, random_ious(0))
-    pairs = [("train_5_a", "train"), ("train_a", "train"), ("train_mine", "train")]
-    write_run(tmp_path, "train_a", 0, random_ious(0))
-    without_train = [("train_mine", "train_5_a")], [("train_a", "train_mine")]
-    chosen = [["--experiments", *names] for names in (("train_5_a", "train_mine"), ("train_mine", "train_a"))]
-    for flags, expected in zip(([], *chosen), (pairs, *without_train)):
+
+    def pairs(*flags):
         _, differences = tables(run_compare(tmp_path, monkeypatch, *flags))
-        assert [(row["experiment"], row["compared with"]) for row in differences[::2]] == expected  # of val
+        return [(row["experiment"], row["compared with"]) for row in differences[::2]]  # of val
+
+    assert pairs() == [("train_a", "train_5_a"), ("train_mine", "train_5_a")]
+    write_run(tmp_path, "train", 0, random_ious(0))
+    assert pairs() == [("train_5_a", "train"), ("train_a", "train"), ("train_mine", "train")]
+    named = ["train_mine", "train_5_a", "train"]
+    assert pairs("--experiments", *named) == [(name, "train_mine") for name in named[1:]]
+
+
+def test_a_run_with_other_flags_stands_beside_those_with_the_defaults(tmp_path, monkeypatch, capsys):
+    for name, flags in {"train": {}, "train_x": {"epochs": 1}, "train_y": {"limit": 8}}.items():
+        write_run(tmp_path, name, 0, random_ious(0), **flags)
+    write_run(tmp_path / "seed1", "train", 1, random_ious(1), epochs=1)  # not averaged with the run of seed 0
+    names = ["train", "train_x", "train_y", "train_z"]
+    text = run_compare(tmp_path, monkeypatch, "--data", tmp_path / "Made", "--experiments", *names)
+    rows = {row["experiment"]: (row["seeds"], row["epochs"]) for row in tables(text)[0][1:]}
+    assert rows == {"train": ("1", "3"), "train_x": ("1", "1")}
+    assert [line.split()[-4] for line in capsys.readouterr().err.splitlines()] == ["train_y", "train_z"]
 
 
 @pytest.mark.parametrize(("dataset", "expected"), [("VOC2007", ["0.055", "0.0613", ""]), ("Toy", [None] * 3)])
