@@ -57,7 +57,7 @@ def test_the_scores_of_each_drive_are_those_of_the_runs_and_in_the_report(monkey
     assert [row for row in table_rows(table) if row not in REPORT] == []
 
 
-@pytest.mark.parametrize(("dataset", "splits"), [("CamVid", SPLITS)])
+@pytest.mark.parametrize(("dataset", "splits"), [("CamVid", SPLITS), ("CamVid-0006R0", ("val",))])
 def test_the_tables_of_the_ablations_are_those_of_their_runs(dataset, splits):
     """Each run of a variant is compared with its base's of the same seed, which for CamVid is in report/camvid."""
     found = compare.collect(everything(ROOT / "report" / "ablation" / dataset))
