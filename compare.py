@@ -2,7 +2,7 @@
 
     python compare.py                                             report the runs that are there
     python compare.py --seeds 0 1 2                               first run what is missing of the eight scripts
-    python compare.py --seeds 0 1 2 --experiments train train_x   only train.py and train_x.py, compared with the first
+    python compare.py --seeds 0 1 2 --experiments train train_x   only these two; train_x.py is compared with train.py
     python compare.py --seeds 0 1 --experiments train_x -- --lr 1e-3    with flags of the script's own
 
 Each run is the command that a user would type, with the output folder OUT/seed0, OUT/seed1 and so on; runs in OUT
@@ -72,41 +72,47 @@ def finished_runs(out, warn=False):
     return [run for run in runs if len(run.history) == run.metrics["epochs"]]
 
 
-def matches(run, args):
-    """Whether a run is what the flags ask for. A flag that was not given means the experiment's default."""
+def matches(run, args, dataset):
+    """Whether a run is what the flags ask for, on ``dataset``. A flag not given means the experiment's default."""
     shared = {name: value for name in ("epochs", "batch_size", "limit") if (value := getattr(args, name)) is not None}
     try:
         wanted = vars(cli.add_flags(cli.Parser(None), run.metrics["defaults"]).parse_args(args.own))
     except UserError:  # its script has no such flag
         return False
     wanted |= {"limit": None} | shared
-    return (run.metrics["dataset"], run.metrics["flags"]) == (Path(args.data).resolve().name, wanted)
+    return (run.metrics["dataset"], run.metrics["flags"]) == (dataset, wanted)
 
 
 def collect(args):
-    """The finished runs that the flags ask for: a dict from experiment to a dict from seed to Run.
+    """The finished runs to report, of one data set and limit: a dict from experiment to a dict from seed to Run.
 
-    Without flags, an experiment that has none with its defaults has all its runs of the same data set and limit.
+    Those of an experiment have one setting: that of the flags or, if there are no flags and no such run, its first's.
     """
     runs = finished_runs(args.out, warn=True)
-    names = [Path(name).name for name in args.experiments or ()]
-    if names:
-        runs = [run for run in runs if run.name.removesuffix("_no_pretrained") in names]
-    matching = [run for run in runs if matches(run, args)]
-    if not (args.seeds or args.own) and args.limit is args.epochs is args.batch_size is None:
-        kinds = {(run.metrics["dataset"], run.metrics["flags"]["limit"]) for run in matching or runs}
-        others = [run for run in runs if run.name not in {other.name for other in matching}]
-        matching += [run for run in others if {(run.metrics["dataset"], run.metrics["flags"]["limit"])} == kinds]
+    names = [Path(path).name for path in args.experiments or ()]
+    order = [variant for name in names for variant in (name, f"{name}_no_pretrained")]
+    runs = [run for run in runs if run.name in order or not names]
+    no_flags = not (args.seeds or args.own) and args.limit is args.epochs is args.batch_size is None
+    datasets = {run.metrics["dataset"] for run in runs}
+    dataset = datasets.pop() if no_flags and len(datasets) == 1 else Path(args.data).resolve().name
+    found = [run for run in runs if matches(run, args, dataset)]
+    if no_flags:
+        complete = {run.name for run in found}
+        others = [run for run in runs if run.metrics["dataset"] == dataset and run.name not in complete]
+        limits = {run.metrics["flags"]["limit"] for run in found or others}
+        found += [run for run in others if {run.metrics["flags"]["limit"]} == limits]
     experiments = {}
-    for run in matching:
-        if (run.splits, run.classes) != (matching[0].splits, matching[0].classes):
-            problem = f"{run.json}: differs from {matching[0].json} in the names of the classes or the splits"
+    for run in found:
+        if (run.splits, run.classes) != (found[0].splits, found[0].classes):
+            problem = f"{run.json}: differs from {found[0].json} in the names of the classes or the splits"
             raise UserError(f"{problem}: repeat one of the runs with --overwrite, or compare with another --out")
-        experiments.setdefault(run.name, {}).setdefault(run.seed, run)
+        seeds = experiments.setdefault(run.name, {})
+        if all(run.metrics["flags"] == other.metrics["flags"] for other in seeds.values()):
+            seeds.setdefault(run.seed, run)
     for name in names:
         if experiments and not experiments.keys() & {name, f"{name}_no_pretrained"}:
-            print(f"warning: {args.out} has no finished run of {name} with these flags", file=sys.stderr)
-    return {name: experiments[name] for name in (*names, *EXPERIMENTS, *sorted(experiments)) if name in experiments}
+            print(f"warning: {args.out} has no comparable run of {name}: it is left out", file=sys.stderr)
+    return {name: experiments[name] for name in (*order, *EXPERIMENTS, *sorted(experiments)) if name in experiments}
 
 
 def command(args, script, seed):
@@ -120,7 +126,8 @@ def command(args, script, seed):
 
 def run_missing(args):
     """Run what is missing; return a list of messages about runs that failed."""
-    failures, runs = [], [run for run in finished_runs(args.out) if matches(run, args)]
+    failures, dataset = [], Path(args.data).resolve().name
+    runs = [run for run in finished_runs(args.out) if matches(run, args, dataset)]
     # a run without a report was stopped while it drew, and is resumed if its last checkpoint is there
     done = {(run.name, run.seed) for run in runs if run.report.exists() or not run.last.exists()}
     for seed in args.seeds:
@@ -148,9 +155,8 @@ def mean_and_interval(differences):
 
 
 def base_of(name, experiments, first=None):
-    """What an experiment is compared with, or None: ``first``, or the one it builds on; users' own build on train."""
-    own_base = "train" if "train" in experiments else next(iter(experiments))
-    base = first or EXPERIMENTS.get(name, (own_base,))[0]
+    """What an experiment is compared with, or None: ``first``, or the one it builds on, a user's own on train."""
+    base = first or EXPERIMENTS.get(name, ("train" if "train" in experiments else next(iter(experiments)),))[0]
     return base if base in experiments and base != name else None
 
 
@@ -212,8 +218,8 @@ def result_row(name, runs):
     row[f"{split}, the assignment's IoU"] = mean_and_std([run.score(split, "assignment_iou") for run in runs])
     if runs[0].metrics["dataset"] == "VOC2007":
         row["published IoU"] = EXPERIMENTS.get(name, (None, None))[1] or ""
-    epochs, batch = ({str(run.metrics["flags"][flag]) for run in runs} for flag in ("epochs", "batch_size"))
-    row |= {"seeds": len(runs), "epochs": ", ".join(sorted(epochs)), "batch": ", ".join(sorted(batch))}
+    flags = runs[0].metrics["flags"]
+    row |= {"seeds": len(runs), "epochs": flags["epochs"], "batch": flags["batch_size"]}
     return row | {"parameters": f"{runs[0].metrics['parameters'] / 1e6:.2f} M"}
 
 
@@ -327,7 +333,7 @@ def main():
     failures = run_missing(args)
     experiments = collect(args)
     if not experiments and not failures:
-        advice = "correct --out, pass the runs' --data, --limit, --epochs and --batch-size, or train with --seeds 0 1 2"
+        advice = "correct them, --out or --experiments (a script's own flags follow --), or train with --seeds 0 1 2"
         raise UserError(f"{args.out}: no finished run with these flags: {advice}")
     if experiments:
         found = sections(experiments, failures, first=args.experiments and next(iter(experiments)))
@@ -337,9 +343,7 @@ def main():
         write_html(args.out, experiments, found)
         print(text)
     if failures:
-        raise UserError(
-            f"{len(failures)} runs failed (see above); the same command tries again: {'; '.join(failures)}"
-        )
+        raise UserError(f"{len(failures)} runs failed; the same command tries them again: {'; '.join(failures)}")
 
 
 if __name__ == "__main__":

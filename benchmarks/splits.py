@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import compare
 import predict
 import voc
-from seg import checkpoint, cli
+from seg import checkpoint, cli, files
 from util import UserError
 
 
@@ -47,7 +47,7 @@ def main():
             split = voc.Split(ids.resolve().parents[2], ids.stem)
             scores = predict.evaluate(model, split).as_dict()
             splits.setdefault(f"{split.dataset} {split.name}", {})[f"seed{run.seed}"] = scores
-        path.write_text(json.dumps(results, indent=1) + "\n")
+        files.write(path, (json.dumps(results, indent=1) + "\n").encode())
     print(table(results))
 
 

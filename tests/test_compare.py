@@ -152,14 +152,22 @@ def test_an_experiment_is_compared_with_the_one_it_builds_on_or_with_the_first_t
 
 
 def test_a_run_with_other_flags_stands_beside_those_with_the_defaults(tmp_path, monkeypatch, capsys):
-    for name, flags in {"train": {}, "train_x": {"epochs": 1}, "train_y": {"limit": 8}}.items():
+    for name, flags in {
+        "train_6_no_pretrained": {},
+        "train": {},
+        "train_x": {"epochs": 1},
+        "train_y": {"limit": 8},
+    }.items():
         write_run(tmp_path, name, 0, random_ious(0), **flags)
-    write_run(tmp_path / "seed1", "train", 1, random_ious(1), epochs=1)  # not averaged with the run of seed 0
-    names = ["train", "train_x", "train_y", "train_z"]
-    text = run_compare(tmp_path, monkeypatch, "--data", tmp_path / "Made", "--experiments", *names)
-    rows = {row["experiment"]: (row["seeds"], row["epochs"]) for row in tables(text)[0][1:]}
-    assert rows == {"train": ("1", "3"), "train_x": ("1", "1")}
-    assert [line.split()[-4] for line in capsys.readouterr().err.splitlines()] == ["train_y", "train_z"]
+    for name, epochs in (("train", 1), ("train_x", 2)):  # not averaged with the runs of seed 0
+        write_run(tmp_path / "seed1", name, 1, random_ious(1), epochs=epochs)
+    names = ["train_6", "train", "train_x", "train_y", "train_z"]
+    found, differences = tables(run_compare(tmp_path, monkeypatch, "--experiments", *names))
+    rows = [(row["experiment"], row["seeds"], row["epochs"]) for row in found[1:]]
+    assert rows == [("train_6_no_pretrained", "1", "3"), ("train", "1", "3"), ("train_x", "1", "2")]
+    assert {row["compared with"] for row in differences} == {"train_6_no_pretrained"}
+    warnings = [f"warning: {tmp_path} has no comparable run of {name}: it is left out" for name in names[3:]]
+    assert capsys.readouterr().err.splitlines() == warnings
 
 
 @pytest.mark.parametrize(("dataset", "expected"), [("VOC2007", ["0.055", "0.0613", ""]), ("Toy", [None] * 3)])
@@ -209,8 +217,8 @@ def test_runs_of_several_settings_are_not_mixed(tmp_path, monkeypatch):
     write_run(tmp_path, "train", 0, random_ious(0), limit=8)
     assert "the first 8 images" in run_compare(tmp_path, monkeypatch)  # all runs have this setting
     write_run(tmp_path / "seed1", "train", 1, random_ious(1))
-    with pytest.raises(util.UserError, match="no finished run with these flags: .*--limit.*--seeds"):
-        run_compare(tmp_path, monkeypatch)
+    text = run_compare(tmp_path, monkeypatch)  # also without --data
+    assert "all images" in text and seeds_by_experiment(text)["train"] == "1"
     text = run_compare(tmp_path, monkeypatch, "--data", tmp_path / "Made", "--limit", 8)
     assert "the first 8 images" in text and seeds_by_experiment(text)["train"] == "1"
 

@@ -328,7 +328,7 @@ def test_the_same_seed_gives_the_same_run_compiled_or_not(finished, tmp_path, mo
 @DEVICES
 @pytest.mark.parametrize(
     ("stop", "done", "message"),
-    [(KeyboardInterrupt, 2, "stopped after epoch 2; kept "), (SystemExit, 0, "there is nothing to keep")],
+    [(KeyboardInterrupt, 2, ": the same command continues"), (SystemExit, 0, "there is nothing to keep")],
 )
 def test_a_stopped_run_keeps_its_files_and_resumes_to_identical_results(
     tiny, tmp_path, capsys, stop, done, message, device
