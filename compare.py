@@ -97,8 +97,7 @@ def collect(args):
     dataset = datasets.pop() if no_flags and len(datasets) == 1 else Path(args.data).resolve().name
     found = [run for run in runs if matches(run, args, dataset)]
     if no_flags:
-        complete = {run.name for run in found}
-        others = [run for run in runs if run.metrics["dataset"] == dataset and run.name not in complete]
+        others = [run for run in runs if run.metrics["dataset"] == dataset]
         limits = {run.metrics["flags"]["limit"] for run in found or others}
         found += [run for run in others if {run.metrics["flags"]["limit"]} == limits]
     experiments = {}
@@ -106,8 +105,8 @@ def collect(args):
         if (run.splits, run.classes) != (found[0].splits, found[0].classes):
             problem = f"{run.json}: differs from {found[0].json} in the names of the classes or the splits"
             raise UserError(f"{problem}: repeat one of the runs with --overwrite, or compare with another --out")
-        seeds = experiments.setdefault(run.name, {})
-        if all(run.metrics["flags"] == other.metrics["flags"] for other in seeds.values()):
+        seeds = experiments.setdefault(run.name, {run.seed: run})
+        if run.metrics["flags"] == next(iter(seeds.values())).metrics["flags"]:
             seeds.setdefault(run.seed, run)
     for name in names:
         if experiments and not experiments.keys() & {name, f"{name}_no_pretrained"}:
@@ -155,8 +154,9 @@ def mean_and_interval(differences):
 
 
 def base_of(name, experiments, first=None):
-    """What an experiment is compared with, or None: ``first``, or the one it builds on, a user's own on train."""
-    base = first or EXPERIMENTS.get(name, ("train" if "train" in experiments else next(iter(experiments)),))[0]
+    """The experiment to compare another with, or None: ``first``, or the one it builds on; a user's own on train."""
+    own_base = "train" if "train" in experiments else next(iter(experiments))
+    base = first or EXPERIMENTS.get(name, (own_base,))[0]
     return base if base in experiments and base != name else None
 
 

@@ -23,7 +23,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from seg import cli, imaging, report, signals, toy, voc_layout
-from seg.files import atomic_folder, command_line, writing
+from seg.files import atomic_folder, writing
 from seg.voc_layout import LISTS
 from util import UserError, reason
 
@@ -189,8 +189,7 @@ def get_sbd(out, mirrors, on_disk):
         (folder / LISTS).mkdir(parents=True)
         for split, names in ids.items():
             (folder / LISTS / f"{split}.txt").write_text("".join(f"{name}\n" for name in sorted(names)))
-    call = command_line(["python", "train.py", "--data", root])
-    print(f"{root} is ready with {len(ids['train'])} train photos: {call}")
+    print(f"{root} is ready with {len(ids['train'])} train photos: {voc_layout.command(root, script='train.py')}")
 
 
 def _link(source, target):
@@ -217,7 +216,7 @@ def main():
         print(f"{root} exists already: nothing to do ({voc_layout.command(root, '--check')} checks it)")
     elif args.toy:
         toy.render(root)
-        print(f"{root} is ready: {command_line(['python', 'train.py', '--data', root])}")
+        print(f"{root} is ready: {voc_layout.command(root, script='train.py')}")
     elif args.sbd:
         get_sbd(args.out, args.mirror, identify(args.tar, 2012, "SBD"))
     else:

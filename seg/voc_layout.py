@@ -27,9 +27,9 @@ LABELMAP = re.compile(r"^([^:]+):(\d+),(\d+),(\d+)(:.*)?$")  # name:R,G,B:parts:
 SPLITTING = 'one image id per line (docs/DATA.md, "Split lists", has a program that splits at random)'
 
 
-def command(root, *flags):
-    """The command line that calls voc.py for a folder."""
-    return files.command_line(["python", "voc.py", "--data", root, *flags])
+def command(root, *flags, script="voc.py"):
+    """The command line that calls a script for a folder."""
+    return files.command_line(["python", script, "--data", root, *flags])
 
 
 def conversion(root):

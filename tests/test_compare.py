@@ -152,13 +152,10 @@ def test_an_experiment_is_compared_with_the_one_it_builds_on_or_with_the_first_t
 
 
 def test_a_run_with_other_flags_stands_beside_those_with_the_defaults(tmp_path, monkeypatch, capsys):
-    for name, flags in {
-        "train_6_no_pretrained": {},
-        "train": {},
-        "train_x": {"epochs": 1},
-        "train_y": {"limit": 8},
-    }.items():
-        write_run(tmp_path, name, 0, random_ious(0), **flags)
+    for name in ("train_6_no_pretrained", "train"):
+        write_run(tmp_path, name, 0, random_ious(0))
+    write_run(tmp_path, "train_x", 0, random_ious(0), epochs=1)
+    write_run(tmp_path, "train_y", 0, random_ious(0), limit=8)
     for name, epochs in (("train", 1), ("train_x", 2)):  # not averaged with the runs of seed 0
         write_run(tmp_path / "seed1", name, 1, random_ious(1), epochs=epochs)
     names = ["train_6", "train", "train_x", "train_y", "train_z"]
@@ -216,6 +213,9 @@ def test_report_leaves_out_what_one_seed_without_test_split_and_background_class
 def test_runs_of_several_settings_are_not_mixed(tmp_path, monkeypatch):
     write_run(tmp_path, "train", 0, random_ious(0), limit=8)
     assert "the first 8 images" in run_compare(tmp_path, monkeypatch)  # all runs have this setting
+    write_run(tmp_path / "seed1", "train", 1, random_ious(1), limit=4)
+    with pytest.raises(util.UserError, match="no finished run with these flags: .*--seeds"):
+        run_compare(tmp_path, monkeypatch)
     write_run(tmp_path / "seed1", "train", 1, random_ious(1))
     text = run_compare(tmp_path, monkeypatch)  # also without --data
     assert "all images" in text and seeds_by_experiment(text)["train"] == "1"

@@ -328,7 +328,7 @@ def test_the_same_seed_gives_the_same_run_compiled_or_not(finished, tmp_path, mo
 @DEVICES
 @pytest.mark.parametrize(
     ("stop", "done", "message"),
-    [(KeyboardInterrupt, 2, ": the same command continues"), (SystemExit, 0, "there is nothing to keep")],
+    [(KeyboardInterrupt, 2, "stopped after epoch 2; kept "), (SystemExit, 0, "there is nothing to keep")],
 )
 def test_a_stopped_run_keeps_its_files_and_resumes_to_identical_results(
     tiny, tmp_path, capsys, stop, done, message, device
@@ -344,6 +344,7 @@ def test_a_stopped_run_keeps_its_files_and_resumes_to_identical_results(
         fit(tiny, out, f"{flags} --resume", scheduler=cosine, change=change)
     output = capsys.readouterr().out
     assert "nothing to resume: starting" in output and message in output
+    assert (": the same command continues\n" in output) == (done == 2)  # which has --resume already
     assert (len(list(out.glob("*.pt"))), len(list(out.glob("plots/*.png")))) == ((2, 1) if done else (0, 0))
     resumed, following = fit(tiny, out, f"{flags} --resume", scheduler=cosine), torch.rand(3)
     assert (f"continuing {resumed.last} after epoch 2" in capsys.readouterr().out) == (done == 2)
